@@ -1,0 +1,254 @@
+"""The command line: `mnist-exp VERB`. A thin layer that imports nothing heavy before it must."""
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mnist_exp import __version__
+from mnist_exp.errors import ConfigError, RunFailed
+
+HELP = """\
+usage: mnist-exp VERB [ARGUMENT ...]
+
+  train [OVERRIDE ...]      one run; with -m, a sweep (Hydra's command line; train --help)
+  show [OVERRIDE ...]       the dataset's first 30 images as a PNG, and its facts
+  evaluate RUN              the saved model of a run on the official test set
+  ui [RUN]                  the MLflow UI on the project's store
+
+RUN is an MLflow run id, the beginning of one, or last. An OVERRIDE is key=value or group=option.
+
+  mnist-exp train experiments=seed_mlp
+  mnist-exp train model=cnn optimizer=adamw optimizer.lr=3e-3 training.epochs=3
+  mnist-exp train -m optimizer.lr=0.01,0.1 seed=0,1,2
+  mnist-exp VERB --help     more of a verb
+"""
+# Hydra's flags that print something instead of training
+PRINTING = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i",
+            "--shell-completion", "-sc", "--resolve", "--package", "-p")  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a verb and exits: 0 well, 1 a run failed, 2 a bad command, 130 and 143 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(_dispatch(words))
+    except ConfigError as error:
+        if show_traceback:
+            raise
+        _complain(str(error), 2)
+    except RunFailed as error:
+        if show_traceback:
+            raise
+        _complain(str(error), 1)
+    except KeyboardInterrupt:
+        _complain("interrupted", 130)
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _complain(text: str, status: int) -> NoReturn:
+    print(f"mnist-exp: {text}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _dispatch(words: list[str]) -> int:
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "show": _show,
+        "evaluate": _evaluate,
+        "ui": _ui,
+    }
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"mnist-exp {__version__}")
+        return 0
+    if words[0] not in verbs:
+        import difflib
+
+        near = difflib.get_close_matches(words[0], verbs, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"{words[0]}: there is no such verb. {hint}Verbs: {', '.join(verbs)}")
+    return verbs[words[0]](words[1:])
+
+
+def _train(words: list[str]) -> int:
+    if any(word.split("=")[0] in PRINTING for word in words):
+        return _hydra(words)
+    parser = _parser("train")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-name", "-cn", default="config")
+    parser.add_argument("--config-dir", "-cd")
+    asked = parser.parse_intermixed_args(words)
+
+    from mnist_exp import config as configs
+
+    if not asked.multirun:
+        composed = configs.compose(asked.overrides, asked.config_name, asked.config_dir)
+        if str(composed.hydra.mode) != "RunMode.MULTIRUN":
+            configs.validate(configs.task_config(composed))  # before torch's seconds of import
+            return _train_one(composed)
+    return _hydra(words)
+
+
+def _train_one(composed: Any) -> int:
+    from mnist_exp import run
+    from mnist_exp.console import Terminal
+
+    reporter = Terminal()
+    result = run.execute(run.prepare(composed), Path(composed.hydra.run.dir), reporter)
+    loss = result.test["test/loss"]
+    reporter.line(f"test accuracy {result.test_accuracy:.2%}  (loss {loss:.4f})")
+    if "best/epoch" in result.test:
+        reporter.line(
+            f"the weights are those of epoch {result.test['best/epoch']:.0f}, the best of "
+            f"validation ({result.test['best/val_accuracy']:.2%})"
+        )
+    reporter.line(f"run {result.run_id}")
+    reporter.line(f"output {result.output_dir}")
+    reporter.line(f"look at it: {_command('ui', result.run_id[:8], store=result.store)}")
+    return 0
+
+
+def _command(*words: str, store: str) -> str:
+    """What to type to run a verb of this program on this store, from here."""
+    from mnist_exp.config import output_root
+    from mnist_exp.tracking import store_uri
+
+    called = Path(sys.argv[0])
+    on_path = shutil.which("mnist-exp")
+    if called.name == "__main__.py":
+        program = [sys.executable, "-m", "mnist_exp"]
+    elif on_path and Path(on_path).resolve() == called.resolve():
+        program = ["mnist-exp"]
+    else:
+        program = [str(called)]
+    extra = [] if store == store_uri(None, output_root()) else [f"tracking.uri={store}"]
+    return shlex.join([*program, *words, *extra])
+
+
+def _hydra(words: list[str]) -> int:
+    """Hydra's own program: its flags that print something, and sweeps."""
+    import hydra
+
+    from mnist_exp import config as configs
+
+    configs.register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on: main() says them
+    sys.argv = ["mnist-exp train", *words]
+    program = hydra.main(
+        version_base="1.3", config_path=str(configs.project_root() / "conf"), config_name="config"
+    )(_job)
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        program()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise configs.explain(error, [w for w in words if not w.startswith("-")]) from error
+    return 0
+
+
+def _job(config: Any) -> None:
+    """One job of a sweep, as Hydra's launcher calls it."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf, open_dict
+
+    from mnist_exp import run
+    from mnist_exp.console import Terminal
+
+    with open_dict(config):
+        config.hydra = OmegaConf.create({"hydra": HydraConfig.get()}).hydra
+    reporter = Terminal()
+    folder = Path(config.hydra.runtime.output_dir)
+    result = run.execute(run.prepare(config), folder, reporter)
+    reporter.line(f"test accuracy {result.test_accuracy:.2%}  run {result.run_id[:8]}")
+
+
+def _show(words: list[str]) -> int:
+    parser = _parser("show", "The first 30 images with their labels, as a picture, and the facts.")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="dataset=kmnist, ...")
+    parser.add_argument("--output", "-o", type=Path, help="the picture: a .png, .svg or .pdf file")
+    asked = parser.parse_intermixed_args(words)
+
+    from mnist_exp import run
+
+    print(run.show(asked.overrides, asked.output))
+    return 0
+
+
+def _evaluate(words: list[str]) -> int:
+    parser = _parser("evaluate", "The saved model of a run on the official test set.")
+    parser.add_argument("run", metavar="RUN", help="a run id, its beginning, or last")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="tracking.uri=...")
+    asked = parser.parse_intermixed_args(words)
+
+    from mnist_exp import run
+
+    found = run.evaluate(asked.run, asked.overrides)
+    print(f"run            {found.run_id}  {found.name}")
+    for key, value in found.test.items():
+        text = f"{value:.2%}" if key.endswith("accuracy") else f"{value:.6f}"
+        known = found.recorded.get(key)
+        same = "not recorded" if known is None else f"recorded {known:.6f}"
+        print(f"{key:14} {text}  ({same})")
+    return 0
+
+
+def _ui(words: list[str]) -> int:
+    parser = _parser("ui", "The MLflow UI on the project's store, on this machine only.")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="open it on this run")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="tracking.uri=...")
+    parser.add_argument("--port", type=int, default=5000)
+    asked = parser.parse_intermixed_args(words)
+    if asked.run is not None and "=" in asked.run:
+        asked.overrides, asked.run = [asked.run, *asked.overrides], None
+
+    from mnist_exp import run
+
+    store = run.open_store(asked.overrides)
+    page = f"http://127.0.0.1:{asked.port}/"
+    if asked.run is not None:
+        info = store.find(asked.run).info
+        page += f"#/experiments/{info.experiment_id}/runs/{info.run_id}"
+    if store.uri.startswith(("http://", "https://")):
+        print(f"this store has a UI of its own: {store.uri}")
+        return 0
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", asked.port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"--port {asked.port}: cannot be used ({error}). "
+                f"Choose another: --port {min(asked.port, 65000) + 1}"
+            ) from error
+    print(f"the page, once it is up: {page}\nCtrl-C ends it", flush=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.uri]
+    command += ["--host", "127.0.0.1", "--port", str(asked.port), "--workers", "1"]
+    server = subprocess.Popen(command)
+    try:
+        return server.wait()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _parser(verb: str, description: str | None = None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"mnist-exp {verb}", description=description, allow_abbrev=False
+    )

@@ -1,0 +1,399 @@
+"""From the command line's words to a checked config, and from its open parts to objects.
+
+Closed parts (`seed`, `dataset`, `training`, `tracking`) are the dataclasses below: names and types
+are theirs, ranges are in `validate`. Open parts (`model`, `optimizer`, `schedule`) name a
+`_target_`, whose own signature is their schema.
+"""
+
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from hydra.utils import get_object, instantiate
+from omegaconf import MISSING, DictConfig, OmegaConf, ValidationError
+from omegaconf.errors import OmegaConfBaseException
+
+from mnist_exp.errors import ConfigError
+
+if TYPE_CHECKING:  # torch takes 1.6 s to import: only what builds an object may
+    import torch
+
+    from mnist_exp.optim import Schedule
+
+# Values are in conf/, types are here. A field that is None in conf/ is decided at the start.
+
+
+@dataclass
+class DatasetConfig:
+    name: str = MISSING
+    root: str | None = MISSING
+    val_size: int = MISSING
+    train_size: int | None = MISSING
+    split_seed: int = MISSING
+    classes: list[str] | None = MISSING
+
+
+@dataclass
+class TrainingConfig:
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    device: str = MISSING
+    threads: int | None = MISSING
+    label_smoothing: float = MISSING
+    compile: str = MISSING
+
+
+@dataclass
+class TrackingConfig:
+    uri: str | None = MISSING
+    experiment: str = MISSING
+    run_name: str | None = MISSING
+    tags: dict[str, str] = MISSING
+    image_every: int | None = MISSING
+
+
+@dataclass
+class Config:
+    seed: int = MISSING
+    trusted_packages: list[str] = MISSING
+    dataset: DatasetConfig = MISSING
+    model: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    schedule: dict[str, Any] = MISSING
+    training: TrainingConfig = MISSING
+    tracking: TrackingConfig = MISSING
+
+
+OPEN_PARTS = ("model", "optimizer", "schedule")
+OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")
+_PACKAGE = Path(__file__).resolve().parent
+IS_CHECKOUT = (_PACKAGE.parent / "conf" / "config.yaml").exists()
+
+
+def project_root() -> Path:
+    """The folder that holds conf/ and experiments/: the checkout, or the installed package."""
+    return _PACKAGE.parent if IS_CHECKOUT else _PACKAGE
+
+
+def output_root() -> Path:
+    """Where outputs and the default store go: the checkout, or else the current folder."""
+    return _PACKAGE.parent if IS_CHECKOUT else Path.cwd()
+
+
+def register() -> None:
+    """Makes the schema and the resolvers known to Hydra; to be called before Hydra starts."""
+    ConfigStore.instance().store("schema", Config)
+    OmegaConf.register_new_resolver("project_root", lambda: str(project_root()), replace=True)
+    OmegaConf.register_new_resolver("output_root", lambda: str(output_root()), replace=True)
+
+
+def compose(
+    overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None
+) -> DictConfig:
+    """The composed config, Hydra's own part included (`cfg.hydra`). Nothing is checked but types.
+
+    `config_dir`: one more folder of config groups, as Hydra's `--config-dir`.
+    Raises ConfigError, with the override at fault and the nearest that exists.
+    """
+    register()
+    words = list(overrides)
+    if config_dir is not None:
+        here = Path(config_dir).resolve()
+        if not here.is_dir():
+            raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
+        words.append(f"hydra.searchpath=['file://{project_root()}','file://{here}']")
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(
+            str(project_root() / "conf"), job_name="train", version_base="1.3"
+        ):
+            return hydra_compose(config_name, words, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, overrides) from error
+
+
+def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
+    """One of Hydra's or OmegaConf's errors, as the one message that a person needs."""
+    text = str(error)
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        wanted = str(error.missing_cfg_file)
+        group, _, option = wanted.rpartition("/")
+        return ConfigError(
+            f"{group}={option}: there is no such choice. "
+            f"{_suggest(option, error.options)}{group} can be: {', '.join(error.options)}"
+        )
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(found[1], overrides)
+    key = getattr(cause, "full_key", None) or ""
+    if isinstance(cause, ValidationError):
+        value = str(cause).splitlines()[0].replace("Integer", "a whole number")
+        return ConfigError(f"{key}: {value.replace('Float', 'a number')}")
+    if key and "not in" in str(cause):
+        return _unknown_key(key, overrides)
+    lines = [line for line in text.splitlines() if line and not line.startswith("See https")]
+    return ConfigError("\n".join(lines))
+
+
+def _unknown_key(key: str, overrides: Sequence[str]) -> ConfigError:
+    usable = [o for o in overrides if not o.lstrip("+~").startswith(key)]
+    config: DictConfig | None = None
+    for words in (usable, []):
+        try:
+            config = compose(words)
+            break
+        except ConfigError:  # another override is wrong as well: its turn comes after this one
+            continue
+    assert config is not None
+    known = [name for name, _ in leaves(task_config(config))]
+    groups = [str(g) for g in config.hydra.runtime.choices if "/" not in str(g)]
+    parent, _, name = key.rpartition(".")
+    message = f"{key}: there is no such key. {_suggest(key, known + groups)}"
+    siblings = [k.removeprefix(parent + ".") for k in known if k.startswith(parent + ".")]
+    if parent and siblings:
+        message += f"{parent} has: {', '.join(dict.fromkeys(s.split('.')[0] for s in siblings))}"
+        if parent.split(".")[0] in OPEN_PARTS:
+            message += f". To pass {name} to the target all the same: +{key}=VALUE"
+    else:
+        message += f"The keys and groups are: {', '.join(sorted({*groups, 'seed'}))}"
+    return ConfigError(message)
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean {near[0]}? " if near else ""
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The config as dotted names and plain values: ("optimizer.lr", 0.1). Lists are values."""
+    if OmegaConf.is_config(node):
+        node = OmegaConf.to_container(node, resolve=True)
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def task_config(config: DictConfig) -> DictConfig:
+    """The config without Hydra's own part."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
+def identity(config: DictConfig) -> str:
+    """SHA-256 (hex) of all that a run's numbers depend on: the config less `tracking`."""
+    asked = {name: value for name, value in leaves(config) if not name.startswith("tracking.")}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def validate(config: DictConfig) -> Config:
+    """The typed config. Raises ConfigError naming the first key that is out of range.
+
+    Needs no torch: what a target takes, and a device's presence, are checked when it is built.
+    """
+    if missing := OmegaConf.missing_keys(config):
+        key = sorted(missing)[0]
+        raise ConfigError(f"{key} has no value yet: add {key}=VALUE")
+    try:
+        OmegaConf.resolve(config)
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), config))
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    assert isinstance(typed, Config)
+    if typed.dataset.root is not None:  # a record must not depend on where the command was typed
+        root = str(Path(typed.dataset.root).expanduser().resolve())
+        typed.dataset.root = config.dataset.root = root
+    data, training, tracking = typed.dataset, typed.training, typed.tracking
+
+    def need(ok: bool, key: str, value: Any, allowed: str) -> None:
+        if not ok:
+            raise ConfigError(f"{key}={value}: must be {allowed}")
+
+    need(0 <= typed.seed < 2**63, "seed", typed.seed, "0 or more, below 2**63")
+    need(data.val_size >= 0, "dataset.val_size", data.val_size, "0 or more")
+    need(data.train_size is None or data.train_size >= 1, "dataset.train_size", data.train_size,
+         "1 or more, or null for all")  # fmt: skip
+    need(0 <= data.split_seed < 2**63, "dataset.split_seed", data.split_seed,
+         "0 or more, below 2**63")  # fmt: skip
+    need(training.epochs >= 1, "training.epochs", training.epochs, "1 or more")
+    need(training.batch_size >= 1, "training.batch_size", training.batch_size, "1 or more")
+    need(bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", training.device)), "training.device",
+         training.device, "auto, cpu, cuda, cuda:N or mps")  # fmt: skip
+    need(training.threads is None or 1 <= training.threads <= 1024, "training.threads",
+         training.threads, "from 1 to 1024, or null")  # fmt: skip
+    need(0 <= training.label_smoothing < 1, "training.label_smoothing", training.label_smoothing,
+         "from 0 to below 1")  # fmt: skip
+    need(training.compile in ("auto", "always", "never"), "training.compile", training.compile,
+         "auto, always or never")  # fmt: skip
+    need(tracking.image_every is None or tracking.image_every >= 1, "tracking.image_every",
+         tracking.image_every, "1 or more, or null")  # fmt: skip
+    need(bool(tracking.experiment.strip()), "tracking.experiment", tracking.experiment, "a name")
+    for part in OPEN_PARTS:
+        for name, value in leaves(getattr(typed, part), f"{part}."):
+            need(not isinstance(value, float) or math.isfinite(value), name, value, "finite")
+            if name.endswith("_target_"):
+                _check_target(name, value, typed.trusted_packages)
+    lr = typed.optimizer.get("lr", 0.0)
+    need(isinstance(lr, int | float) and lr >= 0, "optimizer.lr", lr, "a number of 0 or more")
+    return typed
+
+
+def _check_target(key: str, target: Any, trusted: Sequence[str]) -> None:
+    allowed = (*OWN_PACKAGES, *trusted)
+    if not isinstance(target, str) or not any(target.startswith(f"{p}.") for p in allowed):
+        raise ConfigError(
+            f"{key}={target}: this target is not allowed. Targets come from {', '.join(allowed)}; "
+            f"to trust another package: trusted_packages=[PACKAGE]"
+        )
+
+
+def _resolve(key: str, node: Mapping[str, Any], base: type, trusted: Sequence[str]) -> Any:
+    """The class that `node` names, its arguments checked against its signature.
+
+    An import path may lead through a module into its imports (`torch.nn.modules.os`), so what it
+    leads to is checked as well: a subclass of `base`, defined in a package that is allowed.
+    """
+    target = node.get("_target_")
+    _check_target(f"{key}._target_", target, trusted)
+    if any(str(target).startswith(f"{p}.") for p in trusted) and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a module beside where the command is typed
+    try:
+        found = get_object(str(target))
+    except Exception as error:  # importing somebody's module can raise anything
+        raise ConfigError(f"{key}._target_={target}: {_last_line(error)}") from error
+    is_class = inspect.isclass(found) and issubclass(found, base)
+    _check_target(f"{key}._target_", f"{getattr(found, '__module__', '?')}.", trusted)
+    if not is_class or inspect.isabstract(found):
+        raise ConfigError(f"{key}._target_={target}: must be a class that extends {base.__name__}")
+    return found
+
+
+def _check_arguments(
+    key: str, target: Any, node: Mapping[str, Any], given: Sequence[str] = ()
+) -> None:
+    """Names against the signature of `target`; `given` are arguments that we add ourselves."""
+    taken = inspect.signature(target).parameters
+    name = f"{target.__module__}.{target.__qualname__}"
+    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        for argument in node:
+            if not argument.startswith("_") and argument not in taken:
+                own = [n for n in taken if n not in given]
+                raise ConfigError(
+                    f"{key}.{argument}: {name} takes no such argument. {_suggest(argument, own)}"
+                    f"It takes: {', '.join(own) or 'none'}. To drop it: '~{key}.{argument}'"
+                )
+    if "_args_" in node:
+        return
+    for argument, p in taken.items():
+        needed = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if needed and argument not in node and argument not in given:
+            raise ConfigError(f"{key}.{argument}: {name} needs it. Add +{key}.{argument}=VALUE")
+
+
+def build_model(
+    config: Config, input_shape: tuple[int, int, int], num_classes: int
+) -> "Callable[[], torch.nn.Module]":
+    """A function that makes the model anew, initialised from torch's default generator.
+
+    The target gets `input_shape` and `num_classes` where it takes them and the config does not
+    say; lazy layers are given their sizes. Raises ConfigError unless a model can be made whose
+    output for images [B, C, H, W] is logits [B, num_classes].
+    """
+    import torch
+
+    def check(key: str, node: Any) -> None:
+        children = node.items() if isinstance(node, Mapping) else enumerate(node)
+        for name, child in children:
+            if isinstance(child, Mapping | list):
+                check(f"{key}.{name}", child)
+        if isinstance(node, Mapping) and "_target_" in node and key != "model":
+            target = _resolve(key, node, torch.nn.Module, config.trusted_packages)
+            _check_arguments(key, target, node)
+
+    check("model", config.model)
+    target = _resolve("model", config.model, torch.nn.Module, config.trusted_packages)
+    facts = {"input_shape": input_shape, "num_classes": num_classes}
+    taken = inspect.signature(target).parameters
+    facts = {k: v for k, v in facts.items() if k in taken and k not in config.model}
+    _check_arguments("model", target, config.model, tuple(facts))
+
+    def build() -> torch.nn.Module:
+        module: torch.nn.Module = instantiate(config.model, **facts, _convert_="all")
+        with torch.no_grad():
+            logits = module.eval()(torch.zeros(2, *input_shape))
+        if tuple(logits.shape) != (2, num_classes):
+            raise ValueError(
+                f"it turns images [2, {', '.join(map(str, input_shape))}] into "
+                f"{list(logits.shape)}, but the dataset needs logits [2, {num_classes}]"
+            )
+        return module.train()
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            module = build()
+    except Exception as error:  # a constructor can raise anything
+        raise ConfigError(f"model: {target.__qualname__}: {_last_line(error)}") from error
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ConfigError(f"model: {target.__qualname__} has no trainable parameters")
+    return build
+
+
+def build_optimizer(
+    config: Config, parameters: "Sequence[torch.nn.Parameter]"
+) -> "tuple[type[torch.optim.Optimizer], dict[str, Any]]":
+    """The optimizer class and its arguments, tried on `parameters` (which it does not keep)."""
+    import torch
+
+    from mnist_exp.optim import UNSUITED
+
+    target = _resolve("optimizer", config.optimizer, torch.optim.Optimizer, config.trusted_packages)
+    _check_arguments("optimizer", target, config.optimizer, ("params",))
+    for unsuited, why in UNSUITED.items():
+        if issubclass(target, unsuited):
+            raise ConfigError(f"optimizer._target_: {target.__name__} cannot be used here: {why}")
+    arguments = {k: v for k, v in config.optimizer.items() if not k.startswith("_")}
+    try:
+        target(parameters, **arguments)
+    except Exception as error:  # a constructor can raise anything
+        raise ConfigError(f"optimizer: {target.__qualname__}: {_last_line(error)}") from error
+    return target, arguments
+
+
+def build_schedule(config: Config) -> "Schedule":
+    """The learning rate schedule."""
+    from mnist_exp.optim import Schedule
+
+    target = _resolve("schedule", config.schedule, Schedule, config.trusted_packages)
+    _check_arguments("schedule", target, config.schedule)
+    try:
+        schedule: Schedule = instantiate(config.schedule)
+    except Exception as error:  # a constructor can raise anything
+        raise ConfigError(f"schedule: {target.__qualname__}: {_last_line(error)}") from error
+    if schedule.warmup_epochs > config.training.epochs:
+        raise ConfigError(
+            f"schedule.warmup_epochs={schedule.warmup_epochs:g}: must be at most "
+            f"training.epochs ({config.training.epochs})"
+        )
+    return schedule
+
+
+def _last_line(error: BaseException) -> str:
+    # Hydra wraps what a constructor raised
+    inner = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+    lines = str(inner).strip().splitlines()
+    return lines[0] if lines else type(inner).__name__

@@ -1,0 +1,18 @@
+"""The two ways in which a command can end badly, as exceptions.
+
+Everything else that is raised is a bug, and shows its traceback.
+"""
+
+
+class ConfigError(ValueError):
+    """What the user asked for cannot be done; nothing has been created. Exit status 2.
+
+    The message is complete: the key or file, what was found, what is allowed, what to type next.
+    """
+
+
+class RunFailed(RuntimeError):
+    """A run was started and did not reach its end. Exit status 1.
+
+    The message says why; the record of the run, with the same reason, is in MLflow.
+    """

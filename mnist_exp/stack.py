@@ -1,0 +1,199 @@
+"""K models of one architecture as one: parameters and buffers `[K, ...]`.
+
+The module is a skeleton: `torch.func` calls it with tensors that it does not own. A stack of one
+runs without vmap, so a single run pays nothing for being a stack.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.overrides import TorchFunctionMode
+
+Tensors = dict[str, Tensor]
+
+
+class Stack:
+    """K models, each initialised from its own seed as `torch.manual_seed(seed); build()` would.
+
+    `params` (trainable) and `buffers` (the rest) map a parameter's name to `[K, ...]`.
+    """
+
+    def __init__(
+        self, build: Callable[[], nn.Module], seeds: Sequence[int], device: torch.device
+    ) -> None:
+        modules = []
+        for seed in seeds:
+            with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours
+                torch.default_generator.manual_seed(seed)
+                modules.append(build())
+        self.size = len(modules)
+        self.device = device
+        self.module = modules[0].to(device)
+        trainable = {n for n, p in self.module.named_parameters() if p.requires_grad}
+
+        def stacked(name: str) -> Tensor:
+            return torch.stack([_tensor(m, name).detach() for m in modules]).to(device)
+
+        names = [n for n, _ in self.module.named_parameters()]
+        self.params: Tensors = {n: stacked(n) for n in names if n in trainable}
+        others = [n for n in names if n not in trainable]
+        others += [n for n, _ in self.module.named_buffers()]
+        self.buffers: Tensors = {n: stacked(n) for n in others}
+        self.noisy = any(_may_drop(m) for m in self.module.modules())
+
+    def gradients(
+        self,
+        params: Tensors,
+        buffers: Tensors,
+        x: Tensor,
+        y: Tensor,
+        noise: Tensor,
+        smooth: Tensor | None,
+    ) -> tuple[Tensors, Tensors, Tensor, Tensor]:
+        """One batch forward and backward, in training mode.
+
+        x: [K, B, C, H, W] float; y: [K, B]; noise: int64 [K], the key of this step's dropout masks;
+        smooth: [K], label smoothing, or None for none at all. Returns gradients [K, ...], new
+        buffers [K, ...], the mean loss [K] and the number of correct predictions [K].
+        """
+        if self.size > 1:
+            f = vmap(
+                grad_and_value(self._loss, has_aux=True),
+                in_dims=(0, 0, 0, 0, 0, None if smooth is None else 0),
+                randomness="different",
+            )
+            grads, (loss, (new, correct)) = f(params, buffers, x, y, noise, smooth)
+            return grads, new, loss, correct
+        # torch.func.grad costs three times plain autograd where nothing is compiled
+        leaves = {n: p[0].detach().requires_grad_() for n, p in params.items()}
+        one = {n: b[0] for n, b in buffers.items()}
+        smooth = None if smooth is None else smooth[0]
+        loss, (new, correct) = self._loss(leaves, one, x[0], y[0], noise[0], smooth)
+        found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        grads = {n: g[None] for n, g in zip(leaves, found, strict=True)}
+        return grads, {n: b[None] for n, b in new.items()}, loss.detach()[None], correct[None]
+
+    def _loss(
+        self,
+        params: Tensors,
+        buffers: Tensors,
+        x: Tensor,
+        y: Tensor,
+        noise: Tensor,
+        smooth: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensors, Tensor]]:
+        # modules write to their buffers (BatchNorm): they get copies, which are handed back
+        buffers = {n: b.clone() for n, b in buffers.items()}
+        logits = self._call({**params, **buffers}, x, noise if self.noisy else None)
+        loss = F.cross_entropy(logits, y)
+        if smooth is not None:
+            uniform = -F.log_softmax(logits, -1).mean()  # the cross-entropy with all classes alike
+            loss = torch.lerp(loss, uniform, smooth)
+        return loss, (buffers, (logits.argmax(-1) == y).sum())
+
+    def _call(self, tensors: Tensors, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        logits: Tensor
+        with nullcontext() if noise is None else _Noise(noise):
+            logits = functional_call(self.module, tensors, (x,))
+        return logits
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """In evaluation mode, the same images for every model. [B, C, H, W] -> [K, B, classes]."""
+        self.module.eval()
+        try:
+            if self.size == 1:
+                return self._call({n: t[0] for n, t in self._all().items()}, x)[None]
+            return vmap(self._call, in_dims=(0, None))(self._all(), x)
+        finally:
+            self.module.train()
+
+    def _all(self) -> Tensors:
+        return {**self.params, **self.buffers}
+
+    def snapshot(self) -> Tensors:
+        """A copy of all parameters and buffers, [K, ...] each."""
+        return {n: t.clone() for n, t in self._all().items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes parameters and buffers [K, ...] from a snapshot."""
+        for own in (self.params, self.buffers):
+            own.update({n: tensors[n].to(self.device, copy=True) for n in own})
+
+    def model(self, k: int) -> nn.Module:
+        """Model `k` as a plain module on the CPU that owns its tensors, in evaluation mode."""
+        state = {n: t[k].cpu() for n, t in self._all().items()}
+        return _with_tensors(self.module, state).eval()
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), leaf)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def _with_tensors(module: nn.Module, tensors: Tensors) -> nn.Module:
+    module = copy.deepcopy(module).cpu()
+    for name, tensor in tensors.items():
+        _tensor(module, name).data = tensor.clone()
+    return module
+
+
+def _may_drop(module: nn.Module) -> bool:
+    known = type(module).__module__.startswith(("torch.nn.", "mnist_exp."))
+    return isinstance(module, nn.modules.dropout._DropoutNd) or not known
+
+
+class _Noise(TorchFunctionMode):
+    """Dropout whose mask is a function of (key, call, position) alone.
+
+    torch draws the masks of a whole stack from one generator, so a run would depend on the runs
+    beside it. Here a run's key, a number a step, decides; under vmap the key is batched. Bits come
+    from MurmurHash3's 32-bit finaliser (Appleby 2011), in int64 as torch has no unsigned shifts.
+    Other random functions are left to torch's generator: reproducible for a run alone only.
+    """
+
+    def __init__(self, key: Tensor) -> None:
+        super().__init__()
+        self.key = key
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _DROPOUTS:
+            return self._drop(_DROPOUTS[func], *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _drop(
+        self, rank: int, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or p == 0:
+            return input
+        if p == 1:
+            return input * 0
+        self.calls += 1
+        # whole channels: the mask has one value where the channel has its positions
+        shape = input.shape[: input.dim() - rank] + (1,) * rank
+        count = 1
+        for size in shape:
+            count *= size
+        bits = torch.arange(count, device=input.device).view(shape)
+        bits = self.key + self.calls * 0x9E3779B9 + bits * 0x85EBCA77
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = bits & 0xFFFFFFFF
+            bits = (bits ^ (bits >> shift)) * factor
+        bits = bits & 0xFFFFFFFF
+        keep = (bits ^ (bits >> 16)) >= int(p * 2**32)
+        return input * keep / (1 - p)
+
+
+# function -> how many of the last dimensions share one mask value
+_DROPOUTS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}

@@ -1,0 +1,264 @@
+"""A run's record in MLflow. The only module that imports mlflow."""
+
+import logging
+import os
+import sqlite3
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mnist_exp.errors import ConfigError
+
+STATUSES = ("FINISHED", "FAILED", "KILLED")
+_SQLITE = "sqlite:///"
+_PARAMS_A_BATCH = 100  # MLflow's limit
+_PARAM_LENGTH = 6000  # MLflow's limit
+
+
+def store_uri(asked: str | None, root: Path) -> str:
+    """MLFLOW_TRACKING_URI if set, else what was asked for, else SQLite under `root`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or asked or f"{_SQLITE}{root / 'mlflow.db'}"
+
+
+def check_store(uri: str) -> None:
+    """Raises ConfigError for a store that cannot be opened, as far as a look can tell.
+
+    Takes no import of mlflow, and creates nothing.
+    """
+    if uri.startswith(_SQLITE):
+        _check_sqlite(uri, Path(uri.removeprefix(_SQLITE)))
+    elif uri.startswith(("http://", "https://")):
+        try:
+            urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=3).close()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ConfigError(
+                f"tracking.uri={uri}: no MLflow server answers there ({reason}). Start it, or "
+                f"choose another store: tracking.uri=sqlite:////ABSOLUTE/PATH.db"
+            ) from error
+    elif "://" not in uri or uri.startswith("file:"):
+        raise ConfigError(
+            f"tracking.uri={uri}: MLflow no longer keeps runs in plain folders. Use "
+            f"sqlite:////ABSOLUTE/PATH.db, or the http(s) address of a server"
+        )
+
+
+def _check_sqlite(uri: str, path: Path) -> None:
+    def fail(reason: str) -> None:
+        raise ConfigError(
+            f"tracking.uri={uri}: cannot be opened, {reason}. Choose another store: "
+            f"tracking.uri=sqlite:////ABSOLUTE/PATH.db"
+        )
+
+    if not path.parent.is_dir():
+        fail(f"there is no folder {path.parent}")
+    if not path.exists():
+        if not os.access(path.parent, os.W_OK):
+            fail(f"the folder {path.parent} cannot be written")
+        return
+    if path.is_dir():
+        fail("it is a folder")
+    if not os.access(path, os.R_OK | os.W_OK):
+        fail("the file cannot be read and written")
+    try:
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            connection.execute("SELECT name FROM sqlite_master LIMIT 1").fetchall()
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        fail(str(error))
+
+
+def has_runs(uri: str) -> bool:
+    """Whether the store may hold a run; a database that was never made does not."""
+    return not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE)).exists()
+
+
+class Store:
+    """An MLflow store, opened. Raises ConfigError where it cannot be."""
+
+    def __init__(self, uri: str) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        import mlflow
+
+        for name in ("mlflow", "alembic"):  # its import sets them up
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self.uri = uri
+        mlflow.set_tracking_uri(uri)
+        self.client = mlflow.MlflowClient(uri)
+        try:
+            self.client.search_experiments(max_results=1)
+        except Exception as error:  # whatever the driver of this kind of store raises
+            raise ConfigError(
+                f"tracking.uri={uri}: cannot be opened, {str(error).splitlines()[0]}"
+            ) from error
+
+    def experiment(self, name: str) -> str:
+        """The id of the experiment of this name, made if it is not there."""
+        from mlflow.exceptions import MlflowException
+
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            location = None  # a server keeps artifacts where it was told to
+            if self.uri.startswith(_SQLITE):
+                folder = Path(self.uri.removeprefix(_SQLITE)).resolve().parent / "mlruns"
+                location = folder.as_uri()
+            try:
+                return str(self.client.create_experiment(name, artifact_location=location))
+            except MlflowException:
+                found = self.client.get_experiment_by_name(name)  # another process was faster
+                if found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            raise ConfigError(
+                f"tracking.experiment={name}: it was deleted. Choose another name, or restore it: "
+                f"MLFLOW_TRACKING_URI={self.uri} "
+                f"mlflow experiments restore -x {found.experiment_id}"
+            )
+        return str(found.experiment_id)
+
+    def find(self, word: str) -> Any:
+        """The run that a person means: `last`, a run id, or the beginning of just one."""
+        experiments = [e.experiment_id for e in self.client.search_experiments()]
+        page, runs = None, []
+        while True:
+            page = self.client.search_runs(
+                experiments, order_by=["attributes.start_time DESC"], page_token=page
+            )
+            runs += page
+            if word == "last" or not (page := page.token):
+                break
+        if not runs:
+            raise ConfigError(f"{self.uri}: it holds no runs yet. To make one: mnist-exp train")
+        matching = [r for r in runs if r.info.run_id.startswith(word)]
+        if word == "last":
+            matching = runs[:1]
+        if not matching:
+            newest = ", ".join(r.info.run_id[:8] for r in runs[:5])
+            raise ConfigError(
+                f"{word}: there is no such run in {self.uri}. "
+                f"RUN is last, a run id or its beginning; the newest: {newest}"
+            )
+        if len(matching) > 1:
+            ids = ", ".join(r.info.run_id[:12] for r in matching[:5])
+            raise ConfigError(f"{word}: {len(matching)} runs begin like this: {ids}")
+        return matching[0]
+
+    def fetch(self, run_id: str, artifact: str, folder: Path) -> Path:
+        """A copy of a run's artifact. Raises ConfigError if the run has none of this name."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
+        except (MlflowException, OSError) as error:
+            raise ConfigError(f"run {run_id}: it has no artifact {artifact}") from error
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What a run's record says of its dataset."""
+
+    name: str
+    source: str
+    digest: str
+    shape: tuple[int, ...]
+    sizes: Mapping[str, int]  # split -> images
+
+
+class Tracker:
+    """The record of one run."""
+
+    def __init__(
+        self,
+        store: Store,
+        experiment: str,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> None:
+        from mlflow.entities import Param
+
+        self.store, self.client = store, store.client
+        self.experiment_id = store.experiment(experiment)
+        run = self.client.create_run(self.experiment_id, tags=dict(tags), run_name=name)
+        self.run_id: str = run.info.run_id
+        entries = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in params.items()]
+        for first in range(0, len(entries), _PARAMS_A_BATCH):
+            self.client.log_batch(self.run_id, params=entries[first : first + _PARAMS_A_BATCH])
+
+    def dataset(self, facts: DatasetFacts) -> None:
+        """The dataset, as MLflow's dataset input of the run."""
+        import json
+
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        entity = Dataset(
+            name=facts.name,
+            digest=facts.digest[:32],  # MLflow's limit is 36
+            source_type="local",
+            source=json.dumps({"uri": facts.source}),
+            profile=json.dumps({"image": list(facts.shape), **facts.sizes}),
+        )
+        tags = [InputTag("mlflow.data.context", "training"), InputTag("sha256", facts.digest)]
+        self.client.log_inputs(self.run_id, [DatasetInput(entity, tags)])
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = [Metric(key, value, now, step) for key, value in values.items()]
+        self.client.log_batch(self.run_id, metrics=points)
+
+    def image(self, key: str, pixels: np.ndarray, step: int) -> None:
+        """`pixels`: uint8 [H, W, 3]. One key and several steps give a slider in the UI."""
+        self.client.log_image(self.run_id, pixels, key=key, step=step, synchronous=True)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        self.client.log_artifact(self.run_id, str(path), folder)
+
+    def text(self, text: str, name: str) -> None:
+        self.client.log_text(self.run_id, text, name)
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self.client.set_tag(self.run_id, key, value)
+
+    def model(
+        self, model: torch.nn.Module, shape: Sequence[int], classes: int, example: np.ndarray
+    ) -> None:
+        """The model with signature and example. example: float32 [B, C, H, W], B at least 2."""
+        import mlflow.pytorch
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        real = np.dtype("float32")
+        signature = ModelSignature(
+            Schema([TensorSpec(real, (-1, *shape))]), Schema([TensorSpec(real, (-1, classes))])
+        )
+        versions = {"torch": torch.__version__.split("+")[0], "mlflow": mlflow.__version__}
+        active = mlflow.start_run(run_id=self.run_id)
+        try:
+            mlflow.pytorch.log_model(
+                model,
+                name="model",
+                signature=signature,
+                input_example=example,
+                # said outright, as MLflow would load the model in another process to find out
+                pip_requirements=[f"{name}=={version}" for name, version in versions.items()],
+            )
+        finally:
+            mlflow.end_run(active.info.status)
+
+    def finish(self, status: str, reason: str | None = None) -> None:
+        """FINISHED, FAILED or KILLED; the reason is kept as a tag."""
+        assert status in STATUSES, status
+        if reason:
+            self.client.set_tag(self.run_id, "reason", reason[:5000])
+        self.client.set_terminated(self.run_id, status)
