@@ -14,7 +14,7 @@ test: setup
 	$(BIN)/pytest
 
 bench: setup
-	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.bench --output benchmarks/RESULTS.md
 
 setup: .venv/ready
 

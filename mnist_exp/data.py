@@ -14,6 +14,7 @@ import queue
 import string
 import tempfile
 import threading
+import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -459,6 +460,8 @@ def _answer(url: str) -> Any:
         response = answer.get(timeout=ANSWER_SECONDS)
     except queue.Empty:
         raise TimeoutError(f"no answer in {ANSWER_SECONDS:.0f} s") from None
+    if isinstance(response, urllib.error.HTTPError):  # an exception and an open response in one
+        response.close()
     if isinstance(response, Exception):
         raise response
     return response

@@ -1,0 +1,227 @@
+"""What `make bench` measures, and the page it writes.
+
+Speed is measured side by side: in one process, the contenders take turns, an epoch each, and the
+medians are compared. Everything runs on the CPU, with torch's own choice of threads.
+"""
+
+import argparse
+import gzip
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+
+from mnist_exp import data, training
+from mnist_exp.models import MLP
+from mnist_exp.optim import Constant
+from mnist_exp.stack import Stack
+
+ROUNDS = 5
+BATCH = 64
+# multiply-adds of a step on one image, forward and for the weights' gradients, and for the
+# gradient of every layer's input but the first
+FLOPS_AN_IMAGE = 2 * (2 * (784 * 64 + 64 * 32 + 32 * 10) + 64 * 32 + 32 * 10)
+EMBEDDED = Path(data.__file__).parent / "mnist"
+
+
+def matmul_rate() -> float:
+    """Floating point operations a second of a 2048 x 2048 float32 matrix product."""
+    a, b = torch.randn(2, 2048, 2048)
+    began = time.perf_counter()
+    for _ in range(5):
+        a @ b
+    return 5 * 2 * 2048**3 / (time.perf_counter() - began)
+
+
+def common_loop(root: Path) -> Callable[[], float]:
+    """(a) The loop that everyone writes. Returns a function that trains an epoch: seconds."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for packed in EMBEDDED.glob("*.gz"):
+        (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+    steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
+    images = datasets.MNIST(str(root), train=True, transform=transforms.Compose(steps))
+    loader = DataLoader(images, batch_size=BATCH, shuffle=True)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    criterion = nn.CrossEntropyLoss()
+
+    def epoch() -> float:
+        began = time.perf_counter()
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            optimizer.step()
+        return time.perf_counter() - began
+
+    return epoch
+
+
+def core(dataset: data.Dataset, compiled: bool) -> Callable[[], float]:
+    """(b) This project's core on the seed recipe."""
+    stack = Stack(lambda: MLP(dataset.shape, 10), [0], torch.device("cpu"))
+    run = training.Run(0, {"lr": 0.1}, Constant())
+    records: Iterator[object] = training.fit(
+        stack, dataset, [run], torch.optim.SGD, epochs=100, batch_size=BATCH, compiled=compiled
+    )
+
+    def epoch() -> float:
+        began = time.perf_counter()
+        while not isinstance(next(records), training.Epoch):
+            pass
+        return time.perf_counter() - began
+
+    return epoch
+
+
+def training_speed() -> list[str]:
+    """Seconds an epoch of the seed recipe, three ways, and what share of the machine that is."""
+    dataset = data.load(
+        "mnist", root=None, val_size=0, train_size=None, split_seed=0, cache=Path("data")
+    )
+    with TemporaryDirectory() as folder:
+        contenders = {
+            "(a) torchvision, DataLoader, nn.Sequential, SGD": common_loop(Path(folder)),
+            "(b) this core, compiled (what the seed recipe uses)": core(dataset, compiled=True),
+            "(b) this core, not compiled (short runs)": core(dataset, compiled=False),
+        }
+        for epoch in contenders.values():
+            epoch()  # imports, caches, and the compilation
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        rates = []
+        for _ in range(ROUNDS):
+            for name, epoch in contenders.items():
+                seconds[name].append(epoch())
+            rates.append(matmul_rate())
+    rate = statistics.median(rates)
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    baseline = next(iter(medians.values()))
+    ideal = len(dataset.train) * FLOPS_AN_IMAGE / rate
+    lines = [
+        "## Training: the seed recipe, 60,000 images, batch 64",
+        "",
+        f"Medians of {ROUNDS} interleaved epochs. Matrix products (2048 x 2048, float32) run at "
+        f"{rate / 1e9:.0f} GFLOP/s here, at which the recipe's arithmetic takes {ideal:.3f} s.",
+        "",
+        "| | seconds an epoch | min to max | times (a) | share of the matrix rate |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, median in medians.items():
+        found = seconds[name]
+        lines.append(
+            f"| {name} | {median:.3f} | {min(found):.3f} to {max(found):.3f} "
+            f"| {baseline / median:.1f} | {ideal / median:.0%} |"
+        )
+    return lines
+
+
+def start_up() -> list[str]:
+    """Seconds from typing a command to its end."""
+    lines = ["## Start-up", "", "| command | seconds, median of 5 |", "| --- | ---: |"]
+    for words in (["--help"], ["train", "--cfg", "job"]):
+        found = []
+        for _ in range(5):
+            began = time.perf_counter()
+            command = [sys.executable, "-m", "mnist_exp", *words]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            found.append(time.perf_counter() - began)
+        lines.append(f"| mnist-exp {' '.join(words)} | {statistics.median(found):.2f} |")
+    return lines
+
+
+def memory() -> list[str]:
+    """Peak memory of the seed recipe as a process, its children (a compiler) included."""
+    with TemporaryDirectory() as folder:
+        words = [
+            "train",
+            "experiments=seed_mlp",
+            f"tracking.uri=sqlite:///{folder}/mlflow.db",
+            f"hydra.run.dir={folder}/run",
+        ]
+        environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+        # a cold cache: compiling is part of the peak
+        environment["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/cache"
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mnist_exp", *words],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
+        together, alone = 0, 0
+        while process.poll() is None:
+            sizes = list(_resident(process.pid))
+            together, alone = max(together, sum(sizes)), max(alone, *sizes[:1], 0)
+            time.sleep(0.05)
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            raise SystemExit(f"the seed recipe failed with status {process.returncode}")
+    return [
+        "## Memory and time of the whole seed recipe",
+        "",
+        "`mnist-exp train experiments=seed_mlp`, 100 epochs, fresh store, compilation cache cold.",
+        "",
+        "| | |",
+        "| --- | ---: |",
+        f"| peak memory of the process | {alone / 1e9:.2f} GB |",
+        f"| peak memory with its children (the C++ compiler) | {together / 1e9:.2f} GB |",
+        f"| seconds, process start to end | {seconds:.0f} |",
+    ]
+
+
+def _resident(pid: int) -> Iterator[int]:
+    """Bytes of resident memory of a process and, after it, of its descendants (Linux)."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return
+    yield pages * os.sysconf("SC_PAGE_SIZE")
+    for child in children:
+        yield from _resident(int(child))
+
+
+def machine() -> list[str]:
+    """Where and with what it was measured."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(": ")[2] if names else model
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "mlflow"))
+    return [
+        f"{date.today()}, {os.cpu_count()} cores of {model}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}."
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="also write the page to this file")
+    asked = parser.parse_args()
+    lines = ["# Results", "", "Written by `make bench`.", "", *machine(), ""]
+    print("\n".join(lines), flush=True)
+    for measure in (training_speed, start_up, memory):
+        part = [*measure(), ""]
+        print("\n".join(part), flush=True)
+        lines += part
+    if asked.output is not None:
+        asked.output.write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
