@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from mnist_exp import data, training
+from mnist_exp import data, sources, training
 from mnist_exp.models import MLP
 from mnist_exp.optim import Constant
 from mnist_exp.stack import Stack
@@ -33,7 +33,6 @@ BATCH = 64
 # multiply-adds of a step on one image, forward and for the weights' gradients, and for the
 # gradient of every layer's input but the first
 FLOPS_AN_IMAGE = 2 * (2 * (784 * 64 + 64 * 32 + 32 * 10) + 64 * 32 + 32 * 10)
-EMBEDDED = Path(data.__file__).parent / "mnist"
 
 
 def matmul_rate() -> float:
@@ -49,7 +48,7 @@ def common_loop(root: Path) -> Callable[[], float]:
     """(a) The loop that everyone writes. Returns a function that trains an epoch: seconds."""
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for packed in EMBEDDED.glob("*.gz"):
+    for packed in sources.EMBEDDED.glob("*.gz"):
         (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
     steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
     images = datasets.MNIST(str(root), train=True, transform=transforms.Compose(steps))
@@ -203,8 +202,9 @@ def machine() -> list[str]:
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         model = names[0].partition(": ")[2] if names else model
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "mlflow"))
+    capability = torch.backends.cpu.get_cpu_capability()
     return [
-        f"{date.today()}, {os.cpu_count()} cores of {model}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{date.today()}, {os.cpu_count()} cores of {model}, {capability}, "
         f"{torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}."
     ]
 

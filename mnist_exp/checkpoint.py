@@ -3,6 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,13 +30,18 @@ def load(path: Path) -> dict[str, Any]:
     """What was saved, on the CPU. Raises ConfigError where the file is not what was written."""
     if not path.exists():
         raise ConfigError(f"{path}: there is no such checkpoint")
-    expected = _sidecar(path).read_text().split()[0] if _sidecar(path).exists() else "missing"
-    if (found := _sha256(path)) != expected:
+    words = _sidecar(path).read_text().split() if _sidecar(path).exists() else []
+    if not words:
+        raise ConfigError(f"{path}: not to be trusted, as {_sidecar(path).name} is not beside it")
+    if (found := _sha256(path)) != words[0]:
         raise ConfigError(
             f"{path}: damaged, its SHA-256 is {found[:12]}... but {_sidecar(path).name} has "
-            f"{expected[:12]}..."
+            f"{words[0][:12]}..."
         )
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError) as error:
+        raise ConfigError(f"{path}: not a checkpoint of tensors and plain values alone") from error
     return state
 
 

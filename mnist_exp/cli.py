@@ -1,12 +1,12 @@
 """The command line: `mnist-exp VERB`. A thin layer that imports nothing heavy before it must."""
 
 import argparse
+import logging
 import os
 import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,18 +38,18 @@ PRINTING = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info"
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a verb and exits: 0 well, 1 a run failed, 2 a bad command, 130 and 143 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
-    show_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    full_error = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     signal.signal(signal.SIGTERM, _terminate)
+    logging.basicConfig(format="mnist-exp: %(message)s")
+    logging.getLogger("mnist_exp").setLevel(logging.INFO)
     try:
         sys.exit(_dispatch(words))
-    except ConfigError as error:
-        if show_traceback:
-            raise
-        _complain(str(error), 2)
-    except RunFailed as error:
-        if show_traceback:
-            raise
-        _complain(str(error), 1)
+    except (ConfigError, RunFailed) as error:
+        if full_error:
+            import traceback
+
+            traceback.print_exc()
+        _complain(str(error), 2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         _complain("interrupted", 130)
 
@@ -191,15 +191,31 @@ def _show(words: list[str]) -> int:
     return 0
 
 
+def _open_store(overrides: Sequence[str]) -> Any:
+    """The store that a verb looks into. Raises ConfigError; creates none."""
+    from mnist_exp import config as configs
+    from mnist_exp import tracking
+
+    config = configs.validate(configs.task_config(configs.compose(overrides)))
+    uri = tracking.store_uri(config.tracking.uri, configs.output_root())
+    tracking.check_store(uri)
+    if not tracking.has_runs(uri):
+        raise ConfigError(f"{uri}: there are no runs yet. To make one: mnist-exp train")
+    return tracking.Store(uri)
+
+
 def _evaluate(words: list[str]) -> int:
     parser = _parser("evaluate", "The saved model of a run on the official test set.")
     parser.add_argument("run", metavar="RUN", help="a run id, its beginning, or last")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="tracking.uri=...")
     asked = parser.parse_intermixed_args(words)
 
+    store = _open_store(asked.overrides)
+    store.find(asked.run)  # before torch's seconds of import
+
     from mnist_exp import run
 
-    found = run.evaluate(asked.run, asked.overrides)
+    found = run.evaluate(store, asked.run)
     print(f"run            {found.run_id}  {found.name}")
     for key, value in found.test.items():
         text = f"{value:.2%}" if key.endswith("accuracy") else f"{value:.6f}"
@@ -218,15 +234,14 @@ def _ui(words: list[str]) -> int:
     if asked.run is not None and "=" in asked.run:
         asked.overrides, asked.run = [asked.run, *asked.overrides], None
 
-    from mnist_exp import run
-
-    store = run.open_store(asked.overrides)
-    page = f"http://127.0.0.1:{asked.port}/"
+    store = _open_store(asked.overrides)
+    remote = store.uri.startswith(("http://", "https://"))
+    page = store.uri.rstrip("/") + "/" if remote else f"http://127.0.0.1:{asked.port}/"
     if asked.run is not None:
         info = store.find(asked.run).info
         page += f"#/experiments/{info.experiment_id}/runs/{info.run_id}"
-    if store.uri.startswith(("http://", "https://")):
-        print(f"this store has a UI of its own: {store.uri}")
+    if remote:
+        print(f"this store has a UI of its own: {page}")
         return 0
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -240,12 +255,7 @@ def _ui(words: list[str]) -> int:
     print(f"the page, once it is up: {page}\nCtrl-C ends it", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.uri]
     command += ["--host", "127.0.0.1", "--port", str(asked.port), "--workers", "1"]
-    server = subprocess.Popen(command)
-    try:
-        return server.wait()
-    finally:
-        server.terminate()
-        server.wait()
+    os.execv(sys.executable, command)
 
 
 def _parser(verb: str, description: str | None = None) -> argparse.ArgumentParser:

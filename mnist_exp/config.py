@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import get_object, instantiate
-from omegaconf import MISSING, DictConfig, OmegaConf, ValidationError
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.errors import ConfigError
@@ -78,6 +79,8 @@ class Config:
     tracking: TrackingConfig = MISSING
 
 
+# ValueError: a group that is given something else than a name
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 OPEN_PARTS = ("model", "optimizer", "schedule")
 OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")
 _PACKAGE = Path(__file__).resolve().parent
@@ -96,6 +99,7 @@ def output_root() -> Path:
 
 def register() -> None:
     """Makes the schema and the resolvers known to Hydra; to be called before Hydra starts."""
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises
     ConfigStore.instance().store("schema", Config)
     OmegaConf.register_new_resolver("project_root", lambda: str(project_root()), replace=True)
     OmegaConf.register_new_resolver("output_root", lambda: str(output_root()), replace=True)
@@ -116,14 +120,18 @@ def compose(
         if not here.is_dir():
             raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
         words.append(f"hydra.searchpath=['file://{project_root()}','file://{here}']")
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(
-            str(project_root() / "conf"), job_name="train", version_base="1.3"
-        ):
-            return hydra_compose(config_name, words, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+        return _compose(words, config_name)
+    except COMPOSITION_ERRORS as error:
         raise explain(error, overrides) from error
+
+
+def _compose(words: Sequence[str], config_name: str = "config") -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(project_root() / "conf"), job_name="train", version_base="1.3"):
+        config = hydra_compose(config_name, list(words), return_hydra_config=True)
+    str(config.hydra.run.dir)  # an interpolation in it may lead nowhere
+    return config
 
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
@@ -137,28 +145,28 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
             f"{group}={option}: there is no such choice. "
             f"{_suggest(option, error.options)}{group} can be: {', '.join(error.options)}"
         )
-    if found := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(found[1], overrides)
     key = getattr(cause, "full_key", None) or ""
-    if isinstance(cause, ValidationError):
-        value = str(cause).splitlines()[0].replace("Integer", "a whole number")
-        return ConfigError(f"{key}: {value.replace('Float', 'a number')}")
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(key or found[1], overrides)
+    if text.startswith("Config group override must be"):
+        groups = [word for word in overrides if "." not in word.split("=")[0]]
+        return ConfigError(
+            f"{' '.join(groups)}: a group takes the name of one of its choices, as in model=cnn"
+        )
     if key and "not in" in str(cause):
         return _unknown_key(key, overrides)
+    if key:
+        fault = str(cause).splitlines()[0].replace("Integer", "a whole number")
+        return ConfigError(f"{key}: {fault.replace('Float', 'a number')}")
     lines = [line for line in text.splitlines() if line and not line.startswith("See https")]
     return ConfigError("\n".join(lines))
 
 
 def _unknown_key(key: str, overrides: Sequence[str]) -> ConfigError:
-    usable = [o for o in overrides if not o.lstrip("+~").startswith(key)]
-    config: DictConfig | None = None
-    for words in (usable, []):
-        try:
-            config = compose(words)
-            break
-        except ConfigError:  # another override is wrong as well: its turn comes after this one
-            continue
-    assert config is not None
+    try:
+        config = _compose([o for o in overrides if not o.lstrip("+~").startswith(key)])
+    except COMPOSITION_ERRORS:  # it is in a {...}, or another override is wrong as well
+        config = _compose([])
     known = [name for name, _ in leaves(task_config(config))]
     groups = [str(g) for g in config.hydra.runtime.choices if "/" not in str(g)]
     parent, _, name = key.rpartition(".")
@@ -168,6 +176,8 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> ConfigError:
         message += f"{parent} has: {', '.join(dict.fromkeys(s.split('.')[0] for s in siblings))}"
         if parent.split(".")[0] in OPEN_PARTS:
             message += f". To pass {name} to the target all the same: +{key}=VALUE"
+    elif parent == "tracking.tags":
+        message = f"{key}: there is no such tag yet. To add it: +{key}=VALUE"
     else:
         message += f"The keys and groups are: {', '.join(sorted({*groups, 'seed'}))}"
     return ConfigError(message)
@@ -206,12 +216,14 @@ def validate(config: DictConfig) -> Config:
 
     Needs no torch: what a target takes, and a device's presence, are checked when it is built.
     """
-    if missing := OmegaConf.missing_keys(config):
-        key = sorted(missing)[0]
-        raise ConfigError(f"{key} has no value yet: add {key}=VALUE")
     try:
+        if missing := OmegaConf.missing_keys(config):
+            key = sorted(missing)[0]
+            raise ConfigError(f"{key} has no value yet: add {key}=VALUE")
         OmegaConf.resolve(config)
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), config))
+        # as plain values, because a typed node keeps the keys that +KEY=VALUE has added to it
+        plain = OmegaConf.to_container(config)
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(typed, Config)
@@ -249,15 +261,19 @@ def validate(config: DictConfig) -> Config:
             if name.endswith("_target_"):
                 _check_target(name, value, typed.trusted_packages)
     lr = typed.optimizer.get("lr", 0.0)
-    need(isinstance(lr, int | float) and lr >= 0, "optimizer.lr", lr, "a number of 0 or more")
+    is_number = isinstance(lr, int | float) and not isinstance(lr, bool)
+    need(is_number and lr >= 0, "optimizer.lr", lr, "a number of 0 or more")
     return typed
 
 
-def _check_target(key: str, target: Any, trusted: Sequence[str]) -> None:
+def _check_target(key: str, target: Any, trusted: Sequence[str], home: str = "") -> None:
+    """`home`: where the thing that `target` leads to is defined, once that is known."""
     allowed = (*OWN_PACKAGES, *trusted)
-    if not isinstance(target, str) or not any(target.startswith(f"{p}.") for p in allowed):
+    if not any(str(home or target).startswith(f"{p}.") for p in allowed):
+        leads = f" leads to {home}" if home else ""
         raise ConfigError(
-            f"{key}={target}: this target is not allowed. Targets come from {', '.join(allowed)}; "
+            f"{key}={target}{leads}: this target is not allowed. "
+            f"Targets come from {', '.join(allowed)}; "
             f"to trust another package: trusted_packages=[PACKAGE]"
         )
 
@@ -270,14 +286,16 @@ def _resolve(key: str, node: Mapping[str, Any], base: type, trusted: Sequence[st
     """
     target = node.get("_target_")
     _check_target(f"{key}._target_", target, trusted)
-    if any(str(target).startswith(f"{p}.") for p in trusted) and "" not in sys.path:
+    if any(str(target).startswith(f"{p}.") for p in trusted) and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a module beside where the command is typed
     try:
         found = get_object(str(target))
     except Exception as error:  # importing somebody's module can raise anything
-        raise ConfigError(f"{key}._target_={target}: {_last_line(error)}") from error
+        reason = " ".join(str(error).split("\n", 1)[-1].split())  # the first line says no more
+        raise ConfigError(f"{key}._target_={target}: it cannot be imported. {reason}") from error
     is_class = inspect.isclass(found) and issubclass(found, base)
-    _check_target(f"{key}._target_", f"{getattr(found, '__module__', '?')}.", trusted)
+    home = f"{getattr(found, '__module__', '?')}.{getattr(found, '__qualname__', '?')}"
+    _check_target(f"{key}._target_", target, trusted, home)
     if not is_class or inspect.isabstract(found):
         raise ConfigError(f"{key}._target_={target}: must be a class that extends {base.__name__}")
     return found
@@ -303,6 +321,14 @@ def _check_arguments(
         needed = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         if needed and argument not in node and argument not in given:
             raise ConfigError(f"{key}.{argument}: {name} needs it. Add +{key}.{argument}=VALUE")
+
+
+def _named_arguments(key: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a target that takes plain values: nothing nested in them is built."""
+    for name in node:
+        if name.startswith("_") and name != "_target_":
+            raise ConfigError(f"{key}.{name}: every argument of the {key} is given by its name")
+    return {name: value for name, value in node.items() if name != "_target_"}
 
 
 def build_model(
@@ -366,7 +392,7 @@ def build_optimizer(
     for unsuited, why in UNSUITED.items():
         if issubclass(target, unsuited):
             raise ConfigError(f"optimizer._target_: {target.__name__} cannot be used here: {why}")
-    arguments = {k: v for k, v in config.optimizer.items() if not k.startswith("_")}
+    arguments = _named_arguments("optimizer", config.optimizer)
     try:
         target(parameters, **arguments)
     except Exception as error:  # a constructor can raise anything
@@ -380,8 +406,9 @@ def build_schedule(config: Config) -> "Schedule":
 
     target = _resolve("schedule", config.schedule, Schedule, config.trusted_packages)
     _check_arguments("schedule", target, config.schedule)
+    arguments = _named_arguments("schedule", config.schedule)
     try:
-        schedule: Schedule = instantiate(config.schedule)
+        schedule: Schedule = target(**arguments)
     except Exception as error:  # a constructor can raise anything
         raise ConfigError(f"schedule: {target.__qualname__}: {_last_line(error)}") from error
     if schedule.warmup_epochs > config.training.epochs:

@@ -83,4 +83,5 @@ class Terminal(Reporter):
         self.console.print(text, markup=False)
 
     def stop(self) -> None:
-        self.bar.stop()
+        if self.bar.live.is_started:  # else it would print an empty line
+            self.bar.stop()

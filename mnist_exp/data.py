@@ -1,47 +1,19 @@
-"""Where images come from: found, verified, unpacked, checked and split, as uint8 tensors.
-
-Nothing unverified is trusted: MNIST's unpacked files and the other sets' archives must have the
-published SHA-256, and a folder of one's own files is checked against its headers to the byte.
-"""
+"""Images and labels as tensors: checked, split into train and validation, normalised."""
 
 import difflib
-import gzip
 import hashlib
-import http.client
-import logging
 import math
-import queue
-import string
-import tempfile
-import threading
-import urllib.error
-import urllib.request
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mnist_exp import sources
 from mnist_exp.errors import ConfigError
-
-log = logging.getLogger(__name__)
-
-EMBEDDED = Path(__file__).with_name("mnist")
-ANSWER_SECONDS = 5.0  # how long a download waits for the server: without a network it ends here
-BLOCK = 1 << 20  # bytes read at once
-
-# An IDX file starts with two zeros, the type code and the number of dimensions.
-IMAGES, LABELS, QMNIST_LABELS = b"\0\0\x08\x03", b"\0\0\x08\x01", b"\0\0\x0c\x02"
-CONTENT = {
-    IMAGES: "images (bytes, 3 dimensions)",
-    LABELS: "labels (bytes, 1 dimension)",
-    QMNIST_LABELS: "QMNIST's labels (int32, 2 dimensions)",
-}
+from mnist_exp.sources import KNOWN, Spec
 
 
 @dataclass(frozen=True)
@@ -89,92 +61,6 @@ class Dataset:
         return images.to(torch.float32).sub_(255 * self.mean).mul_(1 / (255 * self.std))
 
 
-@dataclass(frozen=True)
-class _Spec:
-    """A published data set. Four files: training images and labels, test images and labels."""
-
-    kind: str  # torchvision's class, and its folder in torchvision's layout
-    classes: tuple[str, ...]
-    files: tuple[str, ...]  # the archives; of EMNIST, the members of the one archive
-    sha256: tuple[str, ...]  # of the archives; of MNIST, of the unpacked files
-    labels: bytes = LABELS
-    first_label: int = 0
-
-    @property
-    def archives(self) -> tuple[str, ...]:
-        return ("gzip.zip",) if self.kind == "EMNIST" else self.files
-
-
-def _files(train: str, test: str, labels: str = "labels-idx1-ubyte") -> tuple[str, ...]:
-    contents = ("images-idx3-ubyte", labels)
-    return tuple(f"{part}-{content}.gz" for part in (train, test) for content in contents)
-
-
-def _emnist(part: str, classes: str, first_label: int = 0) -> _Spec:
-    files = _files(f"gzip/emnist-{part}-train", f"gzip/emnist-{part}-test")
-    sha256 = ("fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",)
-    return _Spec("EMNIST", tuple(classes), files, sha256, first_label=first_label)
-
-
-# The digests of MNIST are published with its canonical distribution (mnist/README.md), those of the
-# archives by tensorflow/datasets in tensorflow_datasets/url_checksums/*.txt.
-SPECS = {
-    "mnist": _Spec(
-        "MNIST",
-        tuple(string.digits),
-        _files("train", "t10k"),
-        (
-            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-        ),
-    ),
-    "fashion_mnist": _Spec(
-        "FashionMNIST",
-        (
-            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-        ),
-        _files("train", "t10k"),
-        (
-            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-        ),
-    ),
-    "kmnist": _Spec(
-        "KMNIST",
-        ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
-        _files("train", "t10k"),
-        (
-            "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
-            "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
-            "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
-            "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c",
-        ),
-    ),
-    "qmnist": _Spec(
-        "QMNIST",
-        tuple(string.digits),
-        _files("qmnist-train", "qmnist-test", "labels-idx2-int"),
-        (
-            "9e26a7bf1683614e065d7b76460ccd52807165b3f22561fb782bd9f38c52b51d",
-            "2c05dc77f6b916b38e455e97ab129a42a444f3dbef09b278a366f82904e0dd9f",
-            "43fc22bf7498b8fc98de98369d72f752d0deabc280a43a7bcc364ab19e57b375",
-            "9fbcbe594c3766fdf4f0b15c5165dc0d1e57ac604e01422608bb72c906030d06",
-        ),
-        labels=QMNIST_LABELS,
-    ),
-    "emnist_letters": _emnist("letters", string.ascii_uppercase, first_label=1),
-    # Lower-case letters that look like their capitals are one class with them.
-    "emnist_balanced": _emnist("balanced", string.digits + string.ascii_uppercase + "abdefghnqrt"),
-    "emnist_digits": _emnist("digits", string.digits),
-}
-KNOWN = tuple(SPECS)
-
-
 def load(
     name: str,
     *,
@@ -201,18 +87,24 @@ def load(
         raise ConfigError("dataset.root: missing; dataset.name=idx needs the folder of its files")
     if name != "idx" and classes is not None:
         raise ConfigError(f"dataset.classes: only for dataset.name=idx; {name} has its own names")
-    spec = SPECS.get(name) or _Spec("", tuple(map(str, classes or ())), (), ())
+    spec = sources.SPECS.get(name) or Spec("", tuple(map(str, classes or ())), (), ())
     embedded = name == "mnist" and root is None
-    folder = EMBEDDED if embedded else Path(root).expanduser() if root is not None else cache
+    folder = (
+        sources.EMBEDDED if embedded else Path(root).expanduser() if root is not None else cache
+    )
 
     names, arrays, digest = [], [], hashlib.sha256()
     published = spec.sha256 if name == "mnist" else (None,) * 4
-    open_files = _idx_files(folder) if name in ("mnist", "idx") else _archives(name, spec, folder)
+    open_files = (
+        sources.idx_files(folder)
+        if name in ("mnist", "idx")
+        else sources.archives(name, spec, folder)
+    )
     try:
         for (file_name, file, size), magic, sha256 in zip(
-            open_files, (IMAGES, spec.labels) * 2, published, strict=True
+            open_files, (sources.IMAGES, spec.labels) * 2, published, strict=True
         ):
-            raw, array = _unpack(file_name, file, size, magic)
+            raw, array = sources.unpack(file_name, file, size, magic)
             if sha256 and hashlib.sha256(raw.data).hexdigest() != sha256:
                 raise ConfigError(
                     f"{file_name}: damaged, or not MNIST: the SHA-256 of its content must be"
@@ -246,95 +138,7 @@ def load(
     )
 
 
-_OpenFile = tuple[str, IO[bytes], int]  # its name, for messages; itself; its size in bytes
-
-
-def _idx_files(root: Path) -> Iterator[_OpenFile]:
-    """The four IDX files in `root` or below it where torchvision keeps MNIST, one after the other,
-    in any of the usual spellings."""
-    if not root.is_dir():
-        fault = "is not a folder" if root.exists() else "there is no such folder"
-        raise ConfigError(f"dataset.root={root}: {fault}; it must hold the four IDX files")
-    paths = []
-    for parts in (("train",), ("t10k", "test")):
-        for content in ("images{}idx3-ubyte", "labels{}idx1-ubyte"):
-            stems = [f"{part}-{content.format(mark)}" for part in parts for mark in "-."]
-            names = [stem + end for stem in stems for end in ("", ".gz")]
-            here = [place / name for place in (root, root / "MNIST" / "raw") for name in names]
-            found = [path for path in here if path.is_file()]
-            if not found:
-                raise ConfigError(f"dataset.root={root}: a file is missing: {' or '.join(names)}")
-            paths.append(found[0])
-    for path in paths:
-        with path.open("rb") as file:
-            yield str(path), file, path.stat().st_size
-
-
-def _archives(name: str, spec: _Spec, root: Path) -> Iterator[_OpenFile]:
-    """The four files of a published set, one after the other, out of its verified archives, which
-    are in `root` or below it where torchvision keeps them, or else are downloaded to there."""
-    home = root / spec.kind / "raw"
-    for archive, sha256 in zip(spec.archives, spec.sha256, strict=True):
-        found = [path for path in (home / archive, root / archive) if path.is_file()]
-        path = found[0] if found else _download(name, spec, archive, sha256, home)
-        with path.open("rb") as file:
-            if _sha256(file) != sha256:
-                raise ConfigError(
-                    f"{path}: damaged, or not of {name}: its SHA-256 must be {sha256};"
-                    " delete it to have it downloaded"
-                )
-            if archive in spec.files:
-                yield str(path), file, path.stat().st_size
-                continue
-            with zipfile.ZipFile(file) as bundle:
-                for member in spec.files:
-                    with bundle.open(member) as inner:
-                        yield f"{path}/{member}", inner, bundle.getinfo(member).file_size
-
-
-def _unpack(name: str, file: IO[bytes], size: int, magic: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes of an IDX file, header included, and what they hold: [N, H, W] or [N], a view."""
-    zipped = name.endswith(".gz")
-    stream: Any = gzip.GzipFile(fileobj=file) if zipped else file
-    try:
-        start = stream.read(4)
-        if start != magic:
-            hint = f", as {CONTENT[start]} do: mislabelled?" if start in CONTENT else ""
-            raise ConfigError(
-                f"{name}: not an IDX file of {CONTENT[magic]}: it must start with {magic.hex(' ')}"
-                f" and starts with {start.hex(' ') or 'nothing'}{hint}"
-            )
-        header = np.frombuffer(start + stream.read(4 * magic[3]), np.uint8)
-        if len(header) < 4 + 4 * magic[3]:
-            raise ConfigError(f"{name}: truncated: it ends within its header")
-        shape = header[4:].view(">u4").tolist()
-        element = np.dtype(np.uint8 if magic[2] == 8 else ">i4")
-        length = len(header) + math.prod(shape) * element.itemsize
-        # A false header must not reserve more memory than the file can fill: deflate packs at best
-        # 1032 to 1 (https://zlib.net/zlib_tech.html).
-        raw = np.empty(min(length, size * 1032 if zipped else size), np.uint8)
-        raw[: len(header)] = header
-        done = len(header)
-        while block := stream.read(min(BLOCK, len(raw) - done)):
-            raw[done : done + len(block)] = np.frombuffer(block, np.uint8)
-            done += len(block)
-        surplus = stream.read(1)  # also has gzip compare its checksum
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ConfigError(f"{name}: damaged gzip file ({error}); replace it") from error
-    if done < length or surplus:
-        fault = "goes on: trailing bytes" if surplus else f"has {done}: truncated"
-        raise ConfigError(
-            f"{name}: {_times(shape)} by its header, {length} bytes in all; the file {fault}"
-        )
-    if length == len(header):
-        raise ConfigError(f"{name}: holds nothing: {_times(shape)} by its header")
-    array = raw[len(header) :].view(element).reshape(shape)
-    if magic == QMNIST_LABELS:  # [N, 8]: the class, then the writer, ...
-        array = array[:, 0].astype(np.int64)
-    return raw, array
-
-
-def _check(names: Sequence[str], arrays: Sequence[np.ndarray], spec: _Spec) -> None:
+def _check(names: Sequence[str], arrays: Sequence[np.ndarray], spec: Spec) -> None:
     """The files belong together, [N, H, W], [N], [M, H, W], [M], and every label has a class."""
     for i in (0, 2):
         if len(arrays[i]) != len(arrays[i + 1]):
@@ -342,7 +146,7 @@ def _check(names: Sequence[str], arrays: Sequence[np.ndarray], spec: _Spec) -> N
                 f"{names[i]}: {len(arrays[i])} images, but {len(arrays[i + 1])} labels in"
                 f" {names[i + 1]}; every image must have one"
             )
-    sizes = [_times(arrays[i].shape[1:]) for i in (0, 2)]
+    sizes = [sources.times(arrays[i].shape[1:]) for i in (0, 2)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"{names[2]}: images of {sizes[1]} pixels, but {sizes[0]} in {names[0]}; they must be"
@@ -408,71 +212,3 @@ def _mean_and_std(images: Tensor) -> tuple[float, float]:
     total = sum(count * level for level, count in enumerate(counts))
     squares = sum(count * level**2 for level, count in enumerate(counts))
     return total / (255 * n), math.sqrt(n * squares - total**2) / (255 * n)
-
-
-def _download(name: str, spec: _Spec, archive: str, sha256: str, folder: Path) -> Path:
-    """`archive` into `folder`: whole and verified, or not at all."""
-    from torchvision import datasets  # takes 1.3 s and 160 MB, so not before it is needed
-
-    kind: Any = getattr(datasets, spec.kind)
-    if spec.kind == "EMNIST":
-        url = kind.url
-    elif spec.kind == "QMNIST":
-        pairs = [pair for part in kind.resources.values() for pair in part]
-        url = next(url for url, _ in pairs if url.endswith(f"/{archive}"))
-    else:
-        url = kind.mirrors[0] + archive
-    log.info("downloading %s to %s", url, folder)
-    try:
-        with _answer(url) as response:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as partial:
-                path = Path(partial, archive)
-                with path.open("w+b") as file:
-                    while block := response.read(BLOCK):
-                        file.write(block)
-                    file.seek(0)
-                    if _sha256(file) != sha256:
-                        raise OSError(f"incomplete or altered: its SHA-256 is not {sha256}")
-                return path.replace(folder / archive)
-    except (OSError, http.client.HTTPException) as error:
-        raise ConfigError(
-            f"dataset.name={name}: {archive} is missing and cannot be downloaded from {url}"
-            f" ({error}); put {', '.join(spec.archives)} into {folder} by hand, or say"
-            " dataset.root=FOLDER for a folder that has them"
-        ) from error
-
-
-def _answer(url: str) -> Any:
-    """The open response of `url`, in time or never: in a thread, because a socket's timeout leaves
-    out the look-up of the host's name, which can take far longer where there is no network."""
-    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def ask() -> None:
-        request = urllib.request.Request(url, headers={"User-Agent": "mnist-exp"})
-        try:
-            answer.put(urllib.request.urlopen(request, timeout=ANSWER_SECONDS))
-        except Exception as error:
-            answer.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        response = answer.get(timeout=ANSWER_SECONDS)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {ANSWER_SECONDS:.0f} s") from None
-    if isinstance(response, urllib.error.HTTPError):  # an exception and an open response in one
-        response.close()
-    if isinstance(response, Exception):
-        raise response
-    return response
-
-
-def _sha256(file: IO[bytes]) -> str:
-    """Of the rest of `file`, which is then back at its beginning."""
-    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-    file.seek(0)
-    return digest
-
-
-def _times(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))

@@ -69,8 +69,8 @@ class SGD(Rule):
         self.remembers = bool(self.numbers["momentum"].any())
 
     def at(self, step: int, lr: np.ndarray) -> Numbers:
-        # torch starts its buffer with the undamped first gradient
-        damping = self.numbers["dampening"] * (step > 1)
+        # torch starts its buffer with the undamped first gradient, and has none without momentum
+        damping = self.numbers["dampening"] * (step > 1) * (self.numbers["momentum"] > 0)
         return {**super().at(step, lr), "undamped": 1 - damping}
 
     def slots(self, p: Tensor) -> Slots:
@@ -257,7 +257,8 @@ class Step(Schedule):
             raise ValueError("every_epochs must be more than 0, got 0")
 
     def course(self, epoch: float, epochs: float) -> float:
-        return float(self.gamma ** math.floor(epoch / self.every_epochs))
+        # a step is a fraction of an epoch: 0.3 / 0.1 is a little less than 3
+        return float(self.gamma ** math.floor(epoch / self.every_epochs + 1e-9))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """One run from its config to its record: compose, check, build, train, keep."""
 
 import getpass
+import os
 import platform
 import shlex
 import subprocess
@@ -23,7 +24,7 @@ from mnist_exp.errors import ConfigError, RunFailed
 from mnist_exp.models import Served
 from mnist_exp.optim import Schedule
 from mnist_exp.stack import Stack
-from mnist_exp.tracking import DatasetFacts, Store, Tracker, check_store, has_runs, store_uri
+from mnist_exp.tracking import DatasetFacts, Store, Tracker, check_store, store_uri
 
 SHOWN = 30  # images in a sample grid
 
@@ -158,7 +159,9 @@ def _name(config: Config, choices: Mapping[Any, Any]) -> str:
 
 def execute(job: Job, folder: Path, reporter: Reporter) -> Result:
     """Trains a job and keeps its record in `folder` and in MLflow, with its true status."""
+    _check_folder(folder)
     store = Store(job.store_uri)
+    experiment = store.experiment(job.config.tracking.experiment)
     try:
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(job.asked, folder / ".hydra" / "config.yaml")
@@ -171,7 +174,7 @@ def execute(job: Job, folder: Path, reporter: Reporter) -> Result:
             f"Choose another: hydra.run.dir=FOLDER"
         ) from error
     params = dict(configs.leaves(job.asked))
-    tracker = Tracker(store, job.config.tracking.experiment, job.name, params, _tags(job, folder))
+    tracker = Tracker(store, experiment, job.name, params, _tags(job, folder))
     try:
         result = _run(job, folder, reporter, tracker)
     except BaseException as error:
@@ -183,6 +186,16 @@ def execute(job: Job, folder: Path, reporter: Reporter) -> Result:
         raise
     tracker.finish("FINISHED")
     return result
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ConfigError for an output folder that cannot be made, as far as a look can tell."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ConfigError(
+            f"{folder}: the output folder cannot be made, as {place} is not a folder that can be "
+            f"written. Choose another: hydra.run.dir=FOLDER"
+        )
 
 
 def _run(job: Job, folder: Path, reporter: Reporter, tracker: Tracker) -> Result:
@@ -337,10 +350,14 @@ def _git(*words: str) -> str:
     """What git says of the project's checkout; '' where there is none."""
     if not configs.IS_CHECKOUT:
         return ""
-    answer = subprocess.run(
-        ["git", *words], cwd=configs.project_root(), capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() if answer.returncode == 0 else ""
+    try:
+        answer = subprocess.run(
+            ["git", *words], cwd=configs.project_root(), capture_output=True, check=False
+        )
+    except OSError:  # git is not installed
+        return ""
+    # a diff may hold bytes of any encoding
+    return answer.stdout.decode(errors="replace").strip() if answer.returncode == 0 else ""
 
 
 def _tags(job: Job, folder: Path) -> dict[str, str]:
@@ -404,9 +421,8 @@ class Evaluation:
     recorded: dict[str, float]  # what the run itself had found
 
 
-def evaluate(run: str, overrides: Sequence[str] = ()) -> Evaluation:
+def evaluate(store: Store, run: str) -> Evaluation:
     """The saved model of a run on the official test set of its dataset."""
-    store = open_store(overrides)
     found = store.find(run)
     with TemporaryDirectory() as folder:
         recorded = OmegaConf.load(store.fetch(found.info.run_id, "config.yaml", Path(folder)))
@@ -420,17 +436,14 @@ def evaluate(run: str, overrides: Sequence[str] = ()) -> Evaluation:
         [config.seed],
         torch.device("cpu"),
     )
-    stack.restore({name: tensor[None] for name, tensor in state.items()})
+    shapes = [{n: t.shape for n, t in s.items()} for s in (state, stack.module.state_dict())]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"run {found.info.run_id}: its checkpoint does not fit {config.model['_target_']} as "
+            f"it is now: the code has changed since"
+        )
+    # a buffer that is no part of the state is as the constructor made it
+    stack.restore(stack.snapshot() | {name: tensor[None] for name, tensor in state.items()})
     test = training.score(training.predict(stack, dataset, dataset.test), dataset.test, "test")[0]
     known = {key: value for key, value in found.data.metrics.items() if key in test}
     return Evaluation(found.info.run_id, found.info.run_name, test, known)
-
-
-def open_store(overrides: Sequence[str] = ()) -> Store:
-    """The store that the verbs look into. Raises ConfigError; creates none."""
-    config = configs.validate(configs.task_config(configs.compose(overrides)))
-    uri = store_uri(config.tracking.uri, configs.output_root())
-    check_store(uri)
-    if not has_runs(uri):
-        raise ConfigError(f"{uri}: there are no runs yet. To make one: mnist-exp train")
-    return Store(uri)

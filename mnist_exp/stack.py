@@ -88,9 +88,11 @@ class Stack:
         noise: Tensor,
         smooth: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensors, Tensor]]:
-        # modules write to their buffers (BatchNorm): they get copies, which are handed back
-        buffers = {n: b.clone() for n, b in buffers.items()}
-        logits = self._call({**params, **buffers}, x, noise if self.noisy else None)
+        # modules write to their buffers (BatchNorm): they get copies, and what is there in the end,
+        # written to or assigned, is handed back
+        tensors = {**params, **{n: b.clone() for n, b in buffers.items()}}
+        logits = self._call(tensors, x, noise if self.noisy else None)
+        buffers = {n: tensors[n].detach() for n in buffers}
         loss = F.cross_entropy(logits, y)
         if smooth is not None:
             uniform = -F.log_softmax(logits, -1).mean()  # the cross-entropy with all classes alike
@@ -180,8 +182,11 @@ class _Noise(TorchFunctionMode):
         if p == 1:
             return input * 0
         self.calls += 1
-        # whole channels: the mask has one value where the channel has its positions
-        shape = input.shape[: input.dim() - rank] + (1,) * rank
+        # whole channels: the mask is [N, C, 1, ...], or [C, 1, ...] where torch reads the input as
+        # one example; to dropout2d three dimensions are [N, C, L]
+        one = rank in (1, 3) and input.dim() < rank + 2
+        own = input.dim() if rank == 0 else 2 - one
+        shape = input.shape[:own] + (1,) * (input.dim() - own)
         count = 1
         for size in shape:
             count *= size
@@ -195,5 +200,5 @@ class _Noise(TorchFunctionMode):
         return input * keep / (1 - p)
 
 
-# function -> how many of the last dimensions share one mask value
+# function -> how many dimensions a channel has, which share one mask value
 _DROPOUTS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}

@@ -7,15 +7,19 @@ import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from mnist_exp.errors import ConfigError
 
+if TYPE_CHECKING:  # the verbs that only look into a store do without it
+    import torch
+
 STATUSES = ("FINISHED", "FAILED", "KILLED")
+_ENVIRONMENT = "MLFLOW_TRACKING_URI"
 _SQLITE = "sqlite:///"
 _PARAMS_A_BATCH = 100  # MLflow's limit
 _PARAM_LENGTH = 6000  # MLflow's limit
@@ -23,7 +27,7 @@ _PARAM_LENGTH = 6000  # MLflow's limit
 
 def store_uri(asked: str | None, root: Path) -> str:
     """MLFLOW_TRACKING_URI if set, else what was asked for, else SQLite under `root`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or asked or f"{_SQLITE}{root / 'mlflow.db'}"
+    return os.environ.get(_ENVIRONMENT) or asked or f"{_SQLITE}{root / 'mlflow.db'}"
 
 
 def check_store(uri: str) -> None:
@@ -91,14 +95,19 @@ class Store:
         for name in ("mlflow", "alembic"):  # its import sets them up
             logging.getLogger(name).setLevel(logging.ERROR)
         self.uri = uri
+        asked = os.environ.get(_ENVIRONMENT)
         mlflow.set_tracking_uri(uri)
+        # which also sets the variable, and store_uri() would take this store for the next run's
+        if asked is None:
+            os.environ.pop(_ENVIRONMENT, None)
+        else:
+            os.environ[_ENVIRONMENT] = asked
         self.client = mlflow.MlflowClient(uri)
         try:
             self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever the driver of this kind of store raises
-            raise ConfigError(
-                f"tracking.uri={uri}: cannot be opened, {str(error).splitlines()[0]}"
-            ) from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"tracking.uri={uri}: cannot be opened, {reason}") from error
 
     def experiment(self, name: str) -> str:
         """The id of the experiment of this name, made if it is not there."""
@@ -173,7 +182,7 @@ class DatasetFacts:
 
 
 class Tracker:
-    """The record of one run."""
+    """The record of one run. `experiment`: the id of the experiment that it is a part of."""
 
     def __init__(
         self,
@@ -186,8 +195,7 @@ class Tracker:
         from mlflow.entities import Param
 
         self.store, self.client = store, store.client
-        self.experiment_id = store.experiment(experiment)
-        run = self.client.create_run(self.experiment_id, tags=dict(tags), run_name=name)
+        run = self.client.create_run(experiment, tags=dict(tags), run_name=name)
         self.run_id: str = run.info.run_id
         entries = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in params.items()]
         for first in range(0, len(entries), _PARAMS_A_BATCH):
@@ -231,7 +239,7 @@ class Tracker:
             self.client.set_tag(self.run_id, key, value)
 
     def model(
-        self, model: torch.nn.Module, shape: Sequence[int], classes: int, example: np.ndarray
+        self, model: "torch.nn.Module", shape: Sequence[int], classes: int, example: np.ndarray
     ) -> None:
         """The model with signature and example. example: float32 [B, C, H, W], B at least 2."""
         import mlflow.pytorch
@@ -242,7 +250,7 @@ class Tracker:
         signature = ModelSignature(
             Schema([TensorSpec(real, (-1, *shape))]), Schema([TensorSpec(real, (-1, classes))])
         )
-        versions = {"torch": torch.__version__.split("+")[0], "mlflow": mlflow.__version__}
+        versions = {name: version(name) for name in ("torch", "mlflow")}
         active = mlflow.start_run(run_id=self.run_id)
         try:
             mlflow.pytorch.log_model(
@@ -251,7 +259,7 @@ class Tracker:
                 signature=signature,
                 input_example=example,
                 # said outright, as MLflow would load the model in another process to find out
-                pip_requirements=[f"{name}=={version}" for name, version in versions.items()],
+                pip_requirements=[f"{name}=={number}" for name, number in versions.items()],
             )
         finally:
             mlflow.end_run(active.info.status)

@@ -281,7 +281,7 @@ class _Step:
         grads, new_buffers, loss, correct = self.stack.gradients(
             params, buffers, x, y, noise, self.smooth
         )
-        largest = torch.stack([g.flatten(1).abs().amax(1) for g in grads.values()]).amax(0)
+        largest = torch.stack([g.reshape(len(g), -1).abs().amax(1) for g in grads.values()]).amax(0)
         finite = torch.isfinite(loss) & torch.isfinite(largest)
         alive = alive & finite
         if self.rule is None:

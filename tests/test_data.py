@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from mnist_exp import data
-from mnist_exp.data import Dataset, load
+from mnist_exp import sources
+from mnist_exp.data import Dataset, Split, load
 from mnist_exp.errors import ConfigError
 
 FILES = (
@@ -104,9 +104,9 @@ def test_a_folder_of_mnist_files_is_the_same(mnist: Dataset, tmp_path: Path) -> 
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in FILES[:2]:
-        (raw / f"{name}.gz").symlink_to(data.EMBEDDED / f"{name}.gz")
+        (raw / f"{name}.gz").symlink_to(sources.EMBEDDED / f"{name}.gz")
     for name in FILES[2:]:
-        (raw / name).write_bytes(gzip.decompress((data.EMBEDDED / f"{name}.gz").read_bytes()))
+        (raw / name).write_bytes(gzip.decompress((sources.EMBEDDED / f"{name}.gz").read_bytes()))
     again = read("mnist", tmp_path)
     assert again.digest == mnist.digest
     assert torch.equal(again.test.images, mnist.test.images)
@@ -157,9 +157,9 @@ def test_damaged_mnist_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in FILES:
-        shutil.copy(data.EMBEDDED / f"{name}.gz", tmp_path)
+        shutil.copy(sources.EMBEDDED / f"{name}.gz", tmp_path)
     damage(tmp_path)
-    monkeypatch.setattr(data, "EMBEDDED", tmp_path)
+    monkeypatch.setattr(sources, "EMBEDDED", tmp_path)
     with pytest.raises(ConfigError, match=rf"train-labels-idx1-ubyte.*{fault}"):
         read("mnist", None if embedded else tmp_path)
 
@@ -320,7 +320,7 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("numbered"), [images, labels, images[:9], labels[:9]])
 
 
-def indices(split: data.Split | None) -> list[int]:
+def indices(split: Split | None) -> list[int]:
     """Of the images of a split; and their labels are still theirs."""
     assert split is not None
     high, low = split.images[:, 0, 0].long().unbind(1)
@@ -423,7 +423,7 @@ def test_to_moves_every_split(numbered: Path, val_size: int) -> None:
 def trust(monkeypatch: pytest.MonkeyPatch, name: str, *archives: bytes) -> None:
     """Take the archives for those that were published as `name`."""
     sha256 = tuple(hashlib.sha256(archive).hexdigest() for archive in archives)
-    monkeypatch.setitem(data.SPECS, name, replace(data.SPECS[name], sha256=sha256))
+    monkeypatch.setitem(sources.SPECS, name, replace(sources.SPECS[name], sha256=sha256))
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, name: str, contents: list[np.ndarray]) -> list[bytes]:
@@ -465,7 +465,7 @@ def test_qmnist_label_is_column_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     columns = [rng.integers(0, 1 << 30, (len(y), 8), np.int32) for y in (labels, test_labels)]
     columns[0][:, 0], columns[1][:, 0] = labels, test_labels
     archives = publish(monkeypatch, "qmnist", [images, columns[0], test_images, columns[1]])
-    for file, archive in zip(data.SPECS["qmnist"].files, archives, strict=True):
+    for file, archive in zip(sources.SPECS["qmnist"].files, archives, strict=True):
         (tmp_path / file).write_bytes(archive)
     got = read("qmnist", tmp_path)
     assert np.array_equal(got.train.labels.numpy(), labels)
@@ -490,7 +490,7 @@ def test_emnist_is_upright_and_labelled_from_0(
     bundle = io.BytesIO()
     with zipfile.ZipFile(bundle, "w") as archive:
         archive.writestr("gzip/emnist-byclass-mapping.txt", "of no concern")
-        for file, array in zip(data.SPECS[name].files, stored, strict=True):
+        for file, array in zip(sources.SPECS[name].files, stored, strict=True):
             archive.writestr(file, gzip.compress(idx(array)))
     trust(monkeypatch, name, bundle.getvalue())
     raw = tmp_path / "EMNIST" / "raw"
@@ -510,21 +510,21 @@ def test_emnist_is_upright_and_labelled_from_0(
 # ---- downloads
 
 
-@pytest.mark.parametrize("name", [name for name in data.KNOWN if name != "mnist"])
+@pytest.mark.parametrize("name", [name for name in sources.KNOWN if name != "mnist"])
 def test_no_network(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(url: str) -> None:
         assert url.startswith("http")
-        assert url.endswith(f"/{data.SPECS[name].archives[0]}")
+        assert url.endswith(f"/{sources.SPECS[name].archives[0]}")
         raise urllib.error.URLError("Network is unreachable")
 
-    monkeypatch.setattr(data, "_answer", fail)
+    monkeypatch.setattr(sources, "_answer", fail)
     with pytest.raises(ConfigError) as caught:
         read(name, None, cache=tmp_path / "cache")
-    home = tmp_path / "cache" / data.SPECS[name].kind / "raw"
+    home = tmp_path / "cache" / sources.SPECS[name].kind / "raw"
     for part in (
         f"dataset.name={name}",
         "Network is unreachable",
-        f"put {', '.join(data.SPECS[name].archives)} into {home}",
+        f"put {', '.join(sources.SPECS[name].archives)} into {home}",
         "dataset.root=FOLDER",
     ):
         assert part in str(caught.value)
@@ -532,18 +532,18 @@ def test_no_network(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_waiting_for_an_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(sources, "ANSWER_SECONDS", 0.2)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with pytest.raises(OSError, match=r"timed out|no answer"):
-            data._answer(f"http://127.0.0.1:{port}/")
+            sources._answer(f"http://127.0.0.1:{port}/")
     with pytest.raises(OSError, match="refused"):  # closed by now
-        data._answer(f"http://127.0.0.1:{port}/")
+        sources._answer(f"http://127.0.0.1:{port}/")
     # A name server that does not answer is not subject to the timeout of sockets.
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, timeout: time.sleep(1))
     with pytest.raises(TimeoutError, match="no answer"):
-        data._answer("http://example.invalid/")
+        sources._answer("http://example.invalid/")
 
 
 @pytest.fixture
@@ -612,7 +612,7 @@ def test_interrupted_download_leaves_nothing(
             assert everything_below(tmp_path)  # the part so far
             raise fault
 
-    monkeypatch.setattr(data, "_answer", lambda url: Response(b"the first bytes"))
+    monkeypatch.setattr(sources, "_answer", lambda url: Response(b"the first bytes"))
     with pytest.raises(raised):
         read("kmnist", None, cache=tmp_path)
     assert everything_below(tmp_path) == []
