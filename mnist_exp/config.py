@@ -23,7 +23,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -159,6 +159,9 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
         fault = str(cause).splitlines()[0].replace("Integer", "a whole number")
         return ConfigError(f"{key}: {fault.replace('Float', 'a number')}")
     lines = [line for line in text.splitlines() if line and not line.startswith("See https")]
+    if isinstance(error, OverrideParseException):
+        fault = next(line for line in lines if not line.startswith("Error parsing"))
+        return ConfigError(f"{error.override}: {fault}. An override is KEY=VALUE")
     return ConfigError("\n".join(lines))
 
 

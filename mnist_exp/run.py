@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from mnist_exp.stack import Stack
 from mnist_exp.tracking import DatasetFacts, Store, Tracker, check_store, store_uri
 
 SHOWN = 30  # images in a sample grid
+THREADS = torch.get_num_threads()  # torch's choice, before any run makes its own
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,14 @@ def prepare(composed: DictConfig) -> Job:
     uri = store_uri(typed.tracking.uri, configs.output_root())
     check_store(uri)
     device = _device(typed.training.device)
-    if typed.training.threads is not None:
-        torch.set_num_threads(typed.training.threads)
+    torch.set_num_threads(typed.training.threads or THREADS)
     schedule = configs.build_schedule(typed)
     dummy = torch.nn.Parameter(torch.zeros(2, 2))
     optimizer, arguments = configs.build_optimizer(typed, [dummy])
     dataset = load_dataset(typed)
     build = configs.build_model(typed, dataset.shape, len(dataset.classes))
     stack = Stack(build, [typed.seed], device)
+    _check_last_batch(build, dataset, typed.training.batch_size)
     # once more, on what it will really get
     configs.build_optimizer(typed, [torch.nn.Parameter(p[0]) for p in stack.params.values()])
     return Job(
@@ -114,6 +115,26 @@ def prepare(composed: DictConfig) -> Job:
         optimizer_arguments=arguments,
         schedule=schedule,
     )
+
+
+def _check_last_batch(
+    build: Callable[[], torch.nn.Module], dataset: data.Dataset, batch_size: int
+) -> None:
+    """Raises ConfigError if the model cannot train on the epoch's last batch, of one image.
+
+    Batch normalisation of single values cannot; better known now than after an epoch.
+    """
+    if len(dataset.train) % batch_size != 1 and batch_size != 1:
+        return
+    try:
+        with torch.random.fork_rng(devices=[]):
+            build()(torch.zeros(1, *dataset.shape))
+    except ValueError as error:
+        raise ConfigError(
+            f"training.batch_size={batch_size}: leaves one image for the last batch of "
+            f"{len(dataset.train)} images, on which this model cannot train ({error}). Choose "
+            f"another batch size"
+        ) from error
 
 
 def load_dataset(config: Config) -> data.Dataset:
@@ -388,10 +409,10 @@ def _tags(job: Job, folder: Path) -> dict[str, str]:
 def show(overrides: Sequence[str], output: Path | None) -> str:
     """Draws the dataset's first images to a PNG. Returns its facts and the path, to be printed."""
     config = configs.validate(configs.task_config(configs.compose(overrides)))
-    dataset = load_dataset(config)
-    path = output or configs.output_root() / "outputs" / f"{dataset.name}.png"
+    path = output or configs.output_root() / "outputs" / f"{config.dataset.name}.png"
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--output {path}: must end in .png, .svg or .pdf")
+    dataset = load_dataset(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         plots.save(plots.grid(**_first(dataset)), path)

@@ -102,8 +102,8 @@ class Store:
             os.environ.pop(_ENVIRONMENT, None)
         else:
             os.environ[_ENVIRONMENT] = asked
-        self.client = mlflow.MlflowClient(uri)
         try:
+            self.client = mlflow.MlflowClient(uri)
             self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever the driver of this kind of store raises
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -120,7 +120,8 @@ class Store:
                 folder = Path(self.uri.removeprefix(_SQLITE)).resolve().parent / "mlruns"
                 location = folder.as_uri()
             try:
-                return str(self.client.create_experiment(name, artifact_location=location))
+                kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view of it
+                return str(self.client.create_experiment(name, location, kind))
             except MlflowException:
                 found = self.client.get_experiment_by_name(name)  # another process was faster
                 if found is None:

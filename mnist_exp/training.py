@@ -218,7 +218,11 @@ class _Step:
         """
         whole = x.shape[1] == CHUNK * batch_size
         steps = self.compiled if self.compiled is not None and whole else self._steps
-        carried, losses, correct, finite = steps(*self._inputs(x, y, noise, numbers, batch_size))
+        with torch.random.fork_rng(enabled=self.stack.noisy):
+            if self.stack.noisy:  # for random functions that do not follow the keys
+                torch.manual_seed(int(noise[0, 0]))
+            inputs = self._inputs(x, y, noise, numbers, batch_size)
+            carried, losses, correct, finite = steps(*inputs)
         self.stack.params, self.stack.buffers, self.slots, self.alive = carried
         return losses.cpu().numpy(), correct.cpu().numpy(), finite.cpu().numpy()
 

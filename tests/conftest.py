@@ -1,0 +1,51 @@
+"""A small data set, learnable but not at once, made in a moment."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from mnist_exp.data import Dataset, Split
+
+CLASSES = 4
+
+
+def _split(patterns: Tensor, count: int, generator: torch.Generator) -> Split:
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    noise = torch.randint(0, 160, (count, 1, *patterns.shape[1:]), generator=generator)
+    return Split((patterns[labels][:, None] + noise).to(torch.uint8), labels)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def make_dataset() -> Callable[..., Dataset]:
+    """`make_dataset(train=300, val=0, size=8)`: one faint pattern a class, and noise."""
+
+    def make(train: int = 300, val: int = 0, size: int = 8) -> Dataset:
+        generator = torch.Generator().manual_seed(0)
+        patterns = torch.randint(0, 60, (CLASSES, size, size), generator=generator)
+        splits = [_split(patterns, count, generator) for count in (train, val, 50)]
+        pixels = splits[0].images / 255
+        return Dataset(
+            name="synthetic",
+            classes=tuple("abcd"),
+            train=splits[0],
+            val=splits[1] if val else None,
+            test=splits[2],
+            first=Split(splits[0].images[:30], splits[0].labels[:30]),
+            mean=float(pixels.mean()),
+            std=float(pixels.std()),
+            digest="",
+            source="synthetic",
+        )
+
+    return make

@@ -1,0 +1,91 @@
+"""What several tests share: tiny data, a store of their own, and the command line as a process."""
+
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mnist_exp.data import Dataset, Split
+from mnist_exp.tracking import Store
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny_dataset(count: int, size: int = 28, classes: int = 10) -> Dataset:
+    """Noise with labels, and no validation split."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 1, size, size), generator=generator, dtype=torch.uint8)
+    split = Split(images, torch.arange(count) % classes)
+    names = tuple(map(str, range(classes)))
+    return Dataset("tiny", names, split, None, split, split, 0.5, 0.29, "0" * 64, "a test")
+
+
+def write_idx(folder: Path, size: int = 32, classes: int = 26, count: int = 130) -> Path:
+    """A folder of four IDX files: noise, with labels that go round the classes."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, n in (("train", count), ("t10k", classes)):
+        images = rng.integers(0, 256, (n, size, size), np.uint8)
+        labels = (np.arange(n) % classes).astype(np.uint8)
+        for content, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (folder / f"{part}-{content}-ubyte").write_bytes(header + array.tobytes())
+    return folder
+
+
+@functools.cache
+def _empty_store() -> bytes:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow and SQLAlchemy warn of themselves at first use
+        import mlflow.pyfunc
+        import mlflow.pytorch  # noqa: F401
+
+        path = Path(folder, "store.db")
+        Store(f"sqlite:///{path}")
+        return path.read_bytes()
+
+
+def fresh_store(folder: Path) -> str:
+    """The URI of a new store in `folder`. MLflow takes seconds to make one: it is a copy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "store.db"
+    path.write_bytes(_empty_store())
+    return f"sqlite:///{path}"
+
+
+def start(words: Sequence[str], folder: Path, **variables: str) -> "subprocess.Popen[str]":
+    """`python -m mnist_exp WORD ...` in `folder`."""
+    unwanted = ("MLFLOW_TRACKING_URI", "HYDRA_FULL_ERROR")
+    inherited = {k: v for k, v in os.environ.items() if k not in unwanted}
+    environment = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mnist_exp", *words],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    """Exit status, what it printed, what it complained of."""
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    return process.returncode, out, err
+
+
+def command(*words: str, folder: Path, **variables: str) -> tuple[int, str, str]:
+    return finish(start(words, folder, **variables))

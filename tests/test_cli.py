@@ -1,0 +1,423 @@
+"""The command line: exit status, what is printed where, and what is left behind.
+
+Processes where the process is the point, and `cli.main` elsewhere.
+"""
+
+import logging
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import mlflow
+import pytest
+import torch
+from helpers import ROOT, command, finish, fresh_store, start, write_idx
+from mlflow.entities import Run
+
+from mnist_exp import checkpoint, cli, training
+
+Call = Callable[..., tuple[int, str, str]]
+SMALL = ["debug=fast", "training.compile=never", "training.threads=1", "training.device=cpu"]
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], one_thread: None) -> Iterator[Call]:
+    """`cli.main` on words: exit status, what it printed, what it complained of."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(words)
+        out, err = capfd.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def runs(store: str) -> list[Run]:
+    """Newest first."""
+    client = mlflow.MlflowClient(store)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    return list(client.search_runs(experiments, order_by=["attributes.start_time DESC"]))
+
+
+def refused(answer: tuple[int, str, str], *parts: str) -> None:
+    """One message, no traceback, exit status 2."""
+    status, out, err = answer
+    assert (status, out) == (2, ""), answer
+    assert err.startswith("mnist-exp: ") and err.count("mnist-exp: ") == 1
+    assert "Traceback" not in err
+    assert [part for part in parts if part not in err] == [], err
+
+
+def imported(importtime: str) -> set[str]:
+    """The libraries in what PYTHONPROFILEIMPORTTIME printed."""
+    names = re.findall(r"^import time:.*\| +([\w.]+)$", importtime, re.MULTILINE)
+    return {name.split(".")[0] for name in names}
+
+
+# processes that take a while: they run beside the other tests
+
+
+class Started:
+    """A process in a folder and with a store of its own."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.folder = folder
+        self.store = fresh_store(folder)
+        self.process = start([*words, f"tracking.uri={self.store}"], folder)
+
+    def wait(self) -> None:
+        self.status, self.out, self.err = finish(self.process)
+
+
+def interrupt(process: "subprocess.Popen[str]") -> None:
+    """Ctrl-C, once an epoch is done."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            return process.send_signal(signal.SIGINT)
+
+
+ENDLESS = [*SMALL, "training.epochs=100000", "tracking.image_every=100000"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Started]]:
+    """An endless run, and one that comes to its end."""
+    processes = []
+    try:
+        for words in (ENDLESS, [*SMALL, "tracking.run_name='a b'"]):
+            folder = tmp_path_factory.mktemp("a run")
+            output = f"hydra.run.dir='{folder}/its output'"
+            processes.append(Started(folder, "train", *words, output))
+        ctrl_c = threading.Thread(target=interrupt, args=[processes[0].process])
+        ctrl_c.start()
+        yield processes
+    finally:
+        for started in processes:
+            started.process.kill()
+            started.process.communicate()
+
+
+@pytest.fixture
+def hydras_traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hydra's program leaves words, a variable and log handlers behind: they are put back."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    handlers = logging.root.handlers[:]
+    yield
+    for handler in logging.root.handlers:
+        if handler not in handlers:
+            handler.close()
+    logging.root.handlers[:] = handlers
+
+
+@pytest.mark.usefixtures("hydras_traces")
+def test_sweep_through_hydras_launcher(call: Call, tmp_path: Path) -> None:
+    store = fresh_store(tmp_path)
+    words = [f"tracking.uri={store}", f"hydra.sweep.dir='{tmp_path}/the jobs'"]
+    status, out, err = call("train", "-m", *SMALL, *words, "optimizer.lr=0.01,0.1")
+    assert status == 0, err
+    found = {run.data.params["optimizer.lr"]: run for run in runs(store)}
+    assert {lr: run.info.status for lr, run in found.items()} == {
+        "0.01": "FINISHED",
+        "0.1": "FINISHED",
+    }
+    assert found["0.01"].data.metrics["train/loss"] != found["0.1"].data.metrics["train/loss"]
+    for job, lr in enumerate(("0.01", "0.1")):
+        folder = tmp_path / "the jobs" / str(job)
+        assert found[lr].data.tags["output_dir"] == str(folder)
+        assert checkpoint.load(folder / "checkpoint.pt")["epochs"] == 2
+    assert out.count("test accuracy") == 2
+
+
+@pytest.mark.usefixtures("hydras_traces")
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ("-m modle=cnn,mlp", ["modle", "Did you mean model?"]),
+        ("-m model=cn,mlp", ["model=cn", "Did you mean cnn?"]),
+        ("-m optimizer.lr", ["optimizer.lr", "KEY=VALUE"]),
+        ("--cfg job model=cn", ["model=cn", "Did you mean cnn?"]),
+    ],
+)
+def test_bad_words_to_hydras_program(
+    words: str, parts: list[str], call: Call, tmp_path: Path
+) -> None:
+    own = [f"tracking.uri=sqlite:///{tmp_path}/store.db", f"hydra.sweep.dir={tmp_path}/sweep"]
+    refused(call("train", *words.split(), *own), *parts)
+    assert not (tmp_path / "store.db").exists()
+
+
+# quick processes
+
+
+def test_help_is_quick(tmp_path: Path) -> None:
+    status, out, err = command("--help", folder=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    assert status == 0
+    assert out.startswith("usage: mnist-exp VERB")
+    libraries = imported(err)
+    assert "argparse" in libraries  # else nothing was read
+    heavy = {"torch", "hydra", "omegaconf", "mlflow", "numpy", "matplotlib", "rich", "yaml"}
+    assert libraries & heavy == set()
+
+
+def test_config_is_printed_without_torch(tmp_path: Path) -> None:
+    words = ["train", "--cfg", "job", "experiments=seed_mlp", "optimizer.lr=0.25"]
+    status, out, err = command(*words, folder=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    assert status == 0
+    assert "\n  lr: 0.25\n" in out and "\n  epochs: 100\n" in out
+    libraries = imported(err)
+    assert "omegaconf" in libraries
+    assert libraries & {"torch", "mlflow", "numpy", "matplotlib", "torchvision"} == set()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_value_in_an_empty_directory(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    words = ["train", "optimizer.lr=-1", f"tracking.uri=sqlite:///{tmp_path}/s.db"]
+    words += [f"hydra.run.dir={tmp_path}/run"]
+    refused(command(*words, folder=tmp_path / "here"), "optimizer.lr=-1", "0 or more")
+    assert [p.name for p in tmp_path.rglob("*")] == ["here"]
+
+
+# in this process
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ("trian", ["trian", "Did you mean train?", "evaluate, ui"]),
+        ("train optimizr.lr=1", ["optimizr", "Did you mean optimizer?"]),
+        ("train model=cn", ["model=cn", "Did you mean cnn?"]),
+        ("train training.epochs=many", ["training.epochs", "'many'"]),
+        ("train training.batch_size=0", ["training.batch_size=0"]),
+        ("train dataset.val_size=60000", ["dataset.val_size=60000"]),
+        ("train model._target_=os.system", ["os.system", "not allowed"]),
+        ("train +optimizer.speed=1", ["optimizer.speed", "no such argument"]),
+        ("train training.device=cuda:77", ["training.device=cuda:77", "not there"]),
+        ("train dataset.root=nowhere", ["dataset.root", "nowhere"]),
+        ("train optimizer.lr=0.1,0.2", ["optimizer.lr=0.1,0.2", "--multirun"]),
+        ("train --config-dir nowhere", ["--config-dir nowhere"]),
+        ("train --config-name nonsense", ["nonsense"]),
+        ("show dataset=mnsit", ["dataset=mnsit", "Did you mean mnist?"]),
+        ("show --output picture.docx", ["picture.docx", ".png"]),
+        ("ui --port 99999 last", ["no runs yet"]),
+    ],
+)
+def test_bad_words(
+    words: str,
+    parts: list[str],
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    verb, *rest = words.split()
+    if "--output" not in rest:
+        rest.append(f"tracking.uri=sqlite:///{tmp_path}/store.db")
+    if verb == "train":
+        rest += [f"hydra.run.dir={tmp_path}/run"]
+    refused(call(verb, *rest), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_error(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    status, out, err = call("train", "optimizer.lr=-1")
+    assert (status, out) == (2, "")
+    assert err.startswith("Traceback") and "in validate" in err
+    assert err.endswith("\nmnist-exp: optimizer.lr=-1: must be a number of 0 or more\n")
+
+
+@pytest.mark.parametrize("words", [["train", "--nonsense"], ["evaluate"], ["ui", "--port", "x"]])
+def test_usage(words: list[str], call: Call) -> None:
+    status, out, err = call(*words)
+    assert (status, out) == (2, "")
+    assert f"usage: mnist-exp {words[0]}" in err
+
+
+def test_no_verb(call: Call) -> None:
+    status, out, _ = call()
+    assert status == 2 and out.startswith("usage: mnist-exp VERB")
+    assert call("--version") == (0, f"mnist-exp {cli.__version__}\n", "")
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize(
+    "uri, reason",
+    [
+        ("sqlite:///{here}/none/store.db", "there is no folder"),
+        ("sqlite:///{here}/folder", "it is a folder"),
+        ("sqlite:///{here}/text.db", "not a database"),
+        ("file://{here}/mlruns", "plain folders"),
+        ("{here}/mlruns", "plain folders"),
+        ("http://127.0.0.1:{port}", "no MLflow server answers"),
+    ],
+)
+def test_store_that_cannot_be_opened(uri: str, reason: str, call: Call, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.db").write_text("not a database, but long enough to look like one\n" * 20)
+    uri = uri.format(here=tmp_path, port=closed_port())
+    verb = ["evaluate", "last"] if uri.startswith("http") else ["train", *SMALL]
+    words = [*verb, f"tracking.uri={uri}", f"hydra.run.dir={tmp_path}/run"]
+    began = time.monotonic()
+    refused(call(*words), f"tracking.uri={uri}", reason)
+    assert time.monotonic() - began < 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "text.db"]
+
+
+def test_divergence(call: Call, tmp_path: Path) -> None:
+    store = fresh_store(tmp_path)
+    words = [*SMALL, "optimizer.lr=1e30", f"tracking.uri={store}", f"hydra.run.dir={tmp_path}/run"]
+    status, out, err = call("train", *words)
+    assert status == 1
+    (run,) = runs(store)
+    assert run.info.status == "FAILED"
+    reason = run.data.tags["reason"]
+    assert "diverged" in reason and "epoch 1" in reason and "learning rate of 1e+30" in reason
+    assert err == f"mnist-exp: {reason}\n"
+    assert "test accuracy" not in out
+    path = tmp_path / "run" / "checkpoint.pt"
+    assert str(path) in reason
+    weights = checkpoint.load(path)["model"]
+    assert all(bool(torch.isfinite(w).all()) for w in weights.values())
+    kept = mlflow.MlflowClient(store).list_artifacts(run.info.run_id, "checkpoint")
+    assert {Path(f.path).name for f in kept} == {"checkpoint.pt", "checkpoint.pt.sha256"}
+
+
+def killed(store: str) -> None:
+    (run,) = runs(store)
+    assert run.info.status == "KILLED"
+    assert run.data.tags["reason"] == "interrupted"
+    assert run.data.metrics["train/loss"] > 0  # what was measured is kept
+
+
+def test_terminated(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = training.fit
+
+    def signalled(*arguments: Any, **more: Any) -> Iterator[Any]:
+        for record in fit(*arguments, **more):
+            yield record
+            if isinstance(record, training.Epoch):
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(training, "fit", signalled)
+    store = fresh_store(tmp_path)
+    answer = call("train", *ENDLESS, f"tracking.uri={store}", f"hydra.run.dir={tmp_path}/run")
+    assert answer[0] == 143
+    killed(store)
+
+
+def test_show(call: Call, tmp_path: Path) -> None:
+    folder = write_idx(tmp_path / "my images", size=32, classes=26, count=130)
+    picture = tmp_path / "new folder" / "a picture.png"
+    words = ["dataset=idx", f"dataset.root='{folder}'", "dataset.val_size=30"]
+    status, out, _ = call("show", "--output", str(picture), *words)
+    assert status == 0
+    facts = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert facts["dataset"] == f"idx ({folder})"
+    assert facts["images"] == "100 training, 30 validation, 26 test"
+    assert facts["size"] == "1 x 32 x 32, 8 bits a pixel"
+    assert facts["classes"].startswith("26: 0, 1, 2,")
+    assert re.match(r"mean 0\.(49|50)\d\d, std 0\.2[89]\d\d ", facts["pixels"])  # even noise
+    assert facts["picture"] == str(picture)
+    assert matplotlib.image.imread(picture).std() > 0.05
+
+
+def test_show_mnist(call: Call, tmp_path: Path) -> None:
+    status, out, _ = call("show", "-o", f"{tmp_path}/mnist.svg")
+    assert status == 0
+    assert "images   55,000 training, 5,000 validation, 10,000 test" in out
+    assert "mean 0.130" in out and "std 0.308" in out
+    assert (tmp_path / "mnist.svg").read_text().lstrip().startswith("<?xml")
+
+
+# of the processes that were started first
+
+
+@pytest.fixture(scope="module")
+def finished(started: list[Started]) -> Started:
+    started[1].wait()
+    return started[1]
+
+
+def test_ctrl_c(started: list[Started]) -> None:
+    endless = started[0]
+    endless.wait()
+    assert (endless.status, endless.err) == (130, "mnist-exp: interrupted\n")
+    killed(endless.store)
+
+
+def test_plain_lines_where_nobody_watches(finished: Started) -> None:
+    assert finished.status == 0, finished.err
+    assert "\r" not in finished.out and "\x1b" not in finished.out
+    lines = finished.out.splitlines()
+    (run,) = runs(finished.store)
+    assert lines[0] == f"run {run.info.run_id[:8]}  a b  on {run.data.tags['device']}"
+    assert lines[1].startswith("epoch 1/2  train loss ")
+    loss, accuracy = run.data.metrics["train/loss"], run.data.metrics["train/accuracy"]
+    assert lines[2].startswith(f"epoch 2/2  train loss {loss:.4f}  train accuracy {accuracy:7.2%}")
+    assert lines[3].startswith(f"test accuracy {run.data.metrics['test/accuracy']:.2%}")
+    assert f"run {run.info.run_id}" in lines
+    assert all(lines)
+
+
+def test_where_the_output_went(finished: Started) -> None:
+    """A folder with blanks in its name, and a command typed outside of the checkout."""
+    assert (finished.folder / "its output" / "checkpoint.pt").exists()
+    assert f"output {finished.folder / 'its output'}" in finished.out.splitlines()
+    assert {p.name for p in finished.folder.iterdir()} == {"its output", "store.db", "mlruns"}
+    (run,) = runs(finished.store)
+    assert run.info.status == "FINISHED"
+    assert run.info.artifact_uri.startswith((finished.folder / "mlruns").as_uri())
+    assert run.data.tags["command_line"].endswith(f"'tracking.uri={finished.store}'")
+
+
+def test_command_that_opens_the_ui(finished: Started) -> None:
+    (line,) = [s for s in finished.out.splitlines() if s.startswith("look at it: ")]
+    words = shlex.split(line.removeprefix("look at it: "))
+    (run,) = runs(finished.store)
+    assert words[-3:] == ["ui", run.info.run_id[:8], f"tracking.uri={finished.store}"]
+    answer = subprocess.run([*words[:-3], "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert answer.stdout.startswith("mnist-exp ")
+
+
+@pytest.mark.parametrize("word", ["last", "prefix", "id"])
+def test_evaluate(word: str, finished: Started, call: Call) -> None:
+    (run,) = runs(finished.store)
+    known = {"prefix": run.info.run_id[:6], "id": run.info.run_id}
+    status, out, _ = call("evaluate", known.get(word, word), f"tracking.uri={finished.store}")
+    assert status == 0
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert lines["run"] == f"{run.info.run_id}  a b"
+    loss, accuracy = run.data.metrics["test/loss"], run.data.metrics["test/accuracy"]
+    assert lines["test/loss"] == f"{loss:.6f}  (recorded {loss:.6f})"
+    assert lines["test/accuracy"] == f"{accuracy:.2%}  (recorded {accuracy:.6f})"
+
+
+def test_evaluate_what_is_not_there(finished: Started, call: Call, tmp_path: Path) -> None:
+    (run,) = runs(finished.store)
+    store = f"tracking.uri={finished.store}"
+    refused(call("evaluate", "nonsense", store), "nonsense", "last", run.info.run_id[:8])
+    nowhere = f"tracking.uri=sqlite:///{tmp_path}/none.db"
+    refused(call("evaluate", "last", nowhere), "none.db", "no runs yet", "mnist-exp train")
+    refused(call("evaluate", "last", f"tracking.uri={fresh_store(tmp_path / 'new')}"), "no runs")
+    assert not (tmp_path / "none.db").exists()
