@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -81,6 +80,7 @@ class Config:
 
 # ValueError: a group that is given something else than a name
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+FLOAT32_MAX = 3.4e38
 OPEN_PARTS = ("model", "optimizer", "schedule")
 OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")
 _PACKAGE = Path(__file__).resolve().parent
@@ -260,7 +260,8 @@ def validate(config: DictConfig) -> Config:
     need(bool(tracking.experiment.strip()), "tracking.experiment", tracking.experiment, "a name")
     for part in OPEN_PARTS:
         for name, value in leaves(getattr(typed, part), f"{part}."):
-            need(not isinstance(value, float) or math.isfinite(value), name, value, "finite")
+            too_large = isinstance(value, float) and not abs(value) < FLOAT32_MAX
+            need(not too_large, name, value, "a finite float32")
             if name.endswith("_target_"):
                 _check_target(name, value, typed.trusted_packages)
     lr = typed.optimizer.get("lr", 0.0)

@@ -34,7 +34,7 @@ class Stack:
                 modules.append(build())
         self.size = len(modules)
         self.device = device
-        self.module = modules[0].to(device)
+        self.module = modules[0].to(device).train()
         trainable = {n for n, p in self.module.named_parameters() if p.requires_grad}
 
         def stacked(name: str) -> Tensor:
@@ -45,7 +45,7 @@ class Stack:
         others = [n for n in names if n not in trainable]
         others += [n for n, _ in self.module.named_buffers()]
         self.buffers: Tensors = {n: stacked(n) for n in others}
-        self.noisy = any(_may_drop(m) for m in self.module.modules())
+        self.noisy = any(_may_draw(m) for m in self.module.modules())
 
     def gradients(
         self,
@@ -148,9 +148,9 @@ def _with_tensors(module: nn.Module, tensors: Tensors) -> nn.Module:
     return module
 
 
-def _may_drop(module: nn.Module) -> bool:
+def _may_draw(module: nn.Module) -> bool:
     known = type(module).__module__.startswith(("torch.nn.", "mnist_exp."))
-    return isinstance(module, nn.modules.dropout._DropoutNd) or not known
+    return isinstance(module, _RANDOM) or not known
 
 
 class _Noise(TorchFunctionMode):
@@ -159,7 +159,8 @@ class _Noise(TorchFunctionMode):
     torch draws the masks of a whole stack from one generator, so a run would depend on the runs
     beside it. Here a run's key, a number a step, decides; under vmap the key is batched. Bits come
     from MurmurHash3's 32-bit finaliser (Appleby 2011), in int64 as torch has no unsigned shifts.
-    Other random functions are left to torch's generator: reproducible for a run alone only.
+    Other random functions are left to torch's generator, which is seeded from the keys: a run alone
+    is reproducible, but in a stack it differs from itself alone.
     """
 
     def __init__(self, key: Tensor) -> None:
@@ -200,5 +201,13 @@ class _Noise(TorchFunctionMode):
         return input * keep / (1 - p)
 
 
+# of torch.nn, what may draw random numbers in training
+_RANDOM = (
+    nn.modules.dropout._DropoutNd,
+    nn.FractionalMaxPool2d,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RReLU,
+)
 # function -> how many dimensions a channel has, which share one mask value
 _DROPOUTS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}

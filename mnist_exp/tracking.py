@@ -1,5 +1,6 @@
 """A run's record in MLflow. The only module that imports mlflow."""
 
+import http.client
 import logging
 import os
 import sqlite3
@@ -40,7 +41,7 @@ def check_store(uri: str) -> None:
     elif uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=3).close()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise ConfigError(
                 f"tracking.uri={uri}: no MLflow server answers there ({reason}). Start it, or "

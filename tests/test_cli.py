@@ -201,14 +201,10 @@ def test_bad_value_in_an_empty_directory(tmp_path: Path) -> None:
         ("trian", ["trian", "Did you mean train?", "evaluate, ui"]),
         ("train optimizr.lr=1", ["optimizr", "Did you mean optimizer?"]),
         ("train model=cn", ["model=cn", "Did you mean cnn?"]),
-        ("train training.epochs=many", ["training.epochs", "'many'"]),
-        ("train training.batch_size=0", ["training.batch_size=0"]),
         ("train dataset.val_size=60000", ["dataset.val_size=60000"]),
         ("train model._target_=os.system", ["os.system", "not allowed"]),
         ("train +optimizer.speed=1", ["optimizer.speed", "no such argument"]),
-        ("train training.device=cuda:77", ["training.device=cuda:77", "not there"]),
         ("train dataset.root=nowhere", ["dataset.root", "nowhere"]),
-        ("train optimizer.lr=0.1,0.2", ["optimizer.lr=0.1,0.2", "--multirun"]),
         ("train --config-dir nowhere", ["--config-dir nowhere"]),
         ("train --config-name nonsense", ["nonsense"]),
         ("show dataset=mnsit", ["dataset=mnsit", "Did you mean mnist?"]),
@@ -276,10 +272,9 @@ def test_store_that_cannot_be_opened(uri: str, reason: str, call: Call, tmp_path
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.db").write_text("not a database, but long enough to look like one\n" * 20)
     uri = uri.format(here=tmp_path, port=closed_port())
-    verb = ["evaluate", "last"] if uri.startswith("http") else ["train", *SMALL]
-    words = [*verb, f"tracking.uri={uri}", f"hydra.run.dir={tmp_path}/run"]
+    words = [*SMALL, f"tracking.uri={uri}", f"hydra.run.dir={tmp_path}/run"]
     began = time.monotonic()
-    refused(call(*words), f"tracking.uri={uri}", reason)
+    refused(call("train", *words), f"tracking.uri={uri}", reason)
     assert time.monotonic() - began < 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "text.db"]
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sqlite3
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ import mnist_exp
 from mnist_exp import checkpoint, data, training
 from mnist_exp import config as configs
 from mnist_exp.errors import ConfigError
-from mnist_exp.run import Result
+from mnist_exp.run import Result, _git, evaluate
 
 EPOCH_METRICS = {
     *("train/loss", "train/accuracy", "val/loss", "val/accuracy"),
@@ -233,13 +234,50 @@ def test_result(result: Result, record: Run, store: str, folder: Path, mnist: An
     assert accuracy(result.model, mnist.test) == result.test_accuracy
 
 
-# how a run ends
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[list[str]]:
     """Overrides for a store and an output folder that are a test's own."""
     yield ["debug=fast", f"tracking.uri={fresh_store(tmp_path)}", f"hydra.run.dir={tmp_path}/run"]
+
+
+OWN_MODULE = """
+import torch
+from torch import nn
+
+WIDTH = 8
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Flatten(), nn.LazyLinear(WIDTH), nn.Linear(WIDTH, num_classes))
+        self.register_buffer("scale", torch.full((1,), 2.0), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+"""
+
+
+def test_evaluation_of_a_module_of_ones_own(
+    place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_net.py").write_text(OWN_MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    words = ["trusted_packages=[own_net]", "model._target_=own_net.Net"]
+    done = mnist_exp.train([*place, *words, "~model.hidden", "~model.dropout"])
+    assert "scale" not in checkpoint.load(tmp_path / "run" / "checkpoint.pt")["model"]
+    found = evaluate(done.run_id, place[1:])
+    assert found.test == {key: found.recorded[key] for key in ("test/loss", "test/accuracy")}
+    monkeypatch.setattr(sys.modules["own_net"], "WIDTH", 9)
+    with pytest.raises(ConfigError, match=r"does not fit own_net\.Net"):
+        evaluate(done.run_id, place[1:])
+
+
+def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _git("rev-parse", "HEAD") == ""
+
+
+# how a run ends
 
 
 def only_run(place: list[str]) -> Run:
