@@ -398,9 +398,11 @@ def build_optimizer(
             raise ConfigError(f"optimizer._target_: {target.__name__} cannot be used here: {why}")
     arguments = _named_arguments("optimizer", config.optimizer)
     try:
-        target(parameters, **arguments)
+        built = target(parameters, **arguments)
     except Exception as error:  # a constructor can raise anything
         raise ConfigError(f"optimizer: {target.__qualname__}: {_last_line(error)}") from error
+    if "lr" not in built.defaults:
+        raise ConfigError(f"optimizer: {target.__qualname__} has no lr, which a schedule sets")
     return target, arguments
 
 

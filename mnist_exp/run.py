@@ -381,9 +381,16 @@ def _git(*words: str) -> str:
     return answer.stdout.decode(errors="replace").strip() if answer.returncode == 0 else ""
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        return str(os.getuid())
+
+
 def _tags(job: Job, folder: Path) -> dict[str, str]:
     tags = {
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": _user(),
         "mlflow.source.name": "mnist-exp",
         "mlflow.source.type": "LOCAL",
         "command_line": " ".join(shlex.quote(word) for word in sys.argv),

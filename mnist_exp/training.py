@@ -3,6 +3,7 @@
 Nothing here knows where the config came from or where the records go.
 """
 
+import logging
 import os
 import shutil
 import sysconfig
@@ -16,10 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor import config as inductor
-from torch._inductor.exc import InductorError
 from torch.utils._pytree import tree_map
 
 from mnist_exp.data import Dataset, Split
@@ -232,6 +229,13 @@ class _Step:
             return f"there is no stacked rule for {type(self.plain[0]).__name__}"
         if len(data.train) < CHUNK * batch_size:
             return f"an epoch has fewer than {CHUNK} whole batches"
+        from torch._dynamo import config as dynamo  # 2 s to import, for those who compile
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor import config as inductor
+        from torch._inductor.exc import InductorError
+
+        # on a machine without a GPU, the CUDA build of torch says so in the middle of the epochs
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         inductor.compile_threads = 1  # its pool of worker processes would double the memory
         dynamo.trace_autograd_ops = True
         runs, device = self.stack.size, self.stack.device
