@@ -240,6 +240,7 @@ def _ui(words: list[str]) -> int:
     if asked.run is not None:
         info = store.find(asked.run).info
         page += f"#/experiments/{info.experiment_id}/runs/{info.run_id}"
+        page += "?workflowType=machine_learning"  # MLflow's other view shows prompts and traces
     if remote:
         print(f"this store has a UI of its own: {page}")
         return 0

@@ -5,7 +5,8 @@ A rule is the update of one `torch.optim` class, written for parameters `[K, ...
 shared. Rules are pure, so that a step can be compiled, and a run that diverged left as it was.
 
 A rule gets its numbers for one step as a vector `[K]` each. They are computed in float64 on the
-host (bias corrections such as 1 - 0.999**t lose half of their digits in float32).
+host, an epoch at a time: in float32, bias corrections such as 1 - 0.999**t lose half of their
+digits.
 """
 
 import math
@@ -46,8 +47,11 @@ class Rule(ABC):
             g = -g
         return g + h["weight_decay"] * p if self.decays else g
 
-    def at(self, step: int, lr: np.ndarray) -> Numbers:
-        """What `update` number `step` (1, 2, ...) reads, at learning rates `lr` [K]."""
+    def at(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
+        """What `update` reads at steps [S, 1] (1, 2, ...) and learning rates `lr` [S, K].
+
+        Each broadcasts to [S, K].
+        """
         used = ("weight_decay", *self.reads) if self.decays else self.reads
         return {"lr": lr, **{name: self.numbers[name] for name in used}}
 
@@ -68,7 +72,7 @@ class SGD(Rule):
         super().__init__(defaults)
         self.remembers = bool(self.numbers["momentum"].any())
 
-    def at(self, step: int, lr: np.ndarray) -> Numbers:
+    def at(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
         # torch starts its buffer with the undamped first gradient, and has none without momentum
         damping = self.numbers["dampening"] * (step > 1) * (self.numbers["momentum"] > 0)
         return {**super().at(step, lr), "undamped": 1 - damping}
@@ -91,7 +95,7 @@ class Adam(Rule):
     flags = frozenset({"amsgrad", "maximize", "decoupled_weight_decay"})
     reads = ("beta2", "eps")
 
-    def at(self, step: int, lr: np.ndarray) -> Numbers:
+    def at(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
         n = self.numbers
         return {
             **super().at(step, lr),
@@ -126,7 +130,7 @@ class RMSprop(Rule):
         super().__init__(defaults)
         self.remembers = bool(self.numbers["momentum"].any())
 
-    def at(self, step: int, lr: np.ndarray) -> Numbers:
+    def at(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
         return {**super().at(step, lr), "gain": 1 - self.numbers["alpha"]}
 
     def slots(self, p: Tensor) -> Slots:
@@ -151,7 +155,7 @@ class Adagrad(Rule):
     flags = frozenset({"maximize"})
     reads = ("eps",)
 
-    def at(self, step: int, lr: np.ndarray) -> Numbers:
+    def at(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
         return {**super().at(step, lr), "lr": lr / (1 + (step - 1) * self.numbers["lr_decay"])}
 
     def slots(self, p: Tensor) -> Slots:

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.utils._pytree import tree_map
 
 from mnist_exp.data import Dataset, Split
 from mnist_exp.metrics import Sums
-from mnist_exp.optim import Numbers, Schedule, over, rule_for
+from mnist_exp.optim import Schedule, over, rule_for
 from mnist_exp.stack import Stack, Tensors
 
 # Steps that are gathered, trained and looked at together. A compiled call costs about 0.2 ms
@@ -105,17 +106,18 @@ def fit(
         began = time.perf_counter()
         order = torch.stack([_order(run.seed, epoch, count) for run in runs]).to(stack.device)
         noise = torch.stack([_noise(run.seed, epoch, steps) for run in runs], 1).to(stack.device)
+        times = [epoch + i / steps for i in range(steps)]
+        lr = np.array([peaks * [r.schedule.factor(t, epochs) for r in runs] for t in times])
+        numbers = step.numbers(epoch * steps, lr)  # [steps, K] each
         sums = Sums(stack.size)
         failed: dict[int, str] = {}
         for first in range(0, steps, CHUNK):
             chosen = order[:, first * batch_size : (first + CHUNK) * batch_size]  # [K, S * B]
             x, y = _gather(data, chosen)
-            todo = range(first, min(first + CHUNK, steps))
-            times = [epoch + i / steps for i in todo]
-            lr = [peaks * [r.schedule.factor(t, epochs) for r in runs] for t in times]
-            numbers = [step.numbers(epoch * steps + i + 1, lr[i - first]) for i in todo]
-            keys = noise[first : first + CHUNK]
-            losses, correct, finite = step(x, y, keys, numbers, batch_size)  # [S, K] each
+            now = slice(first, first + CHUNK)
+            todo = range(steps)[now]
+            own_numbers = {name: t[now] for name, t in numbers.items()}
+            losses, correct, finite = step(x, y, noise[now], own_numbers, batch_size)  # [S, K]
             for own_losses, own_correct, i in zip(losses, correct, todo, strict=True):
                 size = min(batch_size, count - i * batch_size)
                 sums.add(own_losses * size, own_correct, size)
@@ -123,7 +125,7 @@ def fit(
                 i = int(np.argmin(finite[:, k]))
                 failed[int(k)] = (
                     f"diverged: {_culprit(losses[i, k])} in epoch {epoch + 1}, step "
-                    f"{first + i + 1} of {steps}, at a learning rate of {lr[i][k]:.4g}"
+                    f"{first + i + 1} of {steps}, at a learning rate of {lr[first + i, k]:.4g}"
                 )
                 ended[k] = True
             yield Progress(epoch + 1, todo[-1] + 1, steps, losses)
@@ -142,10 +144,10 @@ def fit(
             best_accuracy = np.where(improved, accuracy, best_accuracy)
         if data.val is not None or epoch == epochs - 1:
             best = _chosen(improved | ended, stack.snapshot(), best)
-        now = time.perf_counter()
+        ended_at = time.perf_counter()
         for own, rate in zip(metrics, lr[-1], strict=True):
             own["lr"] = float(rate)
-            own["epoch_seconds"] = now - began
+            own["epoch_seconds"] = ended_at - began
             own["images_per_second"] = count / (trained - began)
         alive = [{} if gone else own for own, gone in zip(metrics, ended, strict=True)]
         yield Epoch(epoch + 1, alive, improved.tolist(), failed)
@@ -201,14 +203,20 @@ class _Step:
             self.slots = {n: self.rule.slots(p) for n, p in stack.params.items()}
         self.compiled: Callable[..., Trained] | None = None
 
-    def numbers(self, step: int, lr: np.ndarray) -> Numbers:
-        """What the update number `step` needs, float64 [K] each."""
-        return {"lr": lr} if self.rule is None else self.rule.at(step, lr)
+    def numbers(self, done: int, lr: np.ndarray) -> Tensors:
+        """What the updates after the first `done` need, at learning rates `lr` [S, K]: [S, K]."""
+        steps = done + 1 + np.arange(len(lr))[:, None]
+        found = {"lr": lr} if self.rule is None else self.rule.at(steps, lr)
+        whole = {name: np.broadcast_to(n, lr.shape).copy() for name, n in found.items()}
+        return {
+            name: torch.from_numpy(n).float().to(self.stack.device) for name, n in whole.items()
+        }
 
     def __call__(
-        self, x: Tensor, y: Tensor, noise: Tensor, numbers: Sequence[Numbers], batch_size: int
+        self, x: Tensor, y: Tensor, noise: Tensor, numbers: Tensors, batch_size: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x: [K, N, C, H, W], y: [K, N], noise: [S, K], for S batches of `batch_size` or less.
+        """x: [K, N, C, H, W], y: [K, N], for S batches of `batch_size` or less; noise and numbers
+        [S, K].
 
         Returns each batch's mean loss, number of correct predictions, and whether loss and
         gradients were finite, [S, K] each.
@@ -241,7 +249,7 @@ class _Step:
         runs, device = self.stack.size, self.stack.device
         x, y = _gather(data, torch.arange(CHUNK * batch_size, device=device).expand(runs, -1))
         noise = torch.zeros(CHUNK, runs, dtype=torch.long, device=device)
-        numbers = [self.numbers(i + 1, np.zeros(runs)) for i in range(CHUNK)]
+        numbers = self.numbers(0, np.zeros((CHUNK, runs)))
         compiled = torch.compile(
             self._steps, fullgraph=True, dynamic=False, options={"cpp_wrapper": True}
         )
@@ -254,16 +262,11 @@ class _Step:
         return ""
 
     def _inputs(
-        self, x: Tensor, y: Tensor, noise: Tensor, numbers: Sequence[Numbers], batch_size: int
+        self, x: Tensor, y: Tensor, noise: Tensor, numbers: Tensors, batch_size: int
     ) -> tuple[Carried, Sequence[Tensor], Sequence[Tensor], Tensor, Tensors]:
-        table = {
-            name: torch.tensor(np.stack([n[name] for n in numbers]), dtype=torch.float32)
-            for name in numbers[0]
-        }
-        table = {name: t.to(self.stack.device) for name, t in table.items()}  # [S, K]
         carried = (self.stack.params, self.stack.buffers, self.slots, self.alive)
         xs, ys = torch.split(x, batch_size, 1), torch.split(y, batch_size, 1)
-        return carried, xs, ys, noise, table
+        return carried, xs, ys, noise, numbers
 
     def _steps(
         self,
@@ -271,12 +274,12 @@ class _Step:
         xs: Sequence[Tensor],
         ys: Sequence[Tensor],
         noise: Tensor,
-        table: Mapping[str, Tensor],
+        numbers: Tensors,
     ) -> Trained:
         records = []
         for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
-            numbers = {name: t[i] for name, t in table.items()}
-            carried, *record = self._step(carried, x, y, noise[i], numbers)
+            own = {name: n[i] for name, n in numbers.items()}
+            carried, *record = self._step(carried, x, y, noise[i], own)
             records.append(record)
         losses, correct, finite = (torch.stack(r) for r in zip(*records, strict=True))
         return carried, losses, correct, finite
@@ -289,8 +292,8 @@ class _Step:
         grads, new_buffers, loss, correct = self.stack.gradients(
             params, buffers, x, y, noise, self.smooth
         )
-        largest = torch.stack([g.reshape(len(g), -1).abs().amax(1) for g in grads.values()]).amax(0)
-        finite = torch.isfinite(loss) & torch.isfinite(largest)
+        largest = [vector_norm(g.reshape(len(g), -1), torch.inf, 1) for g in grads.values()]
+        finite = torch.isfinite(loss) & torch.isfinite(torch.stack(largest).amax(0))
         alive = alive & finite
         if self.rule is None:
             new_params, new_slots = self._plain_update(params, grads, alive, numbers), slots
