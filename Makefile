@@ -21,8 +21,8 @@ setup: .venv/ready
 # The virtual environment is made anew where the lock or the project file has changed. Bytecode is
 # compiled at once: torch and mlflow take twice as long to import without it.
 .venv/ready: requirements.lock pyproject.toml
-	rm -rf .venv
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mnist-exp needs Python 3.11 or newer; choose one: make PYTHON=python3.12 ...")'
+	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/uv pip install --quiet --require-hashes --compile-bytecode --python $(BIN)/python -r requirements.lock

@@ -30,9 +30,10 @@ RUN is an MLflow run id, the beginning of one, or last. An OVERRIDE is key=value
   mnist-exp train -m optimizer.lr=0.01,0.1 seed=0,1,2
   mnist-exp VERB --help     more of a verb
 """
-# Hydra's flags that print something instead of training
-PRINTING = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i",
-            "--shell-completion", "-sc", "--resolve", "--package", "-p")  # fmt: skip
+# Hydra's flags that print something instead of training, or lead elsewhere
+HYDRAS_OWN = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i",
+              "--shell-completion", "-sc", "--resolve", "--package", "-p", "--config-path", "-cp",
+              "--experimental-rerun")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if argv is None else argv)
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGHUP"):  # the terminal is gone; Windows has no such thing
+        signal.signal(signal.SIGHUP, _terminate)
     logging.basicConfig(format="mnist-exp: %(message)s")
     logging.getLogger("mnist_exp").setLevel(logging.INFO)
     try:
@@ -86,7 +89,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _train(words: list[str]) -> int:
-    if any(word.split("=")[0] in PRINTING for word in words):
+    if any(word.split("=")[0] in HYDRAS_OWN for word in words):
         return _hydra(words)
     parser = _parser("train")
     parser.add_argument("overrides", nargs="*")
@@ -149,16 +152,20 @@ def _hydra(words: list[str]) -> int:
 
     configs.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on: main() says them
-    sys.argv = ["mnist-exp train", *words]
+    typed, sys.argv = sys.argv, ["mnist-exp train", *words]
+
+    def job(config: Any) -> None:
+        sys.argv = typed  # for the record of the run
+        _job(config)
+
     program = hydra.main(
         version_base="1.3", config_path=str(configs.project_root() / "conf"), config_name="config"
-    )(_job)
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
+    )(job)
     try:
         program()
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except configs.COMPOSITION_ERRORS as error:
         raise configs.explain(error, [w for w in words if not w.startswith("-")]) from error
     return 0
 
@@ -175,7 +182,11 @@ def _job(config: Any) -> None:
         config.hydra = OmegaConf.create({"hydra": HydraConfig.get()}).hydra
     reporter = Terminal()
     folder = Path(config.hydra.runtime.output_dir)
-    result = run.execute(run.prepare(config), folder, reporter)
+    try:
+        result = run.execute(run.prepare(config), folder, reporter)
+    except (ConfigError, RunFailed) as error:
+        reporter.line(str(error))  # Hydra speaks of the first of them only, at the end
+        raise
     reporter.line(f"test accuracy {result.test_accuracy:.2%}  run {result.run_id[:8]}")
 
 
@@ -211,11 +222,11 @@ def _evaluate(words: list[str]) -> int:
     asked = parser.parse_intermixed_args(words)
 
     store = _open_store(asked.overrides)
-    store.find(asked.run)  # before torch's seconds of import
+    recorded = store.find(asked.run)  # before torch's seconds of import
 
     from mnist_exp import run
 
-    found = run.evaluate(store, asked.run)
+    found = run.evaluate(store, recorded)
     print(f"run            {found.run_id}  {found.name}")
     for key, value in found.test.items():
         text = f"{value:.2%}" if key.endswith("accuracy") else f"{value:.6f}"

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # torch takes 1.6 s to import: only what builds an object may
 class DatasetConfig:
     name: str = MISSING
     root: str | None = MISSING
-    val_size: int = MISSING
+    val_size: int | None = MISSING
     train_size: int | None = MISSING
     split_seed: int = MISSING
     classes: list[str] | None = MISSING
@@ -84,7 +84,7 @@ FLOAT32_MAX = 3.4e38
 OPEN_PARTS = ("model", "optimizer", "schedule")
 OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")
 _PACKAGE = Path(__file__).resolve().parent
-IS_CHECKOUT = (_PACKAGE.parent / "conf" / "config.yaml").exists()
+IS_CHECKOUT = not (_PACKAGE / "conf").exists()
 
 
 def project_root() -> Path:
@@ -240,7 +240,8 @@ def validate(config: DictConfig) -> Config:
             raise ConfigError(f"{key}={value}: must be {allowed}")
 
     need(0 <= typed.seed < 2**63, "seed", typed.seed, "0 or more, below 2**63")
-    need(data.val_size >= 0, "dataset.val_size", data.val_size, "0 or more")
+    need(data.val_size is None or data.val_size >= 0, "dataset.val_size", data.val_size,
+         "0 or more, or null for a tenth")  # fmt: skip
     need(data.train_size is None or data.train_size >= 1, "dataset.train_size", data.train_size,
          "1 or more, or null for all")  # fmt: skip
     need(0 <= data.split_seed < 2**63, "dataset.split_seed", data.split_seed,
@@ -319,6 +320,12 @@ def _check_arguments(
                     f"{key}.{argument}: {name} takes no such argument. {_suggest(argument, own)}"
                     f"It takes: {', '.join(own) or 'none'}. To drop it: '~{key}.{argument}'"
                 )
+        default = taken[argument].default if argument in taken else None
+        is_number = isinstance(default, int | float) and not isinstance(default, bool)
+        if is_number and not isinstance(node[argument], int | float | None):
+            raise ConfigError(
+                f"{key}.{argument}={node[argument]}: must be a number, as its default {default}"
+            )
     if "_args_" in node:
         return
     for argument, p in taken.items():

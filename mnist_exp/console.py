@@ -15,7 +15,7 @@ class Reporter:
     def start(self, title: str, epochs: int) -> None:
         """A run begins."""
 
-    def progress(self, record: training.Progress, batch_size: int) -> None:
+    def progress(self, record: training.Progress) -> None:
         """A part of an epoch is done."""
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -37,7 +37,7 @@ class Terminal(Reporter):
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(),
             TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("accuracy {task.fields[accuracy]}"),
+            TextColumn("accuracy {task.fields[accuracy]:.2%}"),
             TextColumn("{task.fields[rate]:,.0f} images/s"),
             TimeRemainingColumn(),
             console=self.console,
@@ -49,25 +49,27 @@ class Terminal(Reporter):
         self.line(title)
         self.epochs = epochs
         self.task = self.bar.add_task(
-            "", total=epochs, epoch=1, epochs=epochs, loss=float("nan"), accuracy="-", rate=0.0
+            "", total=epochs, epoch=1, epochs=epochs, loss=0.0, accuracy=0.0, rate=0.0
         )
-        self.began, self.seen = time.perf_counter(), 0
+        self.began, self.seen, self.right = time.perf_counter(), 0, 0
         if self.console.is_terminal:
             self.bar.start()
 
-    def progress(self, record: training.Progress, batch_size: int) -> None:
+    def progress(self, record: training.Progress) -> None:
         now = time.perf_counter()
-        self.seen += len(record.losses) * batch_size
+        self.seen += record.images
+        self.right += int(record.correct[:, 0].sum())
         if now - self.began < 0.2 and record.step < record.steps:
             return
         self.bar.update(
             self.task,
             completed=record.epoch - 1 + record.step / record.steps,
             epoch=record.epoch,
-            loss=float(record.losses.mean()),
+            loss=float(record.losses[:, 0].mean()),
+            accuracy=self.right / self.seen,
             rate=self.seen / (now - self.began),
         )
-        self.began, self.seen = now, 0
+        self.began, self.seen, self.right = now, 0, 0
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         parts = [f"epoch {epoch:>{len(str(self.epochs))}}/{self.epochs}"]
@@ -75,7 +77,6 @@ class Terminal(Reporter):
             if f"{split}/loss" in metrics:
                 loss, accuracy = metrics[f"{split}/loss"], metrics[f"{split}/accuracy"]
                 parts.append(f"{split} loss {loss:.4f}  {split} accuracy {accuracy:7.2%}")
-                self.bar.update(self.task, accuracy=f"{accuracy:.2%}")
         parts.append(f"{metrics['images_per_second']:,.0f} images/s")
         self.line("  ".join(parts))
 

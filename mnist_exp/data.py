@@ -65,7 +65,7 @@ def load(
     name: str,
     *,
     root: str | None,
-    val_size: int,
+    val_size: int | None,
     train_size: int | None,
     split_seed: int,
     classes: Sequence[str] | None = None,
@@ -75,8 +75,9 @@ def load(
 
     Without `root`, MNIST is the embedded copy, and the others are downloaded to `cache` unless they
     are there. A permutation that depends on `split_seed` alone decides the split: its last
-    `val_size` images are validation, its first `train_size` (None: all the rest) are train; both
-    keep the file's order. `classes` names the classes of 'idx', by default '0', '1', ...
+    `val_size` images (None: a tenth, 5,000 at most) are validation, its first `train_size` (None:
+    all the rest) are train; both keep the file's order. `classes` names the classes of 'idx', by
+    default '0', '1', ...
     Raises ConfigError for whatever is wrong with the request, the files or the network.
     """
     if name not in (*KNOWN, "idx"):
@@ -93,6 +94,9 @@ def load(
         sources.EMBEDDED if embedded else Path(root).expanduser() if root is not None else cache
     )
 
+    if root is not None and not folder.is_dir():
+        why = "is not a folder" if folder.exists() else "there is no such folder"
+        raise ConfigError(f"dataset.root={root}: {why}; it must hold the files of {name}")
     names, arrays, digest = [], [], hashlib.sha256()
     published = spec.sha256 if name == "mnist" else (None,) * 4
     open_files = (
@@ -128,6 +132,8 @@ def load(
     everything = Split(images[:, None], labels.long() - spec.first_label)
     test = Split(test_images[:, None], test_labels.long() - spec.first_label)
     first = Split(everything.images[:30].clone(), everything.labels[:30])
+    if val_size is None:
+        val_size = min(5000, len(everything) // 10)
     train, val = _split(name, everything, val_size, train_size, split_seed)
     mean, std = _mean_and_std(train.images)
     if std == 0:

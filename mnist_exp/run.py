@@ -129,7 +129,7 @@ def _check_last_batch(
     try:
         with torch.random.fork_rng(devices=[]):
             build()(torch.zeros(1, *dataset.shape))
-    except ValueError as error:
+    except Exception as error:  # a model can raise anything
         raise ConfigError(
             f"training.batch_size={batch_size}: leaves one image for the last batch of "
             f"{len(dataset.train)} images, on which this model cannot train ({error}). Choose "
@@ -194,8 +194,7 @@ def execute(job: Job, folder: Path, reporter: Reporter) -> Result:
             f"{folder}: the output folder cannot be written ({error.strerror}). "
             f"Choose another: hydra.run.dir=FOLDER"
         ) from error
-    params = dict(configs.leaves(job.asked))
-    tracker = Tracker(store, experiment, job.name, params, _tags(job, folder))
+    tracker = Tracker(store, experiment, job.name, _tags(job, folder))
     try:
         result = _run(job, folder, reporter, tracker)
     except BaseException as error:
@@ -244,8 +243,9 @@ def _run(job: Job, folder: Path, reporter: Reporter, tracker: Tracker) -> Result
         match record:
             case training.Notice():
                 reporter.line(record.text)
+                tracker.tags({"compiled": str(record.compiled).lower()})
             case training.Progress():
-                reporter.progress(record, batch)
+                reporter.progress(record)
             case training.Epoch() if record.failed:
                 failure = record.failed[0]
             case training.Epoch():
@@ -291,6 +291,7 @@ def _compiles(job: Job) -> bool:
 
 
 def _record_start(job: Job, folder: Path, tracker: Tracker) -> None:
+    tracker.params(dict(configs.leaves(job.asked)))
     dataset = job.dataset
     sizes = {"train": len(dataset.train), "test": len(dataset.test)}
     if dataset.val is not None:
@@ -398,7 +399,7 @@ def _tags(job: Job, folder: Path) -> dict[str, str]:
         "config_hash": configs.identity(job.asked),
         "device": str(job.device),
         "threads": str(torch.get_num_threads()),
-        "compiled": str(_compiles(job)).lower(),
+        "compiled": "false",
         "dataset": job.dataset.name,
         "model": str(job.choices.model),
         "optimizer": str(job.choices.optimizer),
@@ -449,9 +450,8 @@ class Evaluation:
     recorded: dict[str, float]  # what the run itself had found
 
 
-def evaluate(store: Store, run: str) -> Evaluation:
-    """The saved model of a run on the official test set of its dataset."""
-    found = store.find(run)
+def evaluate(store: Store, found: Any) -> Evaluation:
+    """The saved model of a run, as `store.find` gives it, on the official test set."""
     with TemporaryDirectory() as folder:
         recorded = OmegaConf.load(store.fetch(found.info.run_id, "config.yaml", Path(folder)))
         path = store.fetch(found.info.run_id, "checkpoint", Path(folder)) / "checkpoint.pt"

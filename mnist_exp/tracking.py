@@ -4,7 +4,9 @@ import http.client
 import logging
 import os
 import sqlite3
+import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from mnist_exp.errors import ConfigError
 
 if TYPE_CHECKING:  # the verbs that only look into a store do without it
     import torch
+
+log = logging.getLogger(__name__)
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 _ENVIRONMENT = "MLFLOW_TRACKING_URI"
@@ -41,15 +45,17 @@ def check_store(uri: str) -> None:
     elif uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=3).close()
+        except urllib.error.HTTPError as answer:  # somebody is there: mlflow will find out who
+            answer.close()
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise ConfigError(
-                f"tracking.uri={uri}: no MLflow server answers there ({reason}). Start it, or "
+                f"{_said(uri)}: no MLflow server answers there ({reason}). Start it, or "
                 f"choose another store: tracking.uri=sqlite:////ABSOLUTE/PATH.db"
             ) from error
     elif "://" not in uri or uri.startswith("file:"):
         raise ConfigError(
-            f"tracking.uri={uri}: MLflow no longer keeps runs in plain folders. Use "
+            f"{_said(uri)}: MLflow no longer keeps runs in plain folders. Use "
             f"sqlite:////ABSOLUTE/PATH.db, or the http(s) address of a server"
         )
 
@@ -57,7 +63,7 @@ def check_store(uri: str) -> None:
 def _check_sqlite(uri: str, path: Path) -> None:
     def fail(reason: str) -> None:
         raise ConfigError(
-            f"tracking.uri={uri}: cannot be opened, {reason}. Choose another store: "
+            f"{_said(uri)}: cannot be opened, {reason}. Choose another store: "
             f"tracking.uri=sqlite:////ABSOLUTE/PATH.db"
         )
 
@@ -86,6 +92,15 @@ def has_runs(uri: str) -> bool:
     return not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE)).exists()
 
 
+def _said(uri: str) -> str:
+    """How the store was chosen, for messages: what would have to be changed."""
+    return f"{_ENVIRONMENT if os.environ.get(_ENVIRONMENT) else 'tracking.uri'}={uri}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Store:
     """An MLflow store, opened. Raises ConfigError where it cannot be."""
 
@@ -107,8 +122,7 @@ class Store:
             self.client = mlflow.MlflowClient(uri)
             self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever the driver of this kind of store raises
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"tracking.uri={uri}: cannot be opened, {reason}") from error
+            raise ConfigError(f"{_said(uri)}: cannot be opened, {_first_line(error)}") from error
 
     def experiment(self, name: str) -> str:
         """The id of the experiment of this name, made if it is not there."""
@@ -191,14 +205,15 @@ class Tracker:
         store: Store,
         experiment: str,
         name: str,
-        params: Mapping[str, Any],
         tags: Mapping[str, str],
     ) -> None:
-        from mlflow.entities import Param
-
         self.store, self.client = store, store.client
         run = self.client.create_run(experiment, tags=dict(tags), run_name=name)
         self.run_id: str = run.info.run_id
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
         entries = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in params.items()]
         for first in range(0, len(entries), _PARAMS_A_BATCH):
             self.client.log_batch(self.run_id, params=entries[first : first + _PARAMS_A_BATCH])
@@ -243,7 +258,11 @@ class Tracker:
     def model(
         self, model: "torch.nn.Module", shape: Sequence[int], classes: int, example: np.ndarray
     ) -> None:
-        """The model with signature and example. example: float32 [B, C, H, W], B at least 2."""
+        """The model with signature and example. example: float32 [B, C, H, W], B at least 2.
+
+        As an exported program, which loads where this package is not; a module that cannot be
+        exported (its control flow depends on values) is pickled instead.
+        """
         import mlflow.pytorch
         from mlflow.models import ModelSignature
         from mlflow.types import Schema, TensorSpec
@@ -253,7 +272,17 @@ class Tracker:
             Schema([TensorSpec(real, (-1, *shape))]), Schema([TensorSpec(real, (-1, classes))])
         )
         versions = {name: version(name) for name in ("torch", "mlflow")}
-        active = mlflow.start_run(run_id=self.run_id)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                mlflow.pytorch.save_model(model, f"{folder}/trial", input_example=example)
+                form = "pt2"
+            except Exception as error:  # torch.export raises whatever it meets
+                log.warning(
+                    "the model is pickled, as it cannot be exported: %s", _first_line(error)
+                )
+                form = "pickle"
+        # nested: whoever calls from Python may have a run of their own open
+        active = mlflow.start_run(run_id=self.run_id, nested=True)
         try:
             mlflow.pytorch.log_model(
                 model,
@@ -262,9 +291,10 @@ class Tracker:
                 input_example=example,
                 # said outright, as MLflow would load the model in another process to find out
                 pip_requirements=[f"{name}=={number}" for name, number in versions.items()],
+                serialization_format=form,
             )
         finally:
-            mlflow.end_run(active.info.status)
+            mlflow.end_run(active.info.status)  # as it was: still running
 
     def finish(self, status: str, reason: str | None = None) -> None:
         """FINISHED, FAILED or KILLED; the reason is kept as a tag."""

@@ -54,7 +54,9 @@ class Progress:
     epoch: int  # 1, 2, ...
     step: int  # done in this epoch
     steps: int  # in an epoch
-    losses: np.ndarray  # [S, K], the mean loss of each of the newest S batches
+    images: int  # in the newest S batches
+    losses: np.ndarray  # [S, K], the mean loss of each of them
+    correct: np.ndarray  # [S, K], predictions
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Notice:
     """Something that a person should know of, and that changes no number."""
 
     text: str
+    compiled: bool  # whether the step is
 
 
 def fit(
@@ -92,9 +95,11 @@ def fit(
     """
     step = _Step(stack, runs, optimizer)
     if compiled:
-        yield Notice("compiling the training step (once for each shape; cached for later runs)")
+        yield Notice(
+            "compiling the training step (once for each shape; cached for later runs)", True
+        )
         if problem := step.compile(data, batch_size):
-            yield Notice(f"the step cannot be compiled and runs as it is: {problem}")
+            yield Notice(f"the step cannot be compiled and runs as it is: {problem}", False)
     count = len(data.train)
     steps = -(-count // batch_size)
     peaks = np.array([float(d["lr"]) for d in step.defaults])
@@ -128,7 +133,7 @@ def fit(
                     f"{first + i + 1} of {steps}, at a learning rate of {lr[first + i, k]:.4g}"
                 )
                 ended[k] = True
-            yield Progress(epoch + 1, todo[-1] + 1, steps, losses)
+            yield Progress(epoch + 1, todo[-1] + 1, steps, y.shape[1], losses, correct)
             if ended.all():
                 yield Epoch(epoch + 1, [{} for _ in runs], [False] * stack.size, failed)
                 return
@@ -292,16 +297,18 @@ class _Step:
         grads, new_buffers, loss, correct = self.stack.gradients(
             params, buffers, x, y, noise, self.smooth
         )
-        largest = [vector_norm(g.reshape(len(g), -1), torch.inf, 1) for g in grads.values()]
+        new_params, new_slots = {}, {}
+        if self.rule is not None:
+            for n, p in params.items():
+                h = {name: over(v, p) for name, v in numbers.items()}
+                new_params[n], new_slots[n] = self.rule.update(p, grads[n], slots[n], h)
+        # a gradient that is not finite shows in what it leads to, and so does an update too large
+        results = grads if self.rule is None else new_params
+        largest = [vector_norm(t.reshape(len(t), -1), torch.inf, 1) for t in results.values()]
         finite = torch.isfinite(loss) & torch.isfinite(torch.stack(largest).amax(0))
         alive = alive & finite
         if self.rule is None:
             new_params, new_slots = self._plain_update(params, grads, alive, numbers), slots
-        else:
-            new_params, new_slots = {}, {}
-            for n, p in params.items():
-                h = {name: over(v, p) for name, v in numbers.items()}
-                new_params[n], new_slots[n] = self.rule.update(p, grads[n], slots[n], h)
         new = (new_params, new_buffers, new_slots)
         # a graph cannot look at values; elsewhere the rare case alone pays for the choice
         if torch.compiler.is_compiling() or not bool(alive.all()):
@@ -353,4 +360,5 @@ def _chosen(mask: np.ndarray, new: Tensors, old: Tensors) -> Tensors:
 
 
 def _culprit(loss: float) -> str:
-    return "a gradient is not finite" if np.isfinite(loss) else f"the training loss is {loss}"
+    update = "a gradient, or the update that it leads to, is not finite"
+    return update if np.isfinite(loss) else f"the training loss is {loss}"

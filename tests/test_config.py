@@ -536,3 +536,15 @@ def test_folder_that_may_not_be_read(prepare: Prepare, tmp_path: Path) -> None:
     file.chmod(0)
     with pytest.raises(ConfigError, match=f"{file}: cannot be read"):
         prepare(["dataset=idx", "dataset.val_size=0", f"dataset.root={folder}"], real=True)
+
+
+def test_a_recipe_leaves_another_model_alone() -> None:
+    """What the seed recipe says must not reach a model or an optimizer that replaces its own."""
+    linear = configs.validate(
+        configs.task_config(configs.compose(["experiments=seed_mlp", "model=linear"]))
+    )
+    assert linear.model["hidden"] == []
+    adam = configs.validate(
+        configs.task_config(configs.compose(["experiments=seed_mlp", "optimizer=adam"]))
+    )
+    assert adam.optimizer["lr"] == 1e-3

@@ -266,11 +266,12 @@ def test_evaluation_of_a_module_of_ones_own(
     words = ["trusted_packages=[own_net]", "model._target_=own_net.Net"]
     done = mnist_exp.train([*place, *words, "~model.hidden", "~model.dropout"])
     assert "scale" not in checkpoint.load(tmp_path / "run" / "checkpoint.pt")["model"]
-    found = evaluate(Store(done.store), done.run_id)
+    store = Store(done.store)
+    found = evaluate(store, store.find(done.run_id))
     assert found.test == {key: found.recorded[key] for key in ("test/loss", "test/accuracy")}
     monkeypatch.setattr(sys.modules["own_net"], "WIDTH", 9)
     with pytest.raises(ConfigError, match=r"does not fit own_net\.Net"):
-        evaluate(Store(done.store), done.run_id)
+        evaluate(store, store.find(done.run_id))
 
 
 def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -638,7 +638,9 @@ def test_a_gradient_that_is_not_finite_is_seen_under_a_finite_loss(
         assert (
             trained.epochs[0]
             .failed[k]
-            .startswith("diverged: a gradient is not finite in epoch 1, step 1 of 10")
+            .startswith(
+                "diverged: a gradient, or the update that it leads to, is not finite in epoch 1"
+            )
         )
         assert_weights(trained.stack, k, seeded(Steep, k), rtol=0, atol=0)
 
@@ -759,3 +761,17 @@ def test_compiling_pays_for_long_runs_on_machines_that_can(
     assert not training.compiling_pays(training.COMPILE_FROM_STEPS - 1, CPU)
     monkeypatch.setattr(training.shutil, "which", lambda name: None)
     assert not training.can_compile(CPU)  # no compiler
+
+
+def test_an_update_that_overflows_is_not_made(make_dataset: Callable[..., Dataset]) -> None:
+    """Loss and gradient are finite, what they lead to is not: the weights stay as they were."""
+    dataset = make_dataset()
+    stack = Stack(lambda: MLP(dataset.shape, len(dataset.classes)), [0], torch.device("cpu"))
+    before = stack.snapshot()
+    # the gradient alone would be finite, but a decay of 1e30 times a rate of 1e30 is not
+    run = Run(0, {"lr": 1e30, "weight_decay": 1e30}, Constant())
+    records = list(training.fit(stack, dataset, [run], torch.optim.SGD, epochs=1, batch_size=32))
+    last = records[-1]
+    assert isinstance(last, Epoch) and "not finite" in last.failed[0]
+    for name, tensor in stack.snapshot().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
