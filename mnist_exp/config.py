@@ -79,7 +79,7 @@ class Config:
 
 
 # ValueError: a group that is given something else than a name
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError)
 FLOAT32_MAX = 3.4e38
 OPEN_PARTS = ("model", "optimizer", "schedule")
 OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")
@@ -247,8 +247,9 @@ def validate(config: DictConfig) -> Config:
     need(0 <= data.split_seed < 2**63, "dataset.split_seed", data.split_seed,
          "0 or more, below 2**63")  # fmt: skip
     need(training.epochs >= 1, "training.epochs", training.epochs, "1 or more")
-    need(training.batch_size >= 1, "training.batch_size", training.batch_size, "1 or more")
-    need(bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", training.device)), "training.device",
+    need(1 <= training.batch_size < 2**31, "training.batch_size", training.batch_size,
+         "1 or more, below 2**31")  # fmt: skip
+    need(bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", training.device)), "training.device",
          training.device, "auto, cpu, cuda, cuda:N or mps")  # fmt: skip
     need(training.threads is None or 1 <= training.threads <= 1024, "training.threads",
          training.threads, "from 1 to 1024, or null")  # fmt: skip
@@ -322,9 +323,11 @@ def _check_arguments(
                 )
         default = taken[argument].default if argument in taken else None
         is_number = isinstance(default, int | float) and not isinstance(default, bool)
-        if is_number and not isinstance(node[argument], int | float | None):
+        value = node[argument]
+        fits = isinstance(value, int | float | None) and not isinstance(value, bool)
+        if is_number and not fits:
             raise ConfigError(
-                f"{key}.{argument}={node[argument]}: must be a number, as its default {default}"
+                f"{key}.{argument}={value}: must be a number, as its default {default}"
             )
     if "_args_" in node:
         return
@@ -383,7 +386,11 @@ def build_model(
     try:
         with torch.random.fork_rng(devices=[]):
             module = build()
-    except Exception as error:  # a constructor can raise anything
+            images = torch.zeros(2, *input_shape)
+            loss = torch.nn.functional.cross_entropy(module(images), torch.zeros(2).long())
+            if learned := [p for p in module.parameters() if p.requires_grad]:
+                torch.autograd.grad(loss, learned, allow_unused=True)
+    except (Exception, SystemExit) as error:  # a constructor can raise anything
         raise ConfigError(f"model: {target.__qualname__}: {_last_line(error)}") from error
     if not any(p.requires_grad for p in module.parameters()):
         raise ConfigError(f"model: {target.__qualname__} has no trainable parameters")
@@ -405,7 +412,11 @@ def build_optimizer(
             raise ConfigError(f"optimizer._target_: {target.__name__} cannot be used here: {why}")
     arguments = _named_arguments("optimizer", config.optimizer)
     try:
-        built = target(parameters, **arguments)
+        built = target([torch.nn.Parameter(p.detach().clone()) for p in parameters], **arguments)
+        for group in built.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        built.step()
     except Exception as error:  # a constructor can raise anything
         raise ConfigError(f"optimizer: {target.__qualname__}: {_last_line(error)}") from error
     if "lr" not in built.defaults:

@@ -21,6 +21,8 @@ class MLP(nn.Sequential):
         dropout: float = 0.0,
     ) -> None:
         channels, height, width = input_shape
+        if any(units < 1 for units in hidden):
+            raise ValueError(f"hidden={list(hidden)}: every layer needs 1 unit or more")
         layers: list[nn.Module] = [nn.Flatten()]  # [B, C, H, W] -> [B, C * H * W]
         for fan_in, fan_out in pairwise((channels * height * width, *hidden)):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]

@@ -259,6 +259,8 @@ class Step(Schedule):
         super().__post_init__()
         if self.every_epochs == 0:
             raise ValueError("every_epochs must be more than 0, got 0")
+        if self.gamma > 1:
+            raise ValueError(f"gamma must be from 0 to 1, got {self.gamma}")
 
     def course(self, epoch: float, epochs: float) -> float:
         # a step is a fraction of an epoch: 0.3 / 0.1 is a little less than 3

@@ -89,6 +89,8 @@ def prepare(composed: DictConfig) -> Job:
     """Builds everything that a composed config asks for. Raises ConfigError."""
     asked = configs.task_config(composed)
     typed = configs.validate(asked)
+    if not str(composed.hydra.run.dir).strip():
+        raise ConfigError("hydra.run.dir=: must be a folder of its own for the run's output")
     uri = store_uri(typed.tracking.uri, configs.output_root())
     check_store(uri)
     device = _device(typed.training.device)
@@ -401,8 +403,9 @@ def _tags(job: Job, folder: Path) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "compiled": "false",
         "dataset": job.dataset.name,
-        "model": str(job.choices.model),
-        "optimizer": str(job.choices.optimizer),
+        # a model that was not chosen from its group goes by its class
+        "model": job.choices.get("model") or type(job.stack.module).__name__,
+        "optimizer": job.choices.get("optimizer") or job.optimizer.__name__,
         "output_dir": str(folder.resolve()),
         "version.python": platform.python_version(),
         "version.torch": torch.__version__,

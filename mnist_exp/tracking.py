@@ -9,12 +9,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 
 from mnist_exp.errors import ConfigError
 
@@ -40,6 +42,9 @@ def check_store(uri: str) -> None:
 
     Takes no import of mlflow, and creates nothing.
     """
+    if uri.startswith("sqlite:") and (not uri.removeprefix(_SQLITE) or "?" in uri or
+                                      not uri.startswith(_SQLITE)):  # fmt: skip
+        raise ConfigError(f"{_said(uri)}: must name a file, sqlite:////ABSOLUTE/PATH.db")
     if uri.startswith(_SQLITE):
         _check_sqlite(uri, Path(uri.removeprefix(_SQLITE)))
     elif uri.startswith(("http://", "https://")):
@@ -119,10 +124,17 @@ class Store:
         else:
             os.environ[_ENVIRONMENT] = asked
         try:
-            self.client = mlflow.MlflowClient(uri)
-            self.client.search_experiments(max_results=1)
+            with self._lock():
+                self.client = mlflow.MlflowClient(uri)
+                self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever the driver of this kind of store raises
             raise ConfigError(f"{_said(uri)}: cannot be opened, {_first_line(error)}") from error
+
+    def _lock(self) -> AbstractContextManager[object]:
+        """One process at a time: MLflow does not guard its making of a new database's tables."""
+        if not self.uri.startswith(_SQLITE):
+            return nullcontext()
+        return FileLock(self.uri.removeprefix(_SQLITE) + ".lock")
 
     def experiment(self, name: str) -> str:
         """The id of the experiment of this name, made if it is not there."""

@@ -24,6 +24,7 @@ from helpers import ROOT, command, finish, fresh_store, start, write_idx
 from mlflow.entities import Run
 
 from mnist_exp import checkpoint, cli, training
+from mnist_exp.tracking import Store
 
 Call = Callable[..., tuple[int, str, str]]
 SMALL = ["debug=fast", "training.compile=never", "training.threads=1", "training.device=cpu"]
@@ -379,7 +380,8 @@ def test_where_the_output_went(finished: Started) -> None:
     """A folder with blanks in its name, and a command typed outside of the checkout."""
     assert (finished.folder / "its output" / "checkpoint.pt").exists()
     assert f"output {finished.folder / 'its output'}" in finished.out.splitlines()
-    assert {p.name for p in finished.folder.iterdir()} == {"its output", "store.db", "mlruns"}
+    left = {p.name for p in finished.folder.iterdir()}
+    assert left == {"its output", "store.db", "store.db.lock", "mlruns"}
     (run,) = runs(finished.store)
     assert run.info.status == "FINISHED"
     assert run.info.artifact_uri.startswith((finished.folder / "mlruns").as_uri())
@@ -416,3 +418,20 @@ def test_evaluate_what_is_not_there(finished: Started, call: Call, tmp_path: Pat
     refused(call("evaluate", "last", nowhere), "none.db", "no runs yet", "mnist-exp train")
     refused(call("evaluate", "last", f"tracking.uri={fresh_store(tmp_path / 'new')}"), "no runs")
     assert not (tmp_path / "none.db").exists()
+
+
+def test_the_readmes_module_of_ones_own(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands in no config group: the record names it by its class."""
+    (tmp_path / "my_net.py").write_text(
+        "from mnist_exp.models import MLP\n\n\nclass Net(MLP):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    uri = f"sqlite:///{tmp_path}/own.db"
+    words = ["~model", "+model={_target_: my_net.Net}", "trusted_packages=[my_net]"]
+    words += ["~optimizer", "+optimizer={_target_: torch.optim.NAdam}", f"tracking.uri={uri}"]
+    call("train", *words, *SMALL, f"hydra.run.dir={tmp_path}/run")
+    tags = Store(uri).find("last").data.tags
+    assert tags["model"] == "Net" and tags["optimizer"] == "NAdam"
