@@ -259,12 +259,14 @@ class Step(Schedule):
         super().__post_init__()
         if self.every_epochs == 0:
             raise ValueError("every_epochs must be more than 0, got 0")
-        if self.gamma > 1:
-            raise ValueError(f"gamma must be from 0 to 1, got {self.gamma}")
 
     def course(self, epoch: float, epochs: float) -> float:
         # a step is a fraction of an epoch: 0.3 / 0.1 is a little less than 3
-        return float(self.gamma ** math.floor(epoch / self.every_epochs + 1e-9))
+        steps = math.floor(epoch / self.every_epochs + 1e-9)
+        try:
+            return float(self.gamma**steps)
+        except OverflowError:
+            return math.inf  # the run diverges, and says so
 
 
 @dataclass(frozen=True, kw_only=True)
