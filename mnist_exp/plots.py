@@ -1,4 +1,4 @@
-"""Figures: sample grids, learning curves, confusion matrices; and their way to pixels and files.
+"""Figures: sample grids, learning curves, confusion matrices, sweeps; and their way to files.
 
 The only module that imports matplotlib, and of it only the object-oriented part: no pyplot, no
 choice of a backend. The style is matplotlib's process-wide state, so it is set under a lock for as
@@ -22,8 +22,9 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 DPI = 128  # a power of two: pixels / DPI * DPI is exact, so a figure has the pixels it asks for
 ROWS, COLUMNS = 5, 6
@@ -36,6 +37,15 @@ TITLE, TEXT, SMALL = 12.0, 10.0, 9.0  # points; legible at half size
 # Errors and hits have a hue each, so that a strong diagonal can't drown the errors.
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#f5f5f5", "#f6b26b", ORANGE, "#7a2e00"])
 HITS = LinearSegmentedColormap.from_list("hits", ["#f5f5f5", "#a6cfe8"])
+
+# Pale yellow to dark blue: its lightness alone orders it, whatever hues are seen.
+RANKED = matplotlib.colormaps["YlGnBu"]
+# Okabe and Ito's but the yellow, too pale for a line on white; at most this many cells have a hue.
+HUES = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", INK, "#999999")
+
+Points = Sequence[tuple[int, float]]  # (epoch, value)
+History = Mapping[str, Points]
+Floats = npt.NDArray[np.floating[Any]]
 
 STYLE: Any = {
     "axes.edgecolor": "#999999",
@@ -108,6 +118,10 @@ def _short(text: str, length: int = 16) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
+def _percent(value: float, _: object = None) -> str:
+    return f"{100 * value:.5g}%"
+
+
 def grid(
     images: npt.NDArray[np.uint8],
     labels: Sequence[str],
@@ -178,7 +192,7 @@ def grid(
 
 
 def curves(
-    history: Mapping[str, Sequence[tuple[int, float]]],
+    history: History,
     best_epoch: int | None,
     title: str,
     test_accuracy: float | None = None,
@@ -208,40 +222,156 @@ def curves(
     return figure
 
 
-def _draw_curves(axes: Axes, name: str, history: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    axes.set(title=name, xlabel="epoch")
-    axes.grid(True)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+def _draw_curves(axes: Axes, name: str, history: History) -> None:
     finite: list[float] = []
     for split, legend, colour, marker in (
         ("train", "training", BLUE, "o"),
         ("val", "validation", ORANGE, "s"),
     ):
         points = history.get(f"{split}/{name}", ())
-        # Beyond float32, where a diverged run's sums may be, an axis overflows: a gap as well.
-        values = [value if abs(value) < 1e38 else math.nan for _, value in points]
+        values = _with_gaps(points)
         kept = [value for value in values if not math.isnan(value)]
         finite += kept
         if kept:  # a point alone between gaps has no line to be seen by
             style: Any = {"marker": marker if len(kept) <= 30 else "", "markersize": 5}
             axes.plot([epoch for epoch, _ in points], values, color=colour, label=legend, **style)
     # The same epochs in both panels, those without a finite value too.
-    epochs = [epoch for points in history.values() for epoch, _ in points] or [1]
-    room = max(0.5, 0.02 * (max(epochs) - min(epochs)))
-    axes.set_xlim(min(epochs) - room, max(epochs) + room)
-    if not finite:
+    _set_axes(axes, name, [epoch for points in history.values() for epoch, _ in points], finite)
+
+
+def _with_gaps(points: Points) -> list[float]:
+    """The values, nan for a gap: beyond float32, where a diverged run may be, an axis overflows."""
+    return [value if abs(value) < 1e38 else math.nan for _, value in points]
+
+
+def _set_axes(axes: Axes, title: str, epochs: list[int], values: list[float]) -> None:
+    """Title, axes and ticks of a panel of these finite values; epochs may be more than have one."""
+    axes.set(title=title, xlabel="epoch")
+    axes.grid(True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    first, last = min(epochs, default=1), max(epochs, default=1)
+    room = max(0.5, 0.02 * (last - first))
+    axes.set_xlim(first - room, last + room)
+    if not values:
         axes.set_yticks([])
         axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center")
         return
-    if name == "accuracy":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.5g}%"))
+    if title.endswith("accuracy"):
+        axes.yaxis.set_major_formatter(_percent)
         return
-    decades = math.log10(max(finite)) - math.log10(min(finite)) if min(finite) > 0 else 0.0
+    decades = math.log10(max(values)) - math.log10(min(values)) if min(values) > 0 else 0.0
     if decades > 1.5:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.7g}"))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.7g}")
+
+
+def _worth_showing(results: Floats) -> float:
+    """From which result on, where higher is better, a picture of a sweep makes distinctions.
+
+    All of them, but for those more than four times as far below the best as the median: one cell
+    at chance level must not drown the differences among the good ones. At least half a percentage
+    point, so that mere noise isn't painted as a difference.
+    """
+    best, median = float(results.max()), float(np.median(results))
+    return min(max(float(results.min()), best - 4 * (best - median)), best - 0.005)
+
+
+def sweep_curves(cells: Mapping[str, Sequence[History]], chosen: str | None, title: str) -> Figure:
+    """Validation loss and accuracy (0 to 1, shown in percent) by epoch of all jobs of a sweep.
+
+    cells holds, best first, the runs (the seeds) under the label of their cell; a run is as the
+    history of `curves`. Shown is a cell's mean, within a band of one standard deviation (ddof=1)
+    where two runs or more have the epoch; values that aren't finite count as missing. Training
+    loss stands in for what no run has. Up to 8 cells have a hue each; more have a shade by rank,
+    the chosen one orange, and only that and the best few are named. Cells that end far behind the
+    others get no room: an arrow counts those out of sight. Raises ValueError if chosen isn't in
+    cells.
+    """
+    if chosen is not None and chosen not in cells:
+        raise ValueError(f"chosen: {chosen!r} is none of the {len(cells)} cells")
+    runs = [run for seeds in cells.values() for run in seeds]
+    keys = dict.fromkeys(
+        key if any(len(run.get(key, ())) for run in runs) else "train/loss"
+        for key in ("val/loss", "val/accuracy")
+    )
+    many = len(cells) > len(HUES)
+    named = [label for rank, label in enumerate(cells) if not many or rank < 4 or label == chosen]
+    styles: dict[str, dict[str, Any]] = {}
+    for rank, label in enumerate(cells):  # the better a cell, the further on top
+        # By the root of the rank: the best, which are named, differ most.
+        colour = RANKED(1 - 0.75 * math.sqrt(rank / len(cells))) if many else HUES[rank]
+        width = 1.2 if many else 1.8
+        styles[label] = {"color": colour, "linewidth": width, "zorder": 3 - rank / len(cells)}
+        if label == chosen:
+            styles[label] |= {"color": ORANGE if many else colour, "linewidth": 3.6, "zorder": 4}
+    names = [_short(label, 64) + " (chosen)" * (label == chosen) for label in named]
+    lines = [Line2D([], [], **styles[label]) for label in named]
+    if many:
+        names.append(f"{len(cells) - len(named)} others, paler by rank")
+        lines.append(Line2D([], [], color=RANKED(0.5), linewidth=1.2))
+    across = max(1, int(1040 // (60 + max((_width(name, TEXT) for name in names), default=0))))
+    height = 456 + 24 * math.ceil(len(names) / across)
+    with _style():
+        figure = _figure(1080, height, _short(title, 72))
+        figure.set_layout_engine("constrained", w_pad=0.08, rect=(0, 0, 1, 1 - 38 / height))
+        for key, axes in zip(keys, np.ravel(figure.subplots(1, len(keys))), strict=True):
+            _draw_sweep(axes, key, cells, styles)
+        if names:
+            figure.legend(lines, names, loc="outside lower center", ncols=across)
+    return figure
+
+
+def _draw_sweep(
+    axes: Axes, key: str, cells: Mapping[str, Sequence[History]], styles: Mapping[str, Any]
+) -> None:
+    sign = 1 if key.endswith("accuracy") else -1  # times a value: the higher, the better
+    every = {label: _over_seeds(runs, key) for label, runs in cells.items()}
+    finite = {label: cell[:, np.isfinite(cell[1])] for label, cell in every.items()}
+    finite = {label: cell for label, cell in finite.items() if cell.size}
+    last = sign * np.array([cell[1, -1] for cell in finite.values()])
+    worth = last >= _worth_showing(last) if finite else ()
+    shown = [cell for cell, is_worth in zip(finite.values(), worth, strict=True) if is_worth]
+    _, means, stds = np.nan_to_num(np.hstack([np.empty((3, 0)), *shown]))
+    points = [points for runs in cells.values() for run in runs for points in run.values()]
+    title = key.replace("val/", "validation ").replace("train/", "training ")
+    _set_axes(axes, title, [epoch for some in points for epoch, _ in some], means.tolist())
+    for label in finite:
+        epochs, mean, std = every[label]
+        # A point alone between gaps has no line to be seen by.
+        alone = np.isfinite(mean) & (np.convolve(np.isfinite(mean), [1, 1, 1])[1:-1] == 1)
+        marker: Any = {"marker": "o", "markevery": alone.tolist()} if alone.any() else {}
+        axes.plot(epochs, mean, label=label, **styles[label], **marker)
+        # Below all lines and above the grid; with an edge, a band of a single epoch is seen too.
+        band: Any = {"color": styles[label]["color"], "alpha": 0.25, "linewidth": 1, "zorder": 1.8}
+        axes.fill_between(epochs, mean - std, mean + std, **band)
+    if not shown:
+        return
+    # On a log axis not down to the bands, which may reach 0.
+    lowest = means if axes.get_yscale() == "log" else means - stds
+    scale = axes.yaxis.get_transform()
+    low, high = scale.transform([lowest.min(), (means + stds).max()])
+    room = max(0.05 * (high - low), 1e-3)
+    low, high = scale.inverted().transform([low - room, high + room])
+    axes.set_ylim(low, high)
+    worst = low if sign > 0 else -high
+    hidden = sum((sign * cell[1]).max() < worst for cell in finite.values())
+    if hidden:
+        text, y = (f"↓ {hidden} below", 0.02) if sign > 0 else (f"↑ {hidden} above", 0.94)
+        axes.text(0.99, y, text, transform=axes.transAxes, color=DISCREET, ha="right")
+
+
+def _over_seeds(runs: Sequence[History], key: str) -> Floats:
+    """[3, E]: epochs, mean and standard deviation over the runs with a finite value, or nan."""
+    epochs = sorted({epoch for run in runs for epoch, _ in run.get(key, ())})
+    table = np.full((len(runs), len(epochs)), math.nan)
+    for row, run in zip(table, runs, strict=True):
+        points = run.get(key, ())
+        row[np.searchsorted(epochs, [epoch for epoch, _ in points])] = _with_gaps(points)
+    values = np.ma.masked_invalid(table)
+    spread = values.std(0, ddof=1)
+    return np.stack([epochs, values.mean(0).filled(math.nan), spread.filled(math.nan)])
 
 
 def confusion(counts: npt.NDArray[np.integer[Any]], classes: Sequence[str], title: str) -> Figure:
@@ -305,6 +435,129 @@ def confusion(counts: npt.NDArray[np.integer[Any]], classes: Sequence[str], titl
             recall = f"{share[row, row]:.1%}" if totals[row] else "-"
             axes.text(edge, row, recall, **aside, **middle)
     return figure
+
+
+def heat_map(
+    x: tuple[str, Sequence[float]],
+    y: tuple[str, Sequence[float]],
+    mean: Floats,
+    std: Floats | None,
+    chosen: tuple[int, int] | None,
+    title: str,
+    caption: str = "",
+) -> Figure:
+    """Validation accuracy over two swept numbers, a cell for each pair of their values.
+
+    x and y are (name, values), the values ascending; mean [len(y), len(x)] is from 0 to 1, nan
+    where there is no result; std, of the same shape, is written in percentage points where it is
+    finite. Row 0 is at the bottom. chosen is the (row, column) to outline. An axis is linear or
+    logarithmic, whichever spaces its values more evenly; where neither is legible, the cells are
+    equally wide and its label says "not to scale". Colours span the results, but for those far
+    below the others. Numbers are left out if they don't fit. Raises ValueError for values that
+    don't ascend, and if the shapes don't fit.
+    """
+    shape = len(y[1]), len(x[1])
+    for what, given in (("mean", mean), ("std", std)):
+        if given is not None and given.shape != shape:
+            raise ValueError(f"{what}: {given.shape}, not {shape} as the values of y and x")
+    if chosen is not None and not (0 <= chosen[0] < shape[0] and 0 <= chosen[1] < shape[1]):
+        raise ValueError(f"chosen: {chosen} is no (row, column) of {shape}")
+    x_ticks, x_edges, x_name = _swept(*x)
+    y_ticks, y_edges, y_name = _swept(*y)
+    finite = np.isfinite(mean)
+    texts = {}
+    for row, column in np.argwhere(finite):
+        texts[row, column] = f"{mean[row, column]:.2%}"
+        if std is not None and np.isfinite(std[row, column]):
+            texts[row, column] += f"\n± {100 * std[row, column]:.2f}"
+    results = mean[finite] if texts else np.array([0.0, 1.0])
+    low, high = _worth_showing(results), results.max()
+    caption += "; outlined: chosen" * (chosen is not None)
+    caption += "; hatched: no result" * (not finite.all())
+    title, caption = _short(title, 72), _short(caption.removeprefix("; "), 110)
+
+    # In pixels: the sides of the map and its smallest cell, then around it what the text needs.
+    sides, rooms = [], []
+    for edges, name, most in ((x_edges, x_name, 88), (y_edges, y_name, 60)):
+        span = edges[-1]  # in smallest distances of two values
+        sides.append(max(200.0, span * min(most, max(22, 960 / span)), _width(name, TEXT) - 40))
+        rooms.append(sides[-1] / span)
+    (across, up), (wide, tall) = sides, rooms
+    lines = {line for text in texts.values() for line in text.split("\n")}
+    widest = max((_width(line, TEXT) for line in lines), default=1.0)
+    deepest = (2 if any("\n" in text for text in texts.values()) else 1) * 1.25 * TEXT * DPI / 72
+    size = TEXT * min(1.0, 0.92 * wide / widest, 0.92 * tall / deepest)
+    x_names, y_names = ([_number(value) for value in values] for _, values in (x, y))
+    x_size, y_size = (min(TEXT, 0.4 * room) for room in rooms)
+    widths = np.array([_width(name, x_size) for name in x_names])
+    apart = (widths[1:] + widths[:-1]) / 2 + 8 < np.diff(x_ticks) * wide
+    angle, below = (0, 18) if apart.all() else (90, widths.max())
+    left, top = max(_width(name, y_size) for name in y_names) + 48, 84 if caption else 60
+    needed = left + across + 150, _width(title, TITLE), _width(caption, SMALL)
+    width, height = 16 + math.ceil(max(needed)), math.ceil(top + up + below + 50)
+    with _style():
+        figure = _figure(width, height, title, caption)
+        bottom = 1 - (top + up) / height
+        axes = figure.add_axes((left / width, bottom, across / width, up / height))
+        style: Any = {"cmap": RANKED, "vmin": low, "vmax": high, "edgecolors": "white"}
+        mesh = axes.pcolormesh(x_edges, y_edges, np.ma.masked_invalid(mean), linewidth=0.5, **style)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=3, labelcolor=INK)
+        axes.set_xticks(x_ticks, x_names, rotation=angle, fontsize=x_size)
+        axes.set_yticks(y_ticks, y_names, fontsize=y_size)
+        axes.set(xlabel=x_name, ylabel=y_name)
+        middle: Any = {"ha": "center", "va": "center"}
+        for row, column in np.ndindex(shape):
+            corner = x_edges[column], y_edges[row]
+            extent = x_edges[column + 1] - corner[0], y_edges[row + 1] - corner[1]
+            centre = corner[0] + extent[0] / 2, corner[1] + extent[1] / 2
+            if not finite[row, column]:
+                hatch: Any = {"facecolor": "#f5f5f5", "edgecolor": "#d0d0d0", "hatch": "///"}
+                axes.add_patch(Rectangle(corner, *extent, linewidth=0.5, **hatch))
+                axes.text(*centre, "\N{EN DASH}", fontsize=TITLE, **middle)
+            elif size >= 0.8 * TEXT:
+                rgb = np.array(mesh.to_rgba(mean[row, column]))[:3]
+                luminance = rgb**2.2 @ (0.2126, 0.7152, 0.0722)  # at 0.2, both contrast alike
+                place: Any = {"fontsize": size, "color": "white" if luminance < 0.2 else INK}
+                axes.text(*centre, texts[row, column], **place | middle)
+            if chosen == (row, column):
+                outline: Any = {"fill": False, "edgecolor": ORANGE, "linewidth": 4, "zorder": 3}
+                axes.add_patch(Rectangle(corner, *extent, clip_on=False, **outline))
+        bar = figure.add_axes(((left + across + 28) / width, bottom, 16 / width, up / height))
+        extend = "min" if results.min() < low else "neither"
+        figure.colorbar(mesh, bar, extend=extend, extendfrac=0.05, format=_percent)
+        bar.set_ylabel("validation accuracy")
+    return figure
+
+
+def _swept(name: str, values: Sequence[float]) -> tuple[Floats, Floats, str]:
+    """Ticks [N] and edges [N + 1] of the cells of ascending values, and the name of the axis.
+
+    From 0 on, in units of the smallest distance of two ticks.
+    """
+    numbers = np.asarray(values, float)
+    if not numbers.size or not np.isfinite(numbers).all() or (np.diff(numbers) <= 0).any():
+        raise ValueError(f"{name}: {values} are no ascending numbers")
+    name, gaps = _short(name, 40), np.diff(numbers)
+    if gaps.size and numbers[0] > 0:
+        gaps = max(gaps, np.diff(np.log10(numbers)), key=lambda some: some.min() / some.mean())
+    if gaps.size and gaps.min() < 0.4 * gaps.mean():
+        name, gaps = f"{name} (not to scale)", np.ones_like(gaps)
+    gaps = gaps / gaps.min(initial=math.inf)
+    around = np.pad(gaps, 1, "edge") if gaps.size else np.ones(2)
+    ticks = around[0] / 2 + np.cumsum(np.r_[0, gaps])
+    return ticks, np.cumsum(np.r_[0, (around[1:] + around[:-1]) / 2]), name
+
+
+def _number(value: float) -> str:
+    """As short as it goes: 0.01, 64, 1e6; rounded only if it has many digits."""
+    for number in (value, float(f"{value:.3g}")):
+        plain = np.format_float_positional(number, trim="-")
+        power = np.format_float_scientific(number, trim="-", exp_digits=1).replace("e+", "e")
+        text = plain if len(plain) <= 6 else min(plain, power, key=len)
+        if len(text) <= 8:
+            break
+    return text
 
 
 def pixels(figure: Figure) -> npt.NDArray[np.uint8]:

@@ -6,7 +6,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from mnist_exp import plots
@@ -214,6 +216,292 @@ def test_rare_errors_are_seen_beside_a_strong_diagonal() -> None:
 def test_confusion_refuses_a_table_of_another_size() -> None:
     with pytest.raises(ValueError, match=r"\(3, 3\) for 10 classes"):
         plots.confusion(np.zeros((3, 3), int), DIGITS, "x")
+
+
+LRS, SIZES = ("optimizer.lr", [0.01, 0.03, 0.1, 0.3]), ("training.batch_size", [32, 64, 128])
+
+
+def swept(rows: int, columns: int) -> np.ndarray:
+    return np.linspace(0.95, 0.98, rows * columns).reshape(rows, columns)
+
+
+def ticks(axes: Axes) -> dict[str, float]:
+    """The places of the ticks of x, in pixels."""
+    places = axes.transData.transform([(x, 0) for x in axes.get_xticks()])[:, 0]
+    return dict(zip([label.get_text() for label in axes.get_xticklabels()], places, strict=True))
+
+
+def boxes(figure: Figure) -> dict[str, tuple[float, float, float, float]]:
+    """Left, bottom, right and top in pixels of what is drawn for single cells, by its kind."""
+    found = {}
+    for patch in figure.axes[0].patches:
+        kind = "missing" if patch.get_hatch() else "chosen"
+        found[kind] = patch.get_window_extent().extents
+    return found
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "missing"),
+    [
+        (LRS[1], SIZES[1], 0),
+        ([*LRS[1], 1e6], SIZES[1], 5),
+        ([0.5], SIZES[1], 1),
+        (SIZES[1], [1e-5], 3),
+        ([0.0], [1.0], 0),
+        (np.geomspace(1e-4, 1, 20).tolist(), np.linspace(0.123456789, 0.9, 20).tolist(), 7),
+        (list(range(40)), [0, 1e-12, 1e300], 1),
+    ],
+)
+@pytest.mark.parametrize("name", ["lr", "a" * 60])
+def test_heat_map_is_complete(x: list[float], y: list[float], missing: int, name: str) -> None:
+    mean = swept(len(y), len(x))
+    mean.flat[mean.size - missing :] = NAN
+    for std, chosen, caption in ((None, None, ""), (mean / 9, (0, 0), "A long caption " * 20)):
+        title = "A long title " * 20
+        figure = plots.heat_map((name, x), (name, y), mean, std, chosen, title, caption)
+        assert not ink_at_edges(plots.pixels(figure))
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "scale"),
+    [
+        ([0.1, 0.2, 0.3], ["0.1", "0.2", "0.3"], lambda value: value),
+        ([0, 0.5, 0.9], ["0", "0.5", "0.9"], lambda value: value),
+        ([32, 64, 256], ["32", "64", "256"], np.log),
+        ([1e-5, 1e-4, 1e-3, 0.005], ["1e-5", "0.0001", "0.001", "0.005"], np.log),
+        ([0.1, 0.1 + 0.2, 1.0], ["0.1", "0.3", "1"], np.log),
+        ([65536, 1e6, 1.5e7], ["65536", "1e6", "1.5e7"], np.log),
+    ],
+)
+def test_cells_are_to_scale(values: list[float], names: list[str], scale: np.ufunc) -> None:
+    figure = plots.heat_map(("lr", values), SIZES, swept(3, len(values)), None, None, "x")
+    places = ticks(figure.axes[0])
+    assert list(places) == names
+    expected = scale(np.array(values))
+    expected = (expected - expected[0]) / (expected[-1] - expected[0])
+    got = np.array(list(places.values()))
+    assert np.allclose((got - got[0]) / (got[-1] - got[0]), expected)
+    assert figure.axes[0].get_xlabel() == "lr"
+
+
+@pytest.mark.parametrize("values", [[0, 1e-4, 1e-3, 1e-2], [0.01, 0.03, 0.1, 1e6]])
+def test_cells_are_equally_wide_where_no_scale_is_legible(values: list[float]) -> None:
+    figure = plots.heat_map(("lr", values), SIZES, swept(3, 4), None, None, "x")
+    assert np.ptp(np.diff(list(ticks(figure.axes[0]).values()))) < 1e-6
+    assert figure.axes[0].get_xlabel() == "lr (not to scale)"
+
+
+def test_heat_map_outlines_the_chosen_cell_and_marks_the_missing_one() -> None:
+    mean = swept(3, 4)
+    mean[2, 3] = NAN
+    figure = plots.heat_map(LRS, SIZES, mean, None, (0, 2), "x", "one seed")
+    axes = figure.axes[0]
+    found = boxes(figure)
+    (left, bottom, right, top), x = found["chosen"], ticks(axes)
+    # Edges halfway between the neighbours, in log(lr); the first row is the lowest.
+    assert np.isclose(left, (x["0.03"] + x["0.1"]) / 2)
+    assert np.isclose(right, (x["0.1"] + x["0.3"]) / 2)
+    assert np.isclose(bottom, axes.bbox.y0)
+    assert np.isclose(top, axes.bbox.y0 + axes.bbox.height / 3)
+    assert np.allclose(found["missing"][2:], (axes.bbox.x1, axes.bbox.y1))
+    texts = {text.get_text(): text.get_position() for text in axes.texts}
+    inside = axes.transData.inverted().transform([(left + right) / 2, (bottom + top) / 2])
+    assert np.allclose(texts[f"{mean[0, 2]:.2%}"], inside)
+    assert "\N{EN DASH}" in texts
+    assert len(texts) == 12
+    assert figure.texts[1].get_text() == "one seed; outlined: chosen; hatched: no result"
+
+
+def test_heat_map_writes_the_deviation_where_there_is_one() -> None:
+    mean, std = np.array([[0.9712, 0.95]]), np.array([[0.00123, NAN]])
+    figure = plots.heat_map(("lr", [1, 2]), ("size", [8]), mean, std, None, "x")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["97.12%\n± 0.12", "95.00%"]
+
+
+@pytest.mark.parametrize("side", [4, 12, 20])
+def test_heat_map_has_no_text_that_does_not_fit(side: int) -> None:
+    values = list(range(side))
+    mean = swept(side, side)
+    figure = plots.heat_map(("a", values), ("b", values), mean, mean / 100, None, "x")
+    plots.pixels(figure)
+    texts = figure.axes[0].texts
+    assert len(texts) == (side * side if side <= 12 else 0)
+    for text in texts:
+        extent = text.get_window_extent()
+        assert extent.width < figure.axes[0].bbox.width / side
+        assert extent.height < figure.axes[0].bbox.height / side
+
+
+def test_heat_map_texts_are_readable_on_their_cells() -> None:
+    figure = plots.heat_map(("a", range(10)), ("b", range(10)), swept(10, 10), None, None, "x")
+    cells = figure.axes[0].collections[0].to_rgba(swept(10, 10)).reshape(100, 4)
+
+    def luminance(colour: object) -> float:
+        return np.array(to_rgb(colour)) ** 2.2 @ (0.2126, 0.7152, 0.0722)
+
+    for text, cell in zip(figure.axes[0].texts, cells, strict=True):
+        dark, light = sorted([luminance(text.get_color()), luminance(cell[:3])])
+        assert (light + 0.05) / (dark + 0.05) > 4  # W3C asks for 3 of large text, 4.5 of small
+
+
+def test_one_cell_at_chance_does_not_drown_the_others() -> None:
+    mean = swept(4, 4)
+    mean[3, 3] = 0.1
+    figure = plots.heat_map(LRS, ("y", range(4)), mean, None, None, "x")
+    low, high = figure.axes[0].collections[0].get_clim()
+    assert 0.9 < low <= np.sort(mean.flat)[1]
+    assert high == mean.max()
+
+
+@pytest.mark.parametrize(
+    ("x", "shape", "chosen", "message"),
+    [
+        ([1, 2], (3, 2), None, r"mean: \(3, 2\), not \(1, 2\)"),
+        ([1, 2], (1, 2), (1, 0), r"chosen: \(1, 0\)"),
+        ([2, 1], (1, 2), None, "optimizer.lr: "),
+        ([1, 1], (1, 2), None, "optimizer.lr: "),
+        ([1, NAN], (1, 2), None, "optimizer.lr: "),
+        ([], (1, 0), None, "optimizer.lr: "),
+    ],
+)
+def test_heat_map_refuses(
+    x: list[float], shape: tuple[int, int], chosen: tuple[int, int] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plots.heat_map(("optimizer.lr", x), ("y", [1]), np.ones(shape), None, chosen, "x")
+
+
+def sweep(cells: int, seeds: int, epochs: int) -> dict[str, list[dict[str, list]]]:
+    """The better, the earlier."""
+    found = {}
+    for cell in range(cells):
+        runs = []
+        for seed in range(seeds):
+            values = history(epochs, 0.1 + 0.01 * cell + 0.002 * seed)
+            del values["train/accuracy"]
+            runs.append(values)
+        found[f"lr={cell} batch_size=64"] = runs
+    return found
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        {},
+        {"a": []},
+        {"a": [{}], "b": [{"val/loss": []}]},
+        {"a": [{"val/accuracy": [(1, NAN)]}, {"train/loss": [(1, 1.7e308), (2, INF)]}]},
+        {"a": [{"val/loss": [(1, 0.0), (2, -1.0), (3, 1e30)]}], "b": [{"val/loss": [(1, 1.0)]}]},
+        {name: [history(3)] for name in ODD_NAMES[:8]},
+        {"a" * 200: [history(3)], "b" * 70: [history(2)]},
+        sweep(2, 1, 100),
+        sweep(16, 5, 1),
+        sweep(30, 2, 10),
+    ],
+)
+def test_sweep_curves_draws_what_there_is(cells: dict[str, list]) -> None:
+    chosen = next(reversed(cells), None)
+    assert not ink_at_edges(plots.pixels(plots.sweep_curves(cells, chosen, "A long title " * 20)))
+
+
+def test_sweep_curves_show_mean_and_deviation_over_seeds() -> None:
+    first = {"val/accuracy": [(1, 0.5), (2, 0.6), (3, NAN), (4, 0.9)]}
+    second = {"val/accuracy": [(1, 0.7), (2, INF), (3, NAN)]}
+    axes = plots.sweep_curves({"a": [first, second]}, None, "x").axes[1]
+    assert axes.get_title(loc="left") == "validation accuracy"
+    (line,), (band,) = axes.lines, axes.collections
+    assert np.allclose(line.get_ydata(), [0.6, 0.6, NAN, 0.9], equal_nan=True)
+    corners = np.concatenate([path.vertices for path in band.get_paths()])
+    assert set(corners[:, 0]) == {1}  # the only epoch of two runs
+    assert np.allclose(
+        [corners[:, 1].min(), corners[:, 1].max()], [0.6 - 0.02**0.5, 0.6 + 0.02**0.5]
+    )
+
+
+@pytest.mark.parametrize("many", [1, 9])
+def test_sweep_curves_show_lone_points(many: int) -> None:
+    values = {"val/loss": [(1, 2.0), (2, NAN), (3, 1.0), (4, 0.9)], "val/accuracy": [(1, 0.9)]}
+    figure = plots.sweep_curves({str(cell): [values] for cell in range(many)}, None, "x")
+    for axes, alone in zip(figure.axes, ([True, False, False, False], [True]), strict=True):
+        assert len(axes.lines) == many
+        for line in axes.lines:
+            assert (line.get_marker(), line.get_markevery()) == ("o", alone)
+
+
+@pytest.mark.parametrize("count", [3, 20])
+def test_the_chosen_cell_is_thickest_and_on_top(count: int) -> None:
+    cells = sweep(count, 2, 5)
+    chosen = list(cells)[1]
+    for axes in plots.sweep_curves(cells, chosen, "x").axes:
+        lines = {line.get_label(): line for line in axes.lines}
+        others = [line for label, line in lines.items() if label != chosen]
+        assert lines[chosen].get_linewidth() > max(line.get_linewidth() for line in others)
+        assert lines[chosen].get_zorder() > max(line.get_zorder() for line in others)
+        assert len({str(line.get_color()) for line in axes.lines}) == count
+        assert max(band.get_zorder() for band in axes.collections) < others[-1].get_zorder()
+
+
+def test_legend_names_all_cells_or_the_best_and_the_chosen() -> None:
+    def legend(count: int, chosen: int) -> list[str]:
+        cells = sweep(count, 1, 2)
+        figure = plots.sweep_curves(cells, list(cells)[chosen], "x")
+        return [text.get_text() for text in figure.legends[0].get_texts()]
+
+    few = [f"lr={cell} batch_size=64" for cell in range(8)]
+    assert legend(8, 0) == [few[0] + " (chosen)", *few[1:]]
+    assert legend(20, 6) == [*few[:4], few[6] + " (chosen)", "15 others, paler by rank"]
+
+
+@pytest.mark.parametrize("failed", [0.1, 0.95])
+def test_failed_cells_do_not_drown_the_others(failed: float) -> None:
+    accuracy = [[(1, 0.97), (2, 0.98 - cell / 1000)] for cell in range(7)]
+    cells = {str(i): [{"val/accuracy": points}] for i, points in enumerate(accuracy)}
+    cells["failed"] = [{"val/accuracy": [(1, 0.1), (2, failed)], "val/loss": [(1, 1e9)]}]
+    cells["0"][0]["val/loss"] = cells["1"][0]["val/loss"] = [(1, 0.5)]
+    loss, accuracy = plots.sweep_curves(cells, "0", "x").axes
+    assert 0.96 < accuracy.get_ylim()[0] < 0.97
+    assert 0.98 < accuracy.get_ylim()[1] < 0.99
+    assert [text.get_text() for text in accuracy.texts] == ["↓ 1 below"]
+    assert loss.get_ylim()[1] < 1
+    assert loss.get_yscale() == "linear"
+    assert [text.get_text() for text in loss.texts] == ["↑ 1 above"]
+
+
+def test_room_is_made_for_the_band() -> None:
+    cells = {"a": [{"val/accuracy": [(1, 0.8)]}, {"val/accuracy": [(1, 0.9)]}]}
+    low, high = plots.sweep_curves(cells, None, "x").axes[1].get_ylim()
+    assert low < 0.85 - 0.05 * 2**0.5 < 0.85 + 0.05 * 2**0.5 < high
+
+
+@pytest.mark.parametrize(
+    ("missing", "titles"),
+    [
+        ([], ["validation loss", "validation accuracy"]),
+        (["val/loss"], ["training loss", "validation accuracy"]),
+        (["val/accuracy"], ["validation loss", "training loss"]),
+        (["val/loss", "val/accuracy"], ["training loss"]),
+    ],
+)
+def test_training_loss_stands_in_for_missing_validation(
+    missing: list[str], titles: list[str]
+) -> None:
+    values = {name: points for name, points in history(3).items() if name not in missing}
+    figure = plots.sweep_curves({"a": [values]}, "a", "x")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == titles
+    assert all(len(axes.lines) == 1 for axes in figure.axes)
+
+
+@pytest.mark.parametrize(("low", "scale"), [(0.2, "linear"), (0.001, "log")])
+def test_loss_of_a_sweep_is_logarithmic_where_it_spans_decades(low: float, scale: str) -> None:
+    axes = plots.sweep_curves({"a": [history(9, low), history(9, low / 9)]}, None, "x").axes[0]
+    assert axes.get_yscale() == scale
+    means = axes.lines[0].get_ydata()
+    assert axes.get_ylim()[0] < min(means) < max(means) < axes.get_ylim()[1]
+
+
+def test_sweep_curves_refuse_an_unknown_chosen_cell() -> None:
+    with pytest.raises(ValueError, match="'b' is none of the 1 cells"):
+        plots.sweep_curves({"a": [history(2)]}, "b", "x")
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
