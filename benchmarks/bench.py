@@ -6,6 +6,7 @@ medians are compared. Everything runs on the CPU, with torch's own choice of thr
 
 import argparse
 import gzip
+import json
 import os
 import platform
 import statistics
@@ -27,20 +28,26 @@ from mnist_exp import data, sources, training
 from mnist_exp.models import MLP
 from mnist_exp.optim import Constant
 from mnist_exp.stack import Stack
+from mnist_exp.step import Run
+from mnist_exp.tracking import Store
 
 ROUNDS = 5
 BATCH = 64
+PICKED = 9  # models in a stack, by the launcher's own choice for the seed MLP on a CPU
+CPU = torch.device("cpu")
 # multiply-adds of a step on one image, forward and for the weights' gradients, and for the
 # gradient of every layer's input but the first
 FLOPS_AN_IMAGE = 2 * (2 * (784 * 64 + 64 * 32 + 32 * 10) + 64 * 32 + 32 * 10)
 
 
-def matmul_rate() -> float:
+def matmul_rate(device: torch.device = CPU) -> float:
     """Floating point operations a second of a 2048 x 2048 float32 matrix product."""
-    a, b = torch.randn(2, 2048, 2048)
+    a, b = torch.randn(2, 2048, 2048, device=device)
+    (a @ b)[0, 0].item()
     began = time.perf_counter()
     for _ in range(5):
-        a @ b
+        c = a @ b
+    c[0, 0].item()  # a GPU answers when it is done
     return 5 * 2 * 2048**3 / (time.perf_counter() - began)
 
 
@@ -74,7 +81,7 @@ def common_loop(root: Path) -> Callable[[], float]:
 def core(dataset: data.Dataset, compiled: bool) -> Callable[[], float]:
     """(b) This project's core on the seed recipe."""
     stack = Stack(lambda: MLP(dataset.shape, 10), [0], torch.device("cpu"))
-    run = training.Run(0, {"lr": 0.1}, Constant())
+    run = Run(0, {"lr": 0.1}, Constant())
     records: Iterator[object] = training.fit(
         stack, dataset, [run], torch.optim.SGD, epochs=100, batch_size=BATCH, compiled=compiled
     )
@@ -88,8 +95,11 @@ def core(dataset: data.Dataset, compiled: bool) -> Callable[[], float]:
     return epoch
 
 
-def training_speed() -> list[str]:
-    """Seconds an epoch of the seed recipe, three ways, and what share of the machine that is."""
+def training_speed() -> tuple[list[str], float]:
+    """Seconds an epoch of the seed recipe, three ways, and what share of the machine that is.
+
+    And the seconds of (a) alone.
+    """
     dataset = data.load(
         "mnist", root=None, val_size=0, train_size=None, split_seed=0, cache=Path("data")
     )
@@ -126,7 +136,121 @@ def training_speed() -> list[str]:
             f"| {name} | {median:.3f} | {min(found):.3f} to {max(found):.3f} "
             f"| {baseline / median:.1f} | {ideal / median:.0%} |"
         )
-    return lines
+    return lines, baseline
+
+
+GRID = ("optimizer.lr=0.01,0.03,0.1,0.3", "training.batch_size=32,64,128,256")
+GRID_JOBS, GRID_EPOCHS = 16, 5
+
+
+def sweep_speed(common_epoch: float) -> list[str]:
+    """(c) A sweep end to end: stacked, one after another, and as the common loop would take.
+
+    `common_epoch`: seconds of an epoch of (a), at batch 64 and 60,000 images.
+    """
+    images = 55_000 / 60_000  # the rest is for validation, which the common loop would not pay for
+    expected = GRID_JOBS * GRID_EPOCHS * common_epoch * images
+    with TemporaryDirectory() as folder:
+        cold = _sweep(Path(folder), "cold", TORCHINDUCTOR_CACHE_DIR=f"{folder}/cache")
+        warm = [_sweep(Path(folder), f"warm{i}") for i in range(3)]
+        basic = _sweep(Path(folder), "basic", "hydra/launcher=basic")
+    typical = sorted(warm, key=lambda found: found["seconds"])[1]
+    seconds = typical["seconds"]
+    rows = [
+        ("(a), extrapolated from its epoch", expected),
+        ("one after another: hydra/launcher=basic", basic["seconds"]),
+        ("stacked, compilation cache cold", cold["seconds"]),
+        ("stacked, compilation cache warm (median of 3)", seconds),
+    ]
+    return [
+        "## A sweep: 4 learning rates x 4 batch sizes, 5 epochs each, end to end",
+        "",
+        f"`mnist-exp train -m {' '.join(GRID)} training.epochs={GRID_EPOCHS}`, as a process: "
+        "start, tracking, test and report included, on a store that is there already.",
+        "",
+        "| (c) | seconds | times faster than (a) | than one after another |",
+        "| --- | ---: | ---: | ---: |",
+        *(f"| {n} | {s:.1f} | {expected / s:.1f} | {basic['seconds'] / s:.1f} |" for n, s in rows),
+        "",
+        "| (e) of the stacked sweep, cache warm | seconds | share |",
+        "| --- | ---: | ---: |",
+        *(
+            f"| {name} | {typical[key]:.2f} | {typical[key] / seconds:.1%} |"
+            for name, key in (
+                ("MLflow, the runs: params, metrics, artifacts, status", "runs"),
+                ("MLflow, the parent, the report and the chosen run's model", "parent"),
+                ("MLflow, opening the store", "store"),
+                ("compiling, from the cache", "compile"),
+                ("training steps", "steps"),
+            )
+        ),
+    ]
+
+
+def _sweep(folder: Path, name: str, *words: str, **variables: str) -> dict[str, float]:
+    """Seconds of the grid as a process, and what it spent them on."""
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"} | variables
+    out = folder / f"{name}.json"
+    command = [sys.executable, "-m", "benchmarks.timed", str(out), "train", "-m", *GRID, *words]
+    command += [f"training.epochs={GRID_EPOCHS}", f"hydra.sweep.dir={folder}/{name}"]
+    command += [f"tracking.uri=sqlite:///{folder}/mlflow.db"]
+    Store(f"sqlite:///{folder}/mlflow.db")
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, **json.loads(out.read_text())}
+
+
+def stack_speed() -> list[str]:
+    """(d) Seconds an epoch and model, for stacks of several sizes."""
+    dataset = data.load(
+        "mnist", root=None, val_size=0, train_size=None, split_seed=0, cache=Path("data")
+    )
+    devices = [torch.device("cpu")]
+    sizes = [1, 4, PICKED, 16, 64]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    lines = ["## (d) Stacks of the seed MLP", ""]
+    for device in devices:
+        here = dataset.to(device)
+        rate = statistics.median(matmul_rate(device) for _ in range(5))
+        ideal = len(dataset.train) * FLOPS_AN_IMAGE / rate
+        lines += [
+            f"On the CPU: batch 64, 60,000 images, compiled; medians of 3 epochs. Matrix "
+            f"products run at {rate / 1e9:.0f} GFLOP/s, at which a model's epoch takes "
+            f"{ideal:.4f} s. The launcher picks {PICKED} here."
+            if device.type == "cpu"
+            else f"On {torch.cuda.get_device_name()}, steps captured as CUDA graphs; "
+            f"{rate / 1e9:.0f} GFLOP/s, {ideal:.4f} s.",
+            "",
+            "| models | seconds an epoch and model | min to max | share of the matrix rate "
+            "| with data orders of their own |",
+            "| ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for size in sizes if device.type == "cpu" else [*sizes, 256]:
+            found = _stack_epochs(here, size, device, [0] * size)
+            own = _stack_epochs(here, size, device, list(range(size))) if size > 1 else found
+            median = statistics.median(found)
+            lines.append(
+                f"| {size} | {median:.4f} | {min(found):.4f} to {max(found):.4f} "
+                f"| {ideal / median:.0%} | {statistics.median(own):.4f} |"
+            )
+        lines.append("")
+    return lines[:-1]
+
+
+def _stack_epochs(
+    dataset: data.Dataset, size: int, device: torch.device, seeds: list[int]
+) -> list[float]:
+    """Seconds of three epochs of a stack, by the number of its models."""
+    stack = Stack(lambda: MLP(dataset.shape, 10), seeds, device)
+    runs = [Run(seed, {"lr": 0.1 * (k + 1) / size}, Constant()) for k, seed in enumerate(seeds)]
+    records = training.fit(
+        stack, dataset, runs, torch.optim.SGD, epochs=4, batch_size=BATCH, compiled=True
+    )
+    epochs = [r for r in records if isinstance(r, training.Epoch)]
+    rates = [epoch.metrics[0]["images_per_second"] for epoch in epochs[1:]]
+    return [len(dataset.train) / rate / size for rate in rates]
 
 
 def start_up() -> list[str]:
@@ -215,10 +339,18 @@ def main() -> None:
     asked = parser.parse_args()
     lines = ["# Results", "", "Written by `make bench`.", "", *machine(), ""]
     print("\n".join(lines), flush=True)
-    for measure in (training_speed, start_up, memory):
-        part = [*measure(), ""]
-        print("\n".join(part), flush=True)
-        lines += part
+    first, common_epoch = training_speed()
+
+    def parts() -> Iterator[list[str]]:
+        yield first
+        yield sweep_speed(common_epoch)
+        yield stack_speed()
+        yield start_up()
+        yield memory()
+
+    for part in parts():
+        print("\n".join([*part, ""]), flush=True)
+        lines += [*part, ""]
     if asked.output is not None:
         asked.output.write_text("\n".join(lines).rstrip() + "\n")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mnist_exp import __version__
-from mnist_exp.errors import ConfigError, RunFailed
+from mnist_exp.errors import ConfigError, RunFailed, Terminated
 
 HELP = """\
 usage: mnist-exp VERB [ARGUMENT ...]
@@ -21,13 +21,16 @@ usage: mnist-exp VERB [ARGUMENT ...]
   train [OVERRIDE ...]      one run; with -m, a sweep (Hydra's command line; train --help)
   show [OVERRIDE ...]       the dataset's first 30 images as a PNG, and its facts
   evaluate RUN              the saved model of a run on the official test set
+  report SWEEP              leaderboard, heat maps and best recipe of a sweep, again
   ui [RUN]                  the MLflow UI on the project's store
 
-RUN is an MLflow run id, the beginning of one, or last. An OVERRIDE is key=value or group=option.
+RUN is an MLflow run id, the beginning of one, or last; SWEEP is that of a sweep's parent run.
+An OVERRIDE is key=value or group=option.
 
   mnist-exp train experiments=seed_mlp
   mnist-exp train model=cnn optimizer=adamw optimizer.lr=3e-3 training.epochs=3
   mnist-exp train -m optimizer.lr=0.01,0.1 seed=0,1,2
+  mnist-exp report last
   mnist-exp VERB --help     more of a verb
 """
 # Hydra's flags that print something instead of training, or lead elsewhere
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:
-    sys.exit(128 + number)
+    raise Terminated(128 + number)
 
 
 def _complain(text: str, status: int) -> NoReturn:
@@ -71,6 +74,7 @@ def _dispatch(words: list[str]) -> int:
         "train": _train,
         "show": _show,
         "evaluate": _evaluate,
+        "report": _report,
         "ui": _ui,
     }
     if not words or words[0] in ("-h", "--help", "help"):
@@ -98,14 +102,39 @@ def _train(words: list[str]) -> int:
     parser.add_argument("--config-dir", "-cd")
     asked = parser.parse_intermixed_args(words)
 
+    from hydra.types import RunMode
+
     from mnist_exp import config as configs
 
+    composed = None
     if not asked.multirun:
         composed = configs.compose(asked.overrides, asked.config_name, asked.config_dir)
-        if str(composed.hydra.mode) != "RunMode.MULTIRUN":
-            configs.validate(configs.task_config(composed))  # before torch's seconds of import
-            return _train_one(composed)
-    return _hydra(words)
+    if composed is None or composed.hydra.mode == RunMode.MULTIRUN:
+        return _sweep(asked)
+    configs.validate(configs.task_config(composed))  # before torch's seconds of import
+    return _train_one(composed)
+
+
+def _sweep(asked: argparse.Namespace) -> int:
+    from mnist_exp import config as configs
+    from mnist_exp import grid
+
+    context, master = configs.compose_sweep(asked.overrides, asked.config_name, asked.config_dir)
+    jobs = grid.jobs(context, master)  # before torch's seconds of import
+
+    from mnist_exp import sweep
+
+    swept = sweep.run_sweep(context, master, jobs)
+    short = swept.run_id[:8]
+    print(f"sweep {swept.run_id}")
+    print(f"output {swept.folder}")
+    if swept.best is not None:
+        words = ["train", f"experiments={swept.best}"]
+        print(f"train the best again: {_command(*words, store=swept.store)}")
+    print(f"look at it: {_command('ui', short, store=swept.store)}")
+    if swept.failure:
+        raise RunFailed(f"sweep {short}: {swept.failure}")
+    return 0
 
 
 def _train_one(composed: Any) -> int:
@@ -113,7 +142,7 @@ def _train_one(composed: Any) -> int:
     from mnist_exp.console import Terminal
 
     reporter = Terminal()
-    result = run.execute(run.prepare(composed), Path(composed.hydra.run.dir), reporter)
+    result = run.train_composed(composed, reporter)
     loss = result.test["test/loss"]
     reporter.line(f"test accuracy {result.test_accuracy:.2%}  (loss {loss:.4f})")
     if "best/epoch" in result.test:
@@ -145,8 +174,10 @@ def _command(*words: str, store: str) -> str:
 
 
 def _hydra(words: list[str]) -> int:
-    """Hydra's own program: its flags that print something, and sweeps."""
+    """Hydra's own program, for its flags that print something."""
     import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf, open_dict
 
     from mnist_exp import config as configs
 
@@ -156,7 +187,9 @@ def _hydra(words: list[str]) -> int:
 
     def job(config: Any) -> None:
         sys.argv = typed  # for the record of the run
-        _job(config)
+        with open_dict(config):
+            config.hydra = OmegaConf.create({"hydra": HydraConfig.get()}).hydra
+        _train_one(config)
 
     program = hydra.main(
         version_base="1.3", config_path=str(configs.project_root() / "conf"), config_name="config"
@@ -168,26 +201,6 @@ def _hydra(words: list[str]) -> int:
     except configs.COMPOSITION_ERRORS as error:
         raise configs.explain(error, [w for w in words if not w.startswith("-")]) from error
     return 0
-
-
-def _job(config: Any) -> None:
-    """One job of a sweep, as Hydra's launcher calls it."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf, open_dict
-
-    from mnist_exp import run
-    from mnist_exp.console import Terminal
-
-    with open_dict(config):
-        config.hydra = OmegaConf.create({"hydra": HydraConfig.get()}).hydra
-    reporter = Terminal()
-    folder = Path(config.hydra.runtime.output_dir)
-    try:
-        result = run.execute(run.prepare(config), folder, reporter)
-    except (ConfigError, RunFailed) as error:
-        reporter.line(str(error))  # Hydra speaks of the first of them only, at the end
-        raise
-    reporter.line(f"test accuracy {result.test_accuracy:.2%}  run {result.run_id[:8]}")
 
 
 def _show(words: list[str]) -> int:
@@ -236,6 +249,26 @@ def _evaluate(words: list[str]) -> int:
     return 0
 
 
+def _report(words: list[str]) -> int:
+    parser = _parser("report", "Leaderboard, heat maps, curves and best recipe of a sweep, again.")
+    parser.add_argument("sweep", metavar="SWEEP", help="the id of its parent run, or last")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="tracking.uri=...")
+    parser.add_argument("--output", "-o", type=Path, help="a folder for the files, as well")
+    asked = parser.parse_intermixed_args(words)
+
+    store = _open_store(asked.overrides)
+    parent = store.find(asked.sweep, sweep=True)
+
+    from mnist_exp import results
+    from mnist_exp.console import Terminal
+
+    files = results.report_again(store, parent, asked.output, Terminal())
+    print(f"on the parent run {parent.info.run_id}: {', '.join(files)}")
+    if asked.output is not None:
+        print(f"output {asked.output.resolve()}")
+    return 0
+
+
 def _ui(words: list[str]) -> int:
     parser = _parser("ui", "The MLflow UI on the project's store, on this machine only.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="open it on this run")
@@ -249,7 +282,7 @@ def _ui(words: list[str]) -> int:
     remote = store.uri.startswith(("http://", "https://"))
     page = store.uri.rstrip("/") + "/" if remote else f"http://127.0.0.1:{asked.port}/"
     if asked.run is not None:
-        info = store.find(asked.run).info
+        info = store.find(asked.run, sweep=None).info
         page += f"#/experiments/{info.experiment_id}/runs/{info.run_id}"
         page += "?workflowType=machine_learning"  # MLflow's other view shows prompts and traces
     if remote:

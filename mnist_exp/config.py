@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import HydraContext, RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -54,6 +56,7 @@ class TrainingConfig:
     device: str = MISSING
     threads: int | None = MISSING
     label_smoothing: float = MISSING
+    patience: int | None = MISSING
     compile: str = MISSING
 
 
@@ -78,8 +81,25 @@ class Config:
     tracking: TrackingConfig = MISSING
 
 
+@dataclass
+class SweepConfig:
+    on_error: str = MISSING
+    skip_invalid: bool = MISSING
+    test: str = MISSING
+    yes: bool = MISSING
+
+
+@dataclass
+class Schema(Config):
+    """What can be typed: the config of a run, and what concerns its sweep."""
+
+    sweep: SweepConfig = MISSING
+
+
 # ValueError: a group that is given something else than a name
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError)
+COMPOSITION_ERRORS = (
+    HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError
+)  # fmt: skip
 FLOAT32_MAX = 3.4e38
 OPEN_PARTS = ("model", "optimizer", "schedule")
 OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")
@@ -100,7 +120,7 @@ def output_root() -> Path:
 def register() -> None:
     """Makes the schema and the resolvers known to Hydra; to be called before Hydra starts."""
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises
-    ConfigStore.instance().store("schema", Config)
+    ConfigStore.instance().store("schema", Schema)
     OmegaConf.register_new_resolver("project_root", lambda: str(project_root()), replace=True)
     OmegaConf.register_new_resolver("output_root", lambda: str(output_root()), replace=True)
 
@@ -113,25 +133,73 @@ def compose(
     `config_dir`: one more folder of config groups, as Hydra's `--config-dir`.
     Raises ConfigError, with the override at fault and the nearest that exists.
     """
-    register()
-    words = list(overrides)
-    if config_dir is not None:
-        here = Path(config_dir).resolve()
-        if not here.is_dir():
-            raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
-        words.append(f"hydra.searchpath=['file://{project_root()}','file://{here}']")
     try:
-        return _compose(words, config_name)
+        config = _compose(_words(overrides, config_dir), config_name)
+        str(config.hydra.run.dir)  # an interpolation in it may lead nowhere
     except COMPOSITION_ERRORS as error:
         raise explain(error, overrides) from error
+    return config
+
+
+def _words(overrides: Sequence[str], config_dir: str | None) -> list[str]:
+    """What Hydra is to be told: recipe files and the folder made known to it."""
+    words = [_as_choice(word) for word in overrides]
+    if config_dir is None:
+        return words
+    here = Path(config_dir).resolve()
+    if not here.is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
+    return [*words, f"hydra.searchpath=['file://{project_root()}','file://{here}']"]
+
+
+def _as_choice(word: str) -> str:
+    """experiments=PATH/best.yaml, as the name of a choice that Hydra can find."""
+    key, _, value = word.partition("=")
+    path = Path(value.strip("'\"")).expanduser()
+    if key.lstrip("+") != "experiments" or path.suffix not in (".yaml", ".yml"):
+        return word
+    if not path.is_file():
+        raise ConfigError(f"{word}: there is no such file")
+    text = path.read_text(encoding="utf-8")
+    package = re.search(r"^# @package (\S+)", text, re.MULTILINE)
+    # a name that Hydra's grammar allows, whatever the path is called
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = re.sub(r"\W+", "_", path.stem, flags=re.ASCII) + "-" + digest
+    try:
+        node = OmegaConf.create(text)
+    except Exception as error:  # whatever the parser of YAML raises
+        raise ConfigError(f"{word}: cannot be read as YAML. {_last_line(error)}") from error
+    ConfigStore.instance().store(
+        group="experiments", name=name, node=node, package=package[1] if package else None
+    )
+    return f"{key}={name}"
 
 
 def _compose(words: Sequence[str], config_name: str = "config") -> DictConfig:
+    register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(project_root() / "conf"), job_name="train", version_base="1.3"):
-        config = hydra_compose(config_name, list(words), return_hydra_config=True)
-    str(config.hydra.run.dir)  # an interpolation in it may lead nowhere
-    return config
+        return hydra_compose(config_name, list(words), return_hydra_config=True)
+
+
+def compose_sweep(
+    overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None
+) -> tuple[HydraContext, DictConfig]:
+    """What Hydra's launchers need, and the config that the jobs of a sweep have in common."""
+    register()
+    words = _words(overrides, config_dir)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(
+            str(project_root() / "conf"), job_name="train", version_base="1.3"
+        ):
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            config = hydra.compose_config(config_name, words, run_mode=RunMode.MULTIRUN)
+            str(config.hydra.sweep.dir)  # an interpolation in it may lead nowhere
+            return HydraContext(hydra.config_loader, Callbacks(config)), config
+    except COMPOSITION_ERRORS as error:
+        raise explain(error, overrides) from error
 
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
@@ -170,6 +238,8 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> ConfigError:
         config = _compose([o for o in overrides if not o.lstrip("+~").startswith(key)])
     except COMPOSITION_ERRORS:  # it is in a {...}, or another override is wrong as well
         config = _compose([])
+    if key.startswith("hydra."):
+        return ConfigError(f"{key}: Hydra has no such key")
     known = [name for name, _ in leaves(task_config(config))]
     groups = [str(g) for g in config.hydra.runtime.choices if "/" not in str(g)]
     parent, _, name = key.rpartition(".")
@@ -204,8 +274,24 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def task_config(config: DictConfig) -> DictConfig:
-    """The config without Hydra's own part."""
-    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    """The config of the run itself: without Hydra's own part, and the sweep's."""
+    keys = [str(key) for key in config if key not in ("hydra", "sweep")]
+    return OmegaConf.masked_copy(config, keys)
+
+
+def validate_sweep(config: DictConfig) -> SweepConfig:
+    """The sweep's part of a composed config. Raises ConfigError."""
+    try:
+        typed = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(SweepConfig), config.sweep)
+        )
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    assert isinstance(typed, SweepConfig)
+    _need(typed.on_error in ("continue", "stop"), "sweep.on_error", typed.on_error,
+          "continue or stop")  # fmt: skip
+    _need(typed.test in ("chosen", "all"), "sweep.test", typed.test, "chosen or all")
+    return typed
 
 
 def identity(config: DictConfig) -> str:
@@ -234,11 +320,7 @@ def validate(config: DictConfig) -> Config:
         root = str(Path(typed.dataset.root).expanduser().resolve())
         typed.dataset.root = config.dataset.root = root
     data, training, tracking = typed.dataset, typed.training, typed.tracking
-
-    def need(ok: bool, key: str, value: Any, allowed: str) -> None:
-        if not ok:
-            raise ConfigError(f"{key}={value}: must be {allowed}")
-
+    need = _need
     need(0 <= typed.seed < 2**63, "seed", typed.seed, "0 or more, below 2**63")
     need(data.val_size is None or data.val_size >= 0, "dataset.val_size", data.val_size,
          "0 or more, or null for a tenth")  # fmt: skip
@@ -255,6 +337,8 @@ def validate(config: DictConfig) -> Config:
          training.threads, "from 1 to 1024, or null")  # fmt: skip
     need(0 <= training.label_smoothing < 1, "training.label_smoothing", training.label_smoothing,
          "from 0 to below 1")  # fmt: skip
+    need(training.patience is None or training.patience >= 1, "training.patience",
+         training.patience, "1 or more, or null")  # fmt: skip
     need(training.compile in ("auto", "always", "never"), "training.compile", training.compile,
          "auto, always or never")  # fmt: skip
     need(tracking.image_every is None or tracking.image_every >= 1, "tracking.image_every",
@@ -270,6 +354,11 @@ def validate(config: DictConfig) -> Config:
     is_number = isinstance(lr, int | float) and not isinstance(lr, bool)
     need(is_number and lr >= 0, "optimizer.lr", lr, "a number of 0 or more")
     return typed
+
+
+def _need(ok: bool, key: str, value: Any, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key}={value}: must be {allowed}")
 
 
 def _check_target(key: str, target: Any, trusted: Sequence[str], home: str = "") -> None:

@@ -1,4 +1,4 @@
-"""The two ways in which a command can end badly, as exceptions.
+"""The ways in which a command can end badly, as exceptions.
 
 Everything else that is raised is a bug, and shows its traceback.
 """
@@ -16,3 +16,7 @@ class RunFailed(RuntimeError):
 
     The message says why; the record of the run, with the same reason, is in MLflow.
     """
+
+
+class Terminated(SystemExit):
+    """A signal asks the program to end. Exit status 128 plus its number."""

@@ -9,6 +9,7 @@ host, an epoch at a time: in float32, bias corrections such as 1 - 0.999**t lose
 digits.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,12 @@ class Rule(ABC):
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 self.numbers[name] = np.array([float(d[name]) for d in defaults])
         self.decays = bool(self.numbers["weight_decay"].any())
+
+    def take(self, rows: Sequence[int]) -> "Rule":
+        """The rule for some of the runs only. Its memory keeps its form."""
+        taken = copy.copy(self)
+        taken.numbers = {name: values[list(rows)] for name, values in self.numbers.items()}
+        return taken
 
     def regularise(self, p: Tensor, g: Tensor, h: Scalars) -> Tensor:
         """The gradient to follow: sign for `maximize`, plus L2 `weight_decay`."""

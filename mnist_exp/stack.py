@@ -46,6 +46,19 @@ class Stack:
         others += [n for n, _ in self.module.named_buffers()]
         self.buffers: Tensors = {n: stacked(n) for n in others}
         self.noisy = any(_may_draw(m) for m in self.module.modules())
+        # a trace freezes what Python decides in forward(), which modules of one's own may do
+        self.traceable = all(_is_known(m) for m in self.module.modules())
+        # on a CPU, convolutions of several models at once are slower than one after the other
+        self.convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in self.module.modules())
+
+    def take(self, rows: Sequence[int]) -> "Stack":
+        """A stack of some of the models, copied as they are now."""
+        taken = copy.copy(self)
+        taken.size = len(rows)
+        index = torch.tensor(rows, device=self.device)
+        taken.params = {n: t[index] for n, t in self.params.items()}
+        taken.buffers = {n: t[index] for n, t in self.buffers.items()}
+        return taken
 
     def gradients(
         self,
@@ -53,28 +66,31 @@ class Stack:
         buffers: Tensors,
         x: Tensor,
         y: Tensor,
-        noise: Tensor,
+        keys: Tensor,
         smooth: Tensor | None,
     ) -> tuple[Tensors, Tensors, Tensor, Tensor]:
         """One batch forward and backward, in training mode.
 
-        x: [K, B, C, H, W] float; y: [K, B]; noise: int64 [K], the key of this step's dropout masks;
-        smooth: [K], label smoothing, or None for none at all. Returns gradients [K, ...], new
-        buffers [K, ...], the mean loss [K] and the number of correct predictions [K].
+        x: [K, B, C, H, W] float; y: [K, B] (or [1, ...]: the same for all models); keys: int64 [K],
+        of this step's dropout masks; smooth: [K], label smoothing, or None for none. Returns
+        gradients [K, ...], new buffers [K, ...], the mean loss [K] and the number of correct
+        predictions [K].
         """
         if self.size > 1:
+            each = 0 if len(x) == self.size else None
+            x, y = (x, y) if each == 0 else (x[0], y[0])
             f = vmap(
                 grad_and_value(self._loss, has_aux=True),
-                in_dims=(0, 0, 0, 0, 0, None if smooth is None else 0),
+                in_dims=(0, 0, each, each, 0, None if smooth is None else 0),
                 randomness="different",
             )
-            grads, (loss, (new, correct)) = f(params, buffers, x, y, noise, smooth)
+            grads, (loss, (new, correct)) = f(params, buffers, x, y, keys, smooth)
             return grads, new, loss, correct
         # torch.func.grad costs three times plain autograd where nothing is compiled
         leaves = {n: p[0].detach().requires_grad_() for n, p in params.items()}
         one = {n: b[0] for n, b in buffers.items()}
         smooth = None if smooth is None else smooth[0]
-        loss, (new, correct) = self._loss(leaves, one, x[0], y[0], noise[0], smooth)
+        loss, (new, correct) = self._loss(leaves, one, x[0], y[0], keys[0], smooth)
         found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         grads = {n: g[None] for n, g in zip(leaves, found, strict=True)}
         return grads, {n: b[None] for n, b in new.items()}, loss.detach()[None], correct[None]
@@ -85,13 +101,13 @@ class Stack:
         buffers: Tensors,
         x: Tensor,
         y: Tensor,
-        noise: Tensor,
+        keys: Tensor,
         smooth: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensors, Tensor]]:
         # modules write to their buffers (BatchNorm): they get copies, and what is there in the end,
         # written to or assigned, is handed back
         tensors = {**params, **{n: b.clone() for n, b in buffers.items()}}
-        logits = self._call(tensors, x, noise if self.noisy else None)
+        logits = self._call(tensors, x, keys if self.noisy else None)
         buffers = {n: tensors[n].detach() for n in buffers}
         loss = F.cross_entropy(logits, y)
         if smooth is not None:
@@ -99,9 +115,9 @@ class Stack:
             loss = torch.lerp(loss, uniform, smooth)
         return loss, (buffers, (logits.argmax(-1) == y).sum())
 
-    def _call(self, tensors: Tensors, x: Tensor, noise: Tensor | None = None) -> Tensor:
+    def _call(self, tensors: Tensors, x: Tensor, keys: Tensor | None = None) -> Tensor:
         logits: Tensor
-        with nullcontext() if noise is None else _Noise(noise):
+        with nullcontext() if keys is None else _Noise(keys):
             logits = functional_call(self.module, tensors, (x,))
         return logits
 
@@ -149,8 +165,11 @@ def _with_tensors(module: nn.Module, tensors: Tensors) -> nn.Module:
 
 
 def _may_draw(module: nn.Module) -> bool:
-    known = type(module).__module__.startswith(("torch.nn.", "mnist_exp."))
-    return isinstance(module, _RANDOM) or not known
+    return isinstance(module, _RANDOM) or not _is_known(module)
+
+
+def _is_known(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.nn.", "mnist_exp."))
 
 
 class _Noise(TorchFunctionMode):

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 _ENVIRONMENT = "MLFLOW_TRACKING_URI"
 _SQLITE = "sqlite:///"
+SEND_EVERY = 5.0  # seconds; a write takes 10 ms of a core, and an epoch may take 100
+_METRICS_A_BATCH = 1000  # MLflow's limit
 _PARAMS_A_BATCH = 100  # MLflow's limit
 _PARAM_LENGTH = 6000  # MLflow's limit
 
@@ -106,6 +108,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def preload() -> None:
+    """Imports mlflow, for processes that are forked from this one: it takes seconds."""
+    import mlflow  # noqa: F401
+
+
 class Store:
     """An MLflow store, opened. Raises ConfigError where it cannot be."""
 
@@ -161,31 +168,67 @@ class Store:
             )
         return str(found.experiment_id)
 
-    def find(self, word: str) -> Any:
-        """The run that a person means: `last`, a run id, or the beginning of just one."""
+    def start_run(self, experiment: str, name: str, tags: Mapping[str, str]) -> str:
+        """The id of a new run in the experiment of this id."""
+        run = self.client.create_run(experiment, tags=dict(tags), run_name=name)
+        return str(run.info.run_id)
+
+    def _search(self, condition: str = "", newest: bool = False) -> list[Any]:
+        """Runs of all experiments, newest first; `newest`: a page of them will do."""
         experiments = [e.experiment_id for e in self.client.search_experiments()]
         page, runs = None, []
         while True:
             page = self.client.search_runs(
-                experiments, order_by=["attributes.start_time DESC"], page_token=page
+                experiments, condition, order_by=["attributes.start_time DESC"], page_token=page
             )
             runs += page
-            if word == "last" or not (page := page.token):
-                break
+            if newest or not (page := page.token):
+                return runs
+
+    def get(self, run_id: str) -> Any:
+        """A run as MLflow has it."""
+        return self.client.get_run(run_id)
+
+    def delete(self, run_id: str) -> None:
+        """Takes a run out of every list."""
+        self.client.delete_run(run_id)
+
+    def children(self, parent: str) -> list[Any]:
+        """The runs of a sweep, as MLflow has them, by the number of their job."""
+        runs = self._search(f"tags.`mlflow.parentRunId` = '{parent}'")
+        return sorted(runs, key=lambda r: int(r.data.tags.get("job", 0)))
+
+    def history(self, run_id: str, key: str) -> list[tuple[int, float]]:
+        """The points of a metric: (step, value)."""
+        return [(m.step, m.value) for m in self.client.get_metric_history(run_id, key)]
+
+    def find(self, word: str, sweep: bool | None = False) -> Any:
+        """The run that a person means: `last`, a run id, or the beginning of just one.
+
+        sweep: whether it is to be the parent run of a sweep, or one that trains; None: either.
+        """
+        kind = "sweep" if sweep else "run"
+        is_kind = "tags.sweep = 'true'" if sweep else ""
+        runs = self._search(is_kind, newest=word == "last")
+        if sweep is False:
+            runs = [r for r in runs if "sweep" not in r.data.tags]
         if not runs:
-            raise ConfigError(f"{self.uri}: it holds no runs yet. To make one: mnist-exp train")
+            words = "train -m optimizer.lr=0.01,0.1" if sweep else "train"
+            raise ConfigError(
+                f"{self.uri}: it holds no {kind}s yet. To make one: mnist-exp {words}"
+            )
         matching = [r for r in runs if r.info.run_id.startswith(word)]
         if word == "last":
             matching = runs[:1]
         if not matching:
             newest = ", ".join(r.info.run_id[:8] for r in runs[:5])
             raise ConfigError(
-                f"{word}: there is no such run in {self.uri}. "
-                f"RUN is last, a run id or its beginning; the newest: {newest}"
+                f"{word}: there is no such {kind} in {self.uri}. {kind.upper()} is last, a run id "
+                f"or its beginning; the newest: {newest}"
             )
         if len(matching) > 1:
             ids = ", ".join(r.info.run_id[:12] for r in matching[:5])
-            raise ConfigError(f"{word}: {len(matching)} runs begin like this: {ids}")
+            raise ConfigError(f"{word}: {len(matching)} {kind}s begin like this: {ids}")
         return matching[0]
 
     def fetch(self, run_id: str, artifact: str, folder: Path) -> Path:
@@ -210,18 +253,12 @@ class DatasetFacts:
 
 
 class Tracker:
-    """The record of one run. `experiment`: the id of the experiment that it is a part of."""
+    """The record of one run."""
 
-    def __init__(
-        self,
-        store: Store,
-        experiment: str,
-        name: str,
-        tags: Mapping[str, str],
-    ) -> None:
-        self.store, self.client = store, store.client
-        run = self.client.create_run(experiment, tags=dict(tags), run_name=name)
-        self.run_id: str = run.info.run_id
+    def __init__(self, store: Store, run_id: str) -> None:
+        self.client, self.run_id = store.client, run_id
+        self._waiting: list[Any] = []  # metric points
+        self._sent = 0.0
 
     def params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -247,11 +284,20 @@ class Tracker:
         self.client.log_inputs(self.run_id, [DatasetInput(entity, tags)])
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Points that the store has within seconds: an epoch may be hardly longer than a write."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        points = [Metric(key, value, now, step) for key, value in values.items()]
-        self.client.log_batch(self.run_id, metrics=points)
+        self._waiting += [Metric(key, value, now, step) for key, value in values.items()]
+        if time.monotonic() - self._sent > SEND_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Sends the points that wait."""
+        for first in range(0, len(self._waiting), _METRICS_A_BATCH):
+            points = self._waiting[first : first + _METRICS_A_BATCH]
+            self.client.log_batch(self.run_id, metrics=points)
+        self._waiting, self._sent = [], time.monotonic()
 
     def image(self, key: str, pixels: np.ndarray, step: int) -> None:
         """`pixels`: uint8 [H, W, 3]. One key and several steps give a slider in the UI."""
@@ -283,34 +329,38 @@ class Tracker:
         signature = ModelSignature(
             Schema([TensorSpec(real, (-1, *shape))]), Schema([TensorSpec(real, (-1, classes))])
         )
-        versions = {name: version(name) for name in ("torch", "mlflow")}
+        # said outright, as MLflow would load the model in another process to find out
+        requirements = [f"{name}=={version(name)}" for name in ("torch", "mlflow")]
         with tempfile.TemporaryDirectory() as folder:
             try:
-                mlflow.pytorch.save_model(model, f"{folder}/trial", input_example=example)
+                mlflow.pytorch.save_model(
+                    model, f"{folder}/trial", input_example=example, pip_requirements=requirements
+                )
                 form = "pt2"
             except Exception as error:  # torch.export raises whatever it meets
                 log.warning(
                     "the model is pickled, as it cannot be exported: %s", _first_line(error)
                 )
                 form = "pickle"
+        status = self.client.get_run(self.run_id).info.status
         # nested: whoever calls from Python may have a run of their own open
-        active = mlflow.start_run(run_id=self.run_id, nested=True)
+        mlflow.start_run(run_id=self.run_id, nested=True)
         try:
             mlflow.pytorch.log_model(
                 model,
                 name="model",
                 signature=signature,
                 input_example=example,
-                # said outright, as MLflow would load the model in another process to find out
-                pip_requirements=[f"{name}=={number}" for name, number in versions.items()],
+                pip_requirements=requirements,
                 serialization_format=form,
             )
         finally:
-            mlflow.end_run(active.info.status)  # as it was: still running
+            mlflow.end_run(status)  # as it was: start_run() has set it to RUNNING
 
     def finish(self, status: str, reason: str | None = None) -> None:
         """FINISHED, FAILED or KILLED; the reason is kept as a tag."""
         assert status in STATUSES, status
+        self.flush()
         if reason:
             self.client.set_tag(self.run_id, "reason", reason[:5000])
         self.client.set_terminated(self.run_id, status)

@@ -124,23 +124,30 @@ def hydras_traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logging.root.handlers[:] = handlers
 
 
-@pytest.mark.usefixtures("hydras_traces")
-def test_sweep_through_hydras_launcher(call: Call, tmp_path: Path) -> None:
+def test_sweep(call: Call, tmp_path: Path) -> None:
+    """One run for each value, below one for the sweep; only what validation chooses is tested."""
     store = fresh_store(tmp_path)
     words = [f"tracking.uri={store}", f"hydra.sweep.dir='{tmp_path}/the jobs'"]
-    status, out, err = call("train", "-m", *SMALL, *words, "optimizer.lr=0.01,0.1")
+    status, _, err = call("train", "-m", *SMALL, *words, "optimizer.lr=0.01,0.1")
     assert status == 0, err
-    found = {run.data.params["optimizer.lr"]: run for run in runs(store)}
+    (sweep,) = [run for run in runs(store) if run.data.tags.get("sweep") == "true"]
+    children = [run for run in runs(store) if run.info.run_id != sweep.info.run_id]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {sweep.info.run_id}
+    found = {run.data.params["optimizer.lr"]: run for run in children}
     assert {lr: run.info.status for lr, run in found.items()} == {
         "0.01": "FINISHED",
         "0.1": "FINISHED",
     }
+    assert sweep.info.status == "FINISHED" and len(children) == 2
     assert found["0.01"].data.metrics["train/loss"] != found["0.1"].data.metrics["train/loss"]
     for job, lr in enumerate(("0.01", "0.1")):
         folder = tmp_path / "the jobs" / str(job)
         assert found[lr].data.tags["output_dir"] == str(folder)
         assert checkpoint.load(folder / "checkpoint.pt")["epochs"] == 2
-    assert out.count("test accuracy") == 2
+    accuracy = {lr: run.data.metrics["best/val_accuracy"] for lr, run in found.items()}
+    assert accuracy["0.01"] != accuracy["0.1"]
+    tested = [lr for lr, run in found.items() if "test/accuracy" in run.data.metrics]
+    assert tested == [max(accuracy, key=lambda lr: accuracy[lr])]
 
 
 @pytest.mark.usefixtures("hydras_traces")
@@ -153,7 +160,7 @@ def test_sweep_through_hydras_launcher(call: Call, tmp_path: Path) -> None:
         ("--cfg job model=cn", ["model=cn", "Did you mean cnn?"]),
     ],
 )
-def test_bad_words_to_hydras_program(
+def test_bad_words_with_flags_of_hydras(
     words: str, parts: list[str], call: Call, tmp_path: Path
 ) -> None:
     own = [f"tracking.uri=sqlite:///{tmp_path}/store.db", f"hydra.sweep.dir={tmp_path}/sweep"]
@@ -199,7 +206,7 @@ def test_bad_value_in_an_empty_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words, parts",
     [
-        ("trian", ["trian", "Did you mean train?", "evaluate, ui"]),
+        ("trian", ["trian", "Did you mean train?", "evaluate, report, ui"]),
         ("train optimizr.lr=1", ["optimizr", "Did you mean optimizer?"]),
         ("train model=cn", ["model=cn", "Did you mean cnn?"]),
         ("train dataset.val_size=60000", ["dataset.val_size=60000"]),

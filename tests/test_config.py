@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from mnist_exp import config as configs
-from mnist_exp import data, run, training
+from mnist_exp import data, job, training
 from mnist_exp.errors import ConfigError
 from mnist_exp.optim import Constant
 from mnist_exp.run import Job
+from mnist_exp.stack import Stack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,42 +30,50 @@ NO_ARGUMENTS = ["~model.hidden", "~model.dropout"]  # of the default model
 
 
 @pytest.fixture
-def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prepare]:
-    """`run.prepare` on overrides, with a tiny data set; nothing may have been created at the end.
+def prepare(tmp_path: Path) -> Iterator[Prepare]:
+    """`job.prepare` on overrides, with a tiny data set; nothing may have been created at the end.
 
     `real`: with the data set that is asked for.
     """
-    load = run.load_dataset
 
     def call(overrides: Sequence[str], real: bool = False) -> Job:
-        def small(config: configs.Config) -> data.Dataset:
-            return tiny_dataset(2 * config.training.batch_size)
-
-        monkeypatch.setattr(run, "load_dataset", load if real else small)
         store = f"tracking.uri=sqlite:///{tmp_path}/store.db"
-        return run.prepare(configs.compose([store, f"hydra.run.dir={tmp_path}/run", *overrides]))
+        composed = configs.compose([store, f"hydra.run.dir={tmp_path}/run", *overrides])
+
+        def small(asked: configs.DatasetConfig) -> data.Dataset:
+            return tiny_dataset(2 * composed.training.batch_size)
+
+        return job.prepare(composed, None if real else small)
 
     yield call
     assert [path.name for path in tmp_path.iterdir() if path.name in ("store.db", "run")] == []
 
 
+def dataset_of(job: Job) -> data.Dataset:
+    return job.load(job.config.dataset)
+
+
+def stack_of(job: Job) -> Stack:
+    return Stack(job.build, [job.config.seed], job.device)
+
+
 def train_two_batches(job: Job) -> None:
     """Trains and evaluates; the weights must change and everything be finite."""
-    before = job.stack.snapshot()
-    own = training.Run(job.config.seed, job.optimizer_arguments, job.schedule)
-    batch_size = -(-len(job.dataset.train) // 2)
+    dataset, stack = dataset_of(job), stack_of(job)
+    before = stack.snapshot()
+    batch_size = -(-len(dataset.train) // 2)
     records = list(
-        training.fit(job.stack, job.dataset, [own], job.optimizer, epochs=1, batch_size=batch_size)
+        training.fit(stack, dataset, [job.run], job.optimizer, epochs=1, batch_size=batch_size)
     )
     progress = [r for r in records if isinstance(r, training.Progress)]
     assert progress[-1].step == progress[-1].steps == 2
     epoch = records[-1]
     assert isinstance(epoch, training.Epoch) and not epoch.failed
-    after = job.stack.params
+    after = stack.params
     assert all(bool(torch.isfinite(p).all()) for p in after.values())
     assert any(not torch.equal(before[name], p) for name, p in after.items())
-    logits = training.predict(job.stack, job.dataset, job.dataset.test)
-    assert logits.shape == (1, len(job.dataset.test), len(job.dataset.classes))
+    logits = training.predict(stack, dataset, dataset.test)
+    assert logits.shape == (1, len(dataset.test), len(dataset.classes))
 
 
 def test_the_choices_are_found() -> None:
@@ -98,7 +107,7 @@ def test_data_are_loaded_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "load", load)
     words = ["dataset=idx", "dataset.root=/some/folder", "dataset.val_size=7"]
     words += ["dataset.train_size=9", "dataset.split_seed=3", "dataset.classes=[a,b]"]
-    run.load_dataset(configs.validate(configs.task_config(configs.compose(words))))
+    job.load_dataset(configs.validate(configs.task_config(configs.compose(words))).dataset)
     assert asked == {
         "name": "idx",
         "root": "/some/folder",
@@ -113,7 +122,7 @@ def test_data_are_loaded_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_seed_recipe_is_what_it_was(prepare: Prepare) -> None:
     job = prepare(["experiments=seed_mlp"])
     config = job.config
-    layers = list(job.stack.model(0))
+    layers = list(job.build())
     assert [type(m) for m in layers] == [
         *(nn.Flatten, nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear)
     ]
@@ -135,8 +144,9 @@ def test_sizes_follow_from_the_dataset(model: str, prepare: Prepare, tmp_path: P
     folder = write_idx(tmp_path / "letters", size=32, classes=26, count=130)
     words = ["dataset=idx", f"dataset.root={folder}", "dataset.val_size=0", f"model={model}"]
     job = prepare(words, real=True)
-    assert job.dataset.shape == (1, 32, 32)
-    assert len(job.dataset.classes) == 26
+    dataset = dataset_of(job)
+    assert dataset.shape == (1, 32, 32)
+    assert len(dataset.classes) == 26
     train_two_batches(job)
 
 
@@ -157,7 +167,7 @@ def test_modules_of_torch_nested_and_lazy(prepare: Prepare) -> None:
     )
     words = ["model._target_=torch.nn.Sequential", *NO_ARGUMENTS, f"+model._args_={layers}"]
     job = prepare(words)
-    assert {name: tuple(p.shape) for name, p in job.stack.params.items()} == {
+    assert {name: tuple(p.shape) for name, p in stack_of(job).params.items()} == {
         "1.weight": (1, 16, 784),
         "1.bias": (1, 16),
         "3.weight": (1, 10, 16),
@@ -193,7 +203,7 @@ def test_module_in_a_file_of_ones_own(prepare: Prepare, own_module: str) -> None
     with pytest.raises(ConfigError, match=r"own_nets\.Net.*trusted_packages=\[PACKAGE\]"):
         prepare(target)
     job = prepare([*target, f"trusted_packages=[{own_module}]"])
-    assert job.stack.params["1.weight"].shape == (1, 12, 784)
+    assert stack_of(job).params["1.weight"].shape == (1, 12, 784)
     assert sys.path.count(os.getcwd()) == 1
     train_two_batches(job)
 
@@ -431,7 +441,7 @@ TARGETS = [
         good=model("mnist_exp.models.LeNet5")),
     bad(model("mnist_exp.models.nn.modules.module.functools.partial"), "functools.partial",
         "not allowed", good=model("mnist_exp.models.LeNet5")),
-    bad(model("mnist_exp.run.subprocess.run"), "leads to subprocess.run", "not allowed",
+    bad(model("mnist_exp.record.subprocess.run"), "leads to subprocess.run", "not allowed",
         good=model("mnist_exp.models.LeNet5")),
     bad(model("torch.nn.modules.module.os"), "it cannot be imported", "'os'",
         good=model("mnist_exp.models.LeNet5")),
@@ -496,7 +506,7 @@ def together() -> list[Any]:
 
 @pytest.mark.parametrize("words, real", together())
 def test_what_is_beside_it_is_fine(words: list[str], real: bool, prepare: Prepare) -> None:
-    assert prepare(words, real).stack.size == 1
+    assert stack_of(prepare(words, real)).size == 1
 
 
 @pytest.mark.parametrize("part", ["schedule", "optimizer"])
@@ -526,7 +536,8 @@ def test_folder_of_data(prepare: Prepare, tmp_path: Path) -> None:
     assert "is not a folder" in message(folder / "train-images-idx3-ubyte")
     (tmp_path / "empty").mkdir()
     assert "a file is missing: train-images" in message(tmp_path / "empty")
-    assert prepare([*words, f"dataset.root={folder}"], real=True).dataset.source == str(folder)
+    job = prepare([*words, f"dataset.root={folder}"], real=True)
+    assert dataset_of(job).source == str(folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")

@@ -1,5 +1,6 @@
 """The core against plain PyTorch loops, and the runs of a stack against themselves alone."""
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
 
+from mnist_exp import step as train_step
 from mnist_exp import training
 from mnist_exp.data import Dataset, Split, load
 from mnist_exp.metrics import Sums
 from mnist_exp.models import CNN, MLP
 from mnist_exp.optim import Constant, Cosine, OneCycle, Schedule, Step
 from mnist_exp.stack import Stack
-from mnist_exp.training import Epoch, Notice, Progress, Run
+from mnist_exp.step import Run
+from mnist_exp.training import Epoch, Notice, Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,7 +59,9 @@ def fit(
         stack, data, runs, optimizer, epochs=epochs, batch_size=batch_size, compiled=compiled
     ):
         if isinstance(record, Progress):
-            trained.losses = np.concatenate([trained.losses, record.losses])
+            losses = np.full((len(record.losses), len(runs)), np.nan)
+            losses[:, record.runs] = record.losses
+            trained.losses = np.concatenate([trained.losses, losses])
         elif isinstance(record, Notice):
             trained.notices.append(record.text)
         else:
@@ -412,13 +417,13 @@ def test_the_order_of_a_run_is_its_own_in_a_stack(
     make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen: list[Tensor] = []
-    gather = training._gather
+    gather = train_step.TrainStep._gather
 
-    def record(data: Dataset, order: Tensor) -> tuple[Tensor, Tensor]:
+    def record(own: Any, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         chosen.append(order)
-        return gather(data, order)
+        return gather(own, images, labels, order)
 
-    monkeypatch.setattr(training, "_gather", record)
+    monkeypatch.setattr(train_step.TrainStep, "_gather", record)
 
     def order(*seeds: int) -> Tensor:
         """[K, 2 epochs * 300]"""
@@ -431,6 +436,7 @@ def test_the_order_of_a_run_is_its_own_in_a_stack(
     assert torch.equal(stacked[0], order(4)[0]) and torch.equal(stacked[1], order(9)[0])
     for row in (*stacked[:, :300], *stacked[:, 300:]):
         assert torch.equal(row.sort().values, torch.arange(300))
+    assert torch.equal(order(4, 4, 4), order(4))  # gathered once for all
 
 
 def test_every_step_of_a_run_has_dropout_masks_of_its_own(
@@ -511,7 +517,10 @@ def test_an_epoch_tells_how_long_it_took(make_dataset: MakeDataset) -> None:
             assert 0 < training_seconds <= metrics["epoch_seconds"] < 60
 
 
-def test_progress_tells_where_an_epoch_stands(make_dataset: MakeDataset) -> None:
+def test_progress_tells_where_an_epoch_stands(
+    make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SPAN", 4)
     stack = Stack(mlp, [0, 1], CPU)
     records = training.fit(stack, make_dataset(), [run(0), run(1)], SGD, epochs=2, batch_size=BATCH)
     stands = [r for r in records if isinstance(r, Progress)]
@@ -519,8 +528,10 @@ def test_progress_tells_where_an_epoch_stands(make_dataset: MakeDataset) -> None
     for epoch in (1, 2):
         own = [p for p in stands if p.epoch == epoch]
         assert [p.step for p in own] == np.cumsum([len(p.losses) for p in own]).tolist()
-        assert own[-1].step == 10
+        assert [p.step for p in own] == [4, 8, 10]
+        assert [p.images for p in own] == [4 * BATCH, 4 * BATCH, 300 - 8 * BATCH]
     assert {p.losses.shape[1] for p in stands} == {2}
+    assert {tuple(p.runs) for p in stands} == {(0, 1)}
 
 
 # ---- validation chooses --------------------------------------------------------------------------
@@ -572,7 +583,9 @@ def test_a_run_that_diverges_stops_before_the_update(
     given: dict[str, Any],
     validation: int,
     make_dataset: MakeDataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(training, "SPAN", 4)  # it is looked at again after it has diverged
     data = make_dataset(val=validation)
     runs = [run(0, lr=0.01, **given), run(1, EXPLODES, **given), run(2, lr=0.02, **given)]
     together = fit(build, data, runs, optimizer, epochs=3)
@@ -598,11 +611,15 @@ def test_a_run_that_diverges_stops_before_the_update(
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_stack_of_runs_that_all_diverged_ends(size: int, make_dataset: MakeDataset) -> None:
+def test_a_stack_of_runs_that_all_diverged_ends(
+    size: int, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the next look at what the steps have brought, not at the end of the epoch."""
+    monkeypatch.setattr(training, "SPAN", 4)
     runs = [run(0, EXPLODES), run(1, Step(every_epochs=0.5, gamma=1e30))][:size]
     trained = fit(mlp, make_dataset(), runs, epochs=5)
     assert len(trained.epochs) == 2
-    assert len(trained.losses) < 20
+    assert len(trained.losses) == 10 + 4
     failed = {k: reason for epoch in trained.epochs for k, reason in epoch.failed.items()}
     assert "epoch 2, step 2 of 10" in failed[0]
     if size == 2:
@@ -646,7 +663,9 @@ def test_a_gradient_that_is_not_finite_is_seen_under_a_finite_loss(
 
 
 @pytest.mark.parametrize("optimizer", [SGD, NAdam])
-def test_one_bad_batch_ends_a_run(optimizer: Optimizer, make_dataset: MakeDataset) -> None:
+def test_one_bad_batch_ends_a_run(
+    optimizer: Optimizer, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A class that the model holds for impossible, and one image has: the loss of its batch is
     infinite, with finite gradients, and all batches after it are as good as those before."""
 
@@ -658,6 +677,7 @@ def test_one_bad_batch_ends_a_run(optimizer: Optimizer, make_dataset: MakeDatase
     def build() -> nn.Module:
         return Sure(SHAPE, CLASSES, hidden=(8,))
 
+    monkeypatch.setattr(training, "SPAN", 4)
     data = make_dataset()
     labels = data.train.labels % 3
     labels[123] = 3
@@ -666,7 +686,7 @@ def test_one_bad_batch_ends_a_run(optimizer: Optimizer, make_dataset: MakeDatase
     trained = fit(build, data, runs, optimizer, epochs=2)
     (epoch,) = trained.epochs
     bad = [int((training._order(k, 0, 300) == 123).nonzero()) // BATCH for k in range(6)]
-    assert len({step % training.CHUNK for step in bad}) > 1
+    assert len({step % 4 for step in bad}) > 1 and len({step // 4 for step in bad}) > 1
     for k, step in enumerate(bad):
         reason = f"diverged: the training loss is inf in epoch 1, step {step + 1} of 10"
         assert epoch.failed[k].startswith(reason)
@@ -679,18 +699,20 @@ def test_one_bad_batch_ends_a_run(optimizer: Optimizer, make_dataset: MakeDatase
 
 
 @pytest.mark.skipif(
-    not training.can_compile(CPU), reason="torch.compile needs a C++ compiler and Python's headers"
+    not train_step.can_compile(CPU),
+    reason="torch.compile needs a C++ compiler and Python's headers",
 )
 def test_compiled_equals_eager(make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "CHUNK", 2)  # compiles in less time
+    monkeypatch.setattr(train_step, "CHUNK", 2)  # compiles in less time
+    standalone_compile = importlib.import_module("torch._inductor.standalone_compile")
     calls: list[int] = []
-    torch_compile = torch.compile
+    compile_graph = standalone_compile.standalone_compile
 
-    def counted(function: Any, **options: Any) -> Callable[..., Any]:
-        made = torch_compile(function, **options)
+    def counted(graph: Any, example: Any, **options: Any) -> Callable[..., Any]:
+        made = compile_graph(graph, example, **options)
         return lambda *arguments: (calls.append(1), made(*arguments))[1]
 
-    monkeypatch.setattr(torch, "compile", counted)
+    monkeypatch.setattr(standalone_compile, "standalone_compile", counted)
     data = make_dataset()
 
     def build() -> nn.Module:
@@ -698,9 +720,10 @@ def test_compiled_equals_eager(make_dataset: MakeDataset, monkeypatch: pytest.Mo
 
     own = run(1, Step(every_epochs=2.0, gamma=1e30), 0.1, momentum=0.9)
     compiled = fit(build, data, [own], epochs=4, compiled=True)
-    assert len(calls) == 1 + 4 + 4 + 1  # the trial; chunks of whole batches, until it diverges
+    # the trial; the chunks of whole batches of each epoch, up to the one in which it diverges
+    assert len(calls) == 1 + 4 + 4 + 4
     eager = fit(build, data, [own], epochs=4)
-    assert len(calls) == 10
+    assert len(calls) == 13
     assert [text.startswith("compiling") for text in compiled.notices] == [True]
     np.testing.assert_allclose(compiled.losses, eager.losses, rtol=1e-4, atol=1e-5)
     for ours, expected in zip(compiled.epochs[:2], eager.epochs[:2], strict=True):
@@ -729,7 +752,7 @@ class Branching(nn.Module):
 @pytest.mark.parametrize(
     ("build", "optimizer", "batch_size", "why"),
     [
-        (Branching, SGD, BATCH, "Data-dependent"),
+        (Branching, SGD, BATCH, "data-dependent"),
         (mlp, NAdam, BATCH, "NAdam"),
         (mlp, SGD, 100, "fewer than 4 whole batches"),
     ],
@@ -751,16 +774,17 @@ def test_what_cannot_be_compiled_runs_as_it_is(
 def test_compiling_pays_for_long_runs_on_machines_that_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(training.shutil, "which", lambda name: "/bin/" + name)
-    monkeypatch.setattr(training.sysconfig, "get_path", lambda name: str(Path(__file__).parent))
-    assert not training.can_compile(CPU)  # no headers
-    monkeypatch.setattr(training.Path, "exists", lambda path: path.name == "Python.h")
-    assert training.can_compile(CPU)
-    assert not training.can_compile(torch.device("mps"))
-    assert training.compiling_pays(training.COMPILE_FROM_STEPS, CPU)
-    assert not training.compiling_pays(training.COMPILE_FROM_STEPS - 1, CPU)
-    monkeypatch.setattr(training.shutil, "which", lambda name: None)
-    assert not training.can_compile(CPU)  # no compiler
+    monkeypatch.setattr(train_step.shutil, "which", lambda name: "/bin/" + name)
+    monkeypatch.setattr(train_step.sysconfig, "get_path", lambda name: str(Path(__file__).parent))
+    assert not train_step.can_compile(CPU)  # no headers
+    monkeypatch.setattr(train_step.Path, "exists", lambda path: path.name == "Python.h")
+    assert train_step.can_compile(CPU)
+    assert not train_step.can_compile(torch.device("mps"))
+    assert train_step.compiling_pays(20_000, 1, CPU) and train_step.compiling_pays(1_000, 4, CPU)
+    assert not train_step.compiling_pays(19_999, 1, CPU)
+    assert not train_step.compiling_pays(999, 4, CPU)
+    monkeypatch.setattr(train_step.shutil, "which", lambda name: None)
+    assert not train_step.can_compile(CPU)  # no compiler
 
 
 def test_an_update_that_overflows_is_not_made(make_dataset: Callable[..., Dataset]) -> None:

@@ -1,0 +1,154 @@
+"""Every combination of what is swept, composed. Needs no torch: a typo is refused at once."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import get_overrides_dirname
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from mnist_exp import config as configs
+from mnist_exp.config import SweepConfig
+from mnist_exp.errors import ConfigError
+
+JOBS_WITHOUT_ASKING = 10_000
+
+
+@dataclass
+class Planned:
+    """One job of a sweep before it runs."""
+
+    number: int
+    words: list[str]  # its overrides, as Hydra gives them to a launcher
+    values: dict[str, str]  # what was swept
+    composed: DictConfig | None = None
+    job: Any = None  # built and checked
+    folder: Path = Path()  # of its output, once the sweep has one
+    problem: str = ""  # why it cannot be run
+
+    @property
+    def said(self) -> str:
+        """For people: "job 3 (optimizer.lr=0.1 seed=0)"."""
+        return f"job {self.number} ({' '.join(f'{k}={v}' for k, v in self.values.items())})"
+
+
+def jobs(context: HydraContext, master: DictConfig) -> list[Planned]:
+    """The jobs of a sweep, composed once and for all; a problem in one of them is noted there.
+
+    `master`: what they have in common, with what was typed in `hydra.overrides`. Raises ConfigError
+    where there is no sweep to speak of.
+    """
+    settings = configs.validate_sweep(master)
+    if not master.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        raise ConfigError("hydra/sweeper: only basic works here, which tries every combination")
+    params = master.hydra.sweeper.params or {}
+    words = [*(f"{key}={value}" for key, value in params.items()), *master.hydra.overrides.task]
+    parser = OverridesParser.create(config_loader=context.config_loader)
+    overrides = parser.parse_overrides(words)
+    planned = expand(overrides, settings)
+    compose(context.config_loader, master, overrides, planned)
+    for p in planned:
+        if p.composed is not None:
+            with open_dict(p.composed):
+                p.composed.hydra.job.num = p.composed.hydra.job.id = p.number
+            try:
+                configs.validate(configs.task_config(p.composed))
+            except ConfigError as error:
+                p.problem = str(error)
+    refuse(planned, settings)
+    return planned
+
+
+def refuse(planned: Sequence[Planned], settings: SweepConfig) -> None:
+    """Raises ConfigError for the first job that cannot be run, unless those are to be skipped."""
+    for p in planned:
+        if p.problem and not settings.skip_invalid:
+            raise ConfigError(
+                f"{p.said}: {p.problem}\n"
+                f"Nothing was started. To run the rest without it: sweep.skip_invalid=true"
+            )
+
+
+def expand(overrides: Sequence[Override], settings: SweepConfig) -> list[Planned]:
+    """Every combination of what is swept. Raises ConfigError for none, and for far too many."""
+    swept = {o.get_key_element(): o for o in overrides if o.is_sweep_override()}
+    if not swept:
+        raise ConfigError(
+            "nothing is swept. Give a key several values, as in optimizer.lr=0.01,0.1, or leave "
+            "out -m"
+        )
+    number = 1
+    for key, override in swept.items():
+        if not override.is_discrete_sweep():
+            raise ConfigError(f"{override.input_line}: give the values, as in {key}=0.01,0.1")
+        here = 0
+        for _ in override.sweep_iterator():
+            here += 1
+            if number * here > JOBS_WITHOUT_ASKING and not settings.yes:
+                raise ConfigError(
+                    f"{' '.join(o.input_line or '' for o in swept.values())}: more than "
+                    f"{JOBS_WITHOUT_ASKING:,} jobs. If they are meant: sweep.yes=true"
+                )
+        if here == 0:
+            raise ConfigError(f"{override.input_line}: no values, so there is no job")
+        number *= here
+    (jobs,) = BasicSweeper.split_arguments(list(overrides), None)
+    planned = []
+    for number, words in enumerate(jobs):
+        pairs = [word.split("=", 1) for word in words]
+        values = {key.lstrip("+"): value for key, value in pairs if key in swept}
+        planned.append(Planned(number, words, values))
+    return planned
+
+
+def compose(
+    loader: ConfigLoader,
+    master: DictConfig,
+    overrides: Sequence[Override],
+    planned: Sequence[Planned],
+) -> None:
+    """Composes each job's config, once and for all.
+
+    Hydra takes 0.1 s for each. Jobs that differ only in values of keys that are there already are
+    set in a copy of the first of them.
+    """
+    groups = {str(group) for group in OmegaConf.select(master, "hydra.runtime.choices")}
+    plain = {
+        o.get_key_element()
+        for o in overrides
+        if o.is_sweep_override() and o.key_or_group not in groups
+        and not (o.is_add() or o.is_force_add() or o.is_delete() or o.package)
+        and not o.key_or_group.startswith("hydra")
+    }  # fmt: skip
+    parser = OverridesParser.create(config_loader=loader)
+    made: dict[tuple[str, ...], DictConfig] = {}
+    for p in planned:
+        rest = tuple(word for word in p.words if word.split("=", 1)[0] not in plain)
+        try:
+            if rest not in made:
+                made[rest] = loader.load_sweep_config(master, list(p.words))
+                p.composed = copy.deepcopy(made[rest])
+            else:
+                p.composed = copy.deepcopy(made[rest])
+                parsed = parser.parse_overrides(list(p.words))
+                for override in parsed:
+                    if override.get_key_element() in plain:
+                        OmegaConf.update(p.composed, override.key_or_group, override.value())
+                _set_overrides(p.composed, parsed)
+        except configs.COMPOSITION_ERRORS as error:
+            p.problem = str(configs.explain(error, p.words))
+
+
+def _set_overrides(composed: DictConfig, overrides: Sequence[Override]) -> None:
+    """What Hydra's own part says of the words that were typed."""
+    own = [o for o in overrides if not o.is_hydra_override()]
+    job = composed.hydra.job
+    composed.hydra.overrides.task = [o.input_line for o in own]
+    job.override_dirname = get_overrides_dirname(own, **job.config.override_dirname)

@@ -1,0 +1,339 @@
+"""The record of a run: its folder and its run in MLflow, from the first line to the last."""
+
+import getpass
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from mnist_exp import __version__, checkpoint, data, metrics, plots, training
+from mnist_exp import config as configs
+from mnist_exp.console import epoch_line
+from mnist_exp.errors import ConfigError, RunFailed
+from mnist_exp.job import Job
+from mnist_exp.models import Served
+from mnist_exp.stack import Stack
+from mnist_exp.tracking import DatasetFacts, Store, Tracker
+
+SHOWN = 30  # images in a sample grid
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves."""
+
+    run_id: str
+    history: list[dict[str, float]]  # one dict an epoch, with the keys that MLflow has
+    test: dict[str, float]  # test/loss, test/accuracy; with a validation split best/... as well
+    model: torch.nn.Module  # on the CPU; takes images [B, C, H, W] with pixels from 0 to 1
+    output_dir: Path
+    store: str  # MLflow's tracking URI
+
+    @property
+    def test_accuracy(self) -> float:
+        return self.test["test/accuracy"]
+
+
+def write_configs(job: Job, folder: Path) -> None:
+    try:
+        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(job.asked, folder / ".hydra" / "config.yaml")
+        OmegaConf.save(
+            OmegaConf.masked_copy(job.composed, "hydra"), folder / ".hydra" / "hydra.yaml"
+        )
+        OmegaConf.save(job.composed.hydra.overrides.task, folder / ".hydra" / "overrides.yaml")
+        OmegaConf.save(job.asked, folder / "config.yaml", resolve=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: the output folder cannot be written ({error.strerror}). "
+            f"Choose another: hydra.run.dir=FOLDER"
+        ) from error
+
+
+def check_folder(folder: Path, key: str = "hydra.run.dir") -> None:
+    """Raises ConfigError for an output folder that cannot be made, as far as a look can tell."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ConfigError(
+            f"{folder}: the output folder cannot be made, as {place} is not a folder that can be "
+            f"written. Choose another: {key}=FOLDER"
+        )
+
+
+class Record:
+    """The record of one run while it is trained: in its folder, and in MLflow.
+
+    `with record:` what goes wrong with the record of one run ends that run alone.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        folder: Path,
+        store: Store,
+        experiment: str,
+        tags: Mapping[str, str],
+        diff: str,
+        finished: bool,
+    ) -> None:
+        self.job, self.folder, self.diff, self.finished = job, folder, diff, finished
+        run_id = store.start_run(experiment, job.name, _tags(job, folder, tags))
+        self.tracker, self.store = Tracker(store, run_id), store
+        self.log = (folder / "train.log").open("w", encoding="utf-8", buffering=1)
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, float] = {}
+        self.is_open = True
+        self.outcome: Result | Exception = RunFailed("not trained")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, Exception):  # whatever MLflow, a disk or a figure raises
+            self.fail(error)
+        return isinstance(error, Exception)
+
+    def start(self, dataset: data.Dataset) -> None:
+        self.log.write(f"run {self.tracker.run_id}  {self.job.name}  on {self.job.device}\n")
+        self.tracker.params(dict(configs.leaves(self.job.asked)))
+        sizes = {"train": len(dataset.train), "test": len(dataset.test)}
+        if dataset.val is not None:
+            sizes["val"] = len(dataset.val)
+        facts = DatasetFacts(dataset.name, dataset.source, dataset.digest, dataset.shape, sizes)
+        self.tracker.dataset(facts)
+        self.tracker.artifact(self.folder / "config.yaml")
+        if self.diff:
+            self.tracker.text(self.diff, "uncommitted.diff")
+        if self.finished:
+            self.tracker.image(
+                "train/first_30", plots.pixels(plots.grid(**first_images(dataset))), 0
+            )
+
+    def take(self, event: training.Notice | training.Epoch, k: int, dataset: data.Dataset) -> None:
+        """Takes in what `fit` has yielded, for run k of the stack."""
+        if isinstance(event, training.Notice):
+            self.log.write(event.text + "\n")
+            self.tracker.tags({"compiled": str(event.compiled).lower()})
+        else:
+            self._epoch(event, k, dataset)
+
+    def _epoch(self, event: training.Epoch, k: int, dataset: data.Dataset) -> None:
+        if k in event.failed:
+            path = self._save(event.model(k))
+            self._curves()
+            short = self.tracker.run_id[:8]
+            raise RunFailed(f"run {short} {event.failed[k]}. Last finite weights: {path}")
+        if not (values := event.metrics[k]):
+            return  # it has stopped before
+        epoch, epochs = event.epoch, self.job.config.training.epochs
+        self.history.append({"epoch": epoch, **values})
+        self.log.write(epoch_line(epoch, epochs, values) + "\n")
+        self.tracker.metrics(values, epoch)
+        if reason := event.stopped.get(k):
+            self.log.write(f"stopped {reason}\n")
+            self.tracker.tags({"stopped": reason})
+        if dataset.val is None:
+            return
+        if event.improved[k]:
+            self.best = {"best/val_accuracy": values["val/accuracy"], "best/epoch": epoch}
+        every = self.job.config.tracking.image_every
+        if every is None and self.finished:  # about 20 pictures
+            every = -(-epochs // 20)
+        if every is not None and (epoch % every == 0 or epoch == epochs or k in event.stopped):
+            record_predictions(event.model(k), dataset, self.tracker, epoch)
+
+    def end(self, stack: Stack, dataset: data.Dataset) -> None:
+        """The run is trained; `stack` has its model alone."""
+        path = self._save(stack)
+        epoch = len(self.history)
+        self.tracker.metrics(self.best, epoch)
+        test, served = self.best, Served(stack.model(0), dataset.mean, dataset.std).eval()
+        if self.finished:
+            test = record_test(stack, dataset, self.tracker, epoch) | self.best
+            self._curves(test["test/accuracy"])
+            self.tracker.model(served, *served_as(dataset))
+        self.log.write("  ".join(f"{key} {value:.6g}" for key, value in test.items()) + "\n")
+        run_id, uri = self.tracker.run_id, self.job.store_uri
+        self.outcome = Result(run_id, self.history, test, served, path.parent, uri)
+        self.close("FINISHED")
+
+    def fail(self, error: Exception) -> None:
+        """The run alone ends here: FAILED, with the reason, and the traceback in its log."""
+        diverged = isinstance(error, RunFailed) and error.__cause__ is None
+        why = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+        self.log.write(why + "\n" if diverged else "".join(traceback.format_exception(error)))
+        self.outcome = error
+        self.close("FAILED", why)
+
+    def close(self, status: str, reason: str | None = None) -> None:
+        """Nothing more comes after this."""
+        if self.is_open:
+            self.is_open = False
+            if status == "KILLED":
+                self.log.write(f"{reason}\n")
+            self.log.close()
+            self.tracker.artifact(self.folder / "train.log")
+            self.tracker.finish(status, reason)
+
+    def discard(self) -> None:
+        """As if it had never been."""
+        self.is_open = False
+        self.log.close()
+        self.store.delete(self.tracker.run_id)
+
+    def _save(self, stack: Stack) -> Path:
+        path = self.folder / "checkpoint.pt"
+        state = stack.model(0).state_dict()
+        checkpoint.save(path, {"model": state, "epochs": len(self.history)})
+        for file in (path, path.with_name(path.name + ".sha256")):
+            self.tracker.artifact(file, "checkpoint")
+        return path
+
+    def _curves(self, test_accuracy: float | None = None) -> None:
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for values in self.history:
+            for key, value in values.items():
+                curves.setdefault(key, []).append((int(values["epoch"]), value))
+        best_epoch = int(self.best["best/epoch"]) if self.best else None
+        path = self.folder / "curves.png"
+        plots.save(plots.curves(curves, best_epoch, self.job.name, test_accuracy), path)
+        self.tracker.artifact(path)
+
+
+def record_first(dataset: data.Dataset, tracker: Tracker) -> None:
+    """The first 30 images with their labels."""
+    tracker.image("train/first_30", plots.pixels(plots.grid(**first_images(dataset))), 0)
+
+
+def record_test(
+    stack: Stack, dataset: data.Dataset, tracker: Tracker, epoch: int
+) -> dict[str, float]:
+    """The official test set, once: its metrics, the mistakes, the confusion matrix."""
+    (logits,) = training.predict(stack, dataset, dataset.test)
+    (test,) = training.score(logits[None], dataset.test, "test")
+    tracker.metrics(test, epoch)
+    shares, true = logits.softmax(-1), dataset.test.labels.cpu()
+    confidence, predicted = shares.max(-1)
+    wrong = (predicted != true).nonzero().flatten()
+    worst = wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
+    if len(worst):
+        title = f"most confident of {len(wrong)} mistakes on the test set"
+        images = dataset.test.images.cpu()[worst]
+        pixels = _predictions(dataset, images, true[worst], shares[worst], title)
+        tracker.image("test/mistakes", pixels, epoch)
+    counts = metrics.confusion(true, predicted, len(dataset.classes))
+    figure = plots.confusion(counts, dataset.classes, "test set")
+    tracker.image("test/confusion", plots.pixels(figure), epoch)
+    return test
+
+
+def record_predictions(stack: Stack, dataset: data.Dataset, tracker: Tracker, epoch: int) -> None:
+    val = dataset.val
+    assert val is not None
+    images, labels = val.images[:SHOWN], val.labels[:SHOWN]
+    shares = stack.logits(dataset.normalise(images))[0].softmax(-1).cpu()
+    pixels = _predictions(dataset, images, labels, shares, f"validation, epoch {epoch}")
+    tracker.image("val/predictions", pixels, epoch)
+
+
+def _predictions(
+    dataset: data.Dataset, images: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor,
+    title: str,
+) -> np.ndarray:  # fmt: skip
+    classes = dataset.classes
+    confidence, predicted = shares.max(-1)
+    figure = plots.grid(
+        images[:, 0].cpu().numpy(),
+        [classes[i] for i in labels.tolist()],
+        [classes[i] for i in predicted.tolist()],
+        confidence.tolist(),
+        title=title,
+    )
+    return plots.pixels(figure)
+
+
+def served_as(dataset: data.Dataset) -> tuple[tuple[int, int, int], int, np.ndarray]:
+    """Shape of an image, number of classes, and an example of what the served model takes."""
+    example = dataset.first.images[:2].cpu().numpy().astype(np.float32) / 255
+    return dataset.shape, len(dataset.classes), example
+
+
+def first_images(dataset: data.Dataset) -> dict[str, Any]:
+    labels = [dataset.classes[i] for i in dataset.first.labels.tolist()]
+    title = f"{dataset.name}: the first {len(labels)} images"
+    return {"images": dataset.first.images[:, 0].cpu().numpy(), "labels": labels, "title": title}
+
+
+def _git(*words: str) -> str:
+    """What git says of the project's checkout; '' where there is none."""
+    if not configs.IS_CHECKOUT:
+        return ""
+    try:
+        answer = subprocess.run(
+            ["git", *words], cwd=configs.project_root(), capture_output=True, check=False
+        )
+    except OSError:  # git is not installed
+        return ""
+    # a diff may hold bytes of any encoding
+    return answer.stdout.decode(errors="replace").strip() if answer.returncode == 0 else ""
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        return str(os.getuid())
+
+
+def provenance() -> dict[str, str]:
+    """Tags that say where a run comes from; they are the same for every run of a process."""
+    tags = {
+        "mlflow.user": _user(),
+        "mlflow.source.name": "mnist-exp",
+        "mlflow.source.type": "LOCAL",
+        "command_line": shlex.join(sys.argv),
+        "version.python": platform.python_version(),
+        "version.torch": torch.__version__,
+        "version.mnist_exp": __version__,
+    }
+    if commit := _git("rev-parse", "HEAD"):
+        tags["mlflow.source.git.commit"] = commit
+        tags["git_dirty"] = str(bool(_git("status", "--porcelain"))).lower()
+    return tags
+
+
+def common_tags(job: Job, size: int) -> dict[str, str]:
+    """Tags that the runs of a stack have in common."""
+    return {
+        **provenance(),
+        "device": str(job.device),
+        "threads": str(torch.get_num_threads()),
+        "compiled": "false",
+        "stack_size": str(size),
+        # a model that was not chosen from its group goes by its class
+        "model": job.choices.get("model") or job.config.model["_target_"].rpartition(".")[2],
+    }
+
+
+def _tags(job: Job, folder: Path, facts: Mapping[str, str]) -> dict[str, str]:
+    return {
+        **facts,
+        "overrides": shlex.join(job.overrides),
+        "config_hash": configs.identity(job.asked),
+        "dataset": job.config.dataset.name,
+        "optimizer": job.choices.get("optimizer") or job.optimizer.__name__,
+        "choices": json.dumps(job.choices),
+        "output_dir": str(folder.resolve()),
+        **job.config.tracking.tags,
+    }

@@ -1,0 +1,235 @@
+"""The stacked launcher: which jobs share a stack, and how the stacks are trained side by side."""
+
+import itertools
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import sys
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from hydra.core.utils import JobReturn, JobStatus
+
+from mnist_exp import config as configs
+from mnist_exp import results, run
+from mnist_exp.console import Reporter, Terminal
+from mnist_exp.grid import Planned
+from mnist_exp.job import Job
+from mnist_exp.optim import RULES
+from mnist_exp.results import Outcome
+from mnist_exp.stack import Stack
+from mnist_exp.step import preload_compiler
+from mnist_exp.sweep import STOP, Task, composed_of, count_of, outcome_of, receive
+
+# Bytes of parameters up to which a stack is fastest on a CPU: with their gradients they stay in the
+# caches of two cores. Measured with the seed MLP: 0.10 s an epoch and model for 8, 0.13 for 16.
+CPU_STACK_BYTES = 2**21
+CPU_STACK_MOST, GPU_STACK_MOST = 64, 512
+
+
+def plan(jobs: Sequence[Planned], max_stack: int | None) -> list[list[Planned]]:
+    """The stacks: jobs that differ only in numbers which a stack can carry, as many as fit."""
+    groups: dict[str, list[Planned]] = {}
+    for p in jobs:
+        assert p.job is not None
+        groups.setdefault(_shape(p.job), []).append(p)
+    stacks = []
+    for group in groups.values():
+        first = group[0].job
+        assert first is not None
+        most = (max_stack or _stack_limit(first)) if first.optimizer in RULES else 1
+        count = math.ceil(len(group) / most)
+        # one seed beside another: a stack of one seed gathers its images once for all
+        assert all(p.job is not None for p in group)
+        group = sorted(group, key=lambda p: p.job.config.seed if p.job else 0)
+        ends = [round(len(group) * i / count) for i in range(count + 1)]
+        stacks += [group[a:b] for a, b in itertools.pairwise(ends)]
+    return stacks
+
+
+def _shape(job: Job) -> str:
+    """What the jobs of a stack have in common, as text: the config less what a stack can carry."""
+    kept = {
+        key: value
+        for key, value in configs.leaves(job.asked)
+        if key not in ("seed", "training.label_smoothing", "training.patience")
+        and not key.startswith(("schedule.", "tracking."))
+        and not (key.startswith("optimizer.") and _is_number(value))
+    }
+    return json.dumps(kept, sort_keys=True)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_number, value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _stack_limit(job: Job) -> int:
+    """How many models are trained together fastest, and fit into the memory."""
+    stack = Stack(job.build, [0], torch.device("cpu"))
+    size = sum(p.numel() * p.element_size() for p in stack.params.values())
+    if job.device.type == "cpu":
+        return 1 if stack.convolves else max(1, min(CPU_STACK_MOST, CPU_STACK_BYTES // size))
+    if job.device.type != "cuda":
+        return CPU_STACK_MOST
+    # parameters, gradients, new and best ones, two memories of the optimizer; images and what
+    # every layer makes of them, with their gradients
+    shape = job.load(job.config.dataset).shape
+    numbers = math.prod(shape)
+
+    def count(module: torch.nn.Module, args: Any, output: Any) -> None:
+        nonlocal numbers
+        numbers += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    for module in stack.module.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        stack.module.eval()(torch.zeros(1, *shape))
+    each = 6 * size + 3 * 4 * numbers * job.config.training.batch_size
+    free, _ = torch.cuda.mem_get_info(job.device)
+    return max(1, min(GPU_STACK_MOST, int(0.5 * free / each)))
+
+
+def train_stacks(task: Any, max_stack: int | None) -> list[JobReturn]:
+    """Trains a sweep's jobs, stack by stack; outcomes in the order of the jobs."""
+    assert isinstance(task, Task)
+    reporter = Terminal()
+    stacks = plan(task.jobs, max_stack)
+    processes = _processes(stacks)
+    aside = f", {processes} at a time" if processes > 1 else ""
+    reporter.line(f"{count_of(len(task.jobs), 'job')}, {_said(stacks)}{aside}")
+    named = [(f"stack {i + 1} of {len(stacks)}", stack) for i, stack in enumerate(stacks)]
+    outcomes: dict[int, Outcome] = {}
+    train = _one_by_one if processes == 1 else _side_by_side
+    for stack, found in train(task, named, processes):
+        outcomes |= found
+        failed = any(found[p.number].status != "FINISHED" for p in stack)
+        if failed and task.settings.on_error == "stop":
+            (task.folder / STOP).touch()
+    unstarted = Outcome("NOT RUN", "an earlier job failed (sweep.on_error=stop)")
+    return [_returned(p, outcomes.get(p.number, unstarted)) for p in task.jobs]
+
+
+Named = tuple[str, Sequence[Planned]]  # a stack and what it is called
+Found = tuple[Sequence[Planned], dict[int, Outcome]]
+
+
+def _processes(stacks: Sequence[Sequence[Planned]]) -> int:
+    """How many stacks to train at a time, each in a process of its own.
+
+    On a CPU, models are independent but the threads of one step wait for each other some thirty
+    times: a process a core is faster, much more so where other programs want a core as well.
+    Forks need Linux, and a process in which torch has started no thread for a GPU.
+    """
+    first = stacks[0][0].job
+    if sys.platform != "linux" or torch.cuda.is_available() or first.device.type != "cpu":
+        return 1
+    threads = max(p.job.config.training.threads or 1 for stack in stacks for p in stack)
+    return max(1, min(len(stacks), run.THREADS // threads))
+
+
+def _one_by_one(task: Task, stacks: Sequence[Named], processes: int) -> Iterator[Found]:
+    reporter = Terminal()
+    for name, stack in stacks:
+        if not (task.folder / STOP).exists():
+            reporter.line(f"\n{name}: {_label(stack)}")
+            yield stack, _train_stack(task, stack, reporter, run.THREADS)
+
+
+def _side_by_side(task: Task, stacks: Sequence[Named], processes: int) -> Iterator[Found]:
+    threads = run.THREADS // processes
+    preload_compiler()
+    waiting = sorted(stacks, key=lambda named: _cost(named[1]))  # the longest first
+    running: dict[Connection, tuple[Any, Sequence[Planned]]] = {}
+    context = multiprocessing.get_context("fork")
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes and not (task.folder / STOP).exists():
+                name, stack = waiting.pop()
+                here, there = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_train_there, args=(task, name, stack, threads, there)
+                )
+                process.start()
+                there.close()
+                running[here] = process, stack
+            if not running:
+                return
+            for connection in multiprocessing.connection.wait(list(running)):
+                assert isinstance(connection, Connection)
+                process, stack = running.pop(connection)
+                found = receive(connection, process)
+                if isinstance(found, str):
+                    found = {
+                        p.number: results.bury(composed_of(p), task.parent, found) for p in stack
+                    }
+                yield stack, found
+    finally:  # where a signal or an error has ended the loop
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.join()
+
+
+def _train_there(
+    task: Task, name: str, stack: Sequence[Planned], threads: int, to: Connection
+) -> None:
+    reporter = Terminal(prefix=f"{name}: ")
+    reporter.line(_label(stack))
+    try:
+        to.send(_train_stack(task, stack, reporter, threads))
+    except KeyboardInterrupt:  # the other processes have it as well
+        sys.exit(130)
+
+
+def _cost(stack: Sequence[Planned]) -> float:
+    """Roughly in proportion to the seconds that a stack takes: steps, of so many models."""
+    own = stack[0].job.config.training
+    return float(own.epochs * (4 + len(stack)) / own.batch_size)
+
+
+def _label(stack: Sequence[Planned]) -> str:
+    common = set.intersection(*(set(p.values.items()) for p in stack))
+    shared = " ".join(f"{k}={v}" for k, v in stack[0].values.items() if (k, v) in common)
+    return f"{count_of(len(stack), 'job')}  {shared}".rstrip()
+
+
+def _train_stack(
+    task: Task, stack: Sequence[Planned], reporter: Reporter, threads: int
+) -> dict[int, Outcome]:
+    jobs, numbers = [p.job for p in stack], [p.number for p in stack]
+    try:
+        found = task.execute(jobs, [p.folder for p in stack], numbers, reporter, threads)
+    except Exception as error:  # a model can raise anything; memory can run out
+        if len(stack) == 1:
+            return {stack[0].number: outcome_of(error)}
+        half = len(stack) // 2
+        reporter.line(
+            f"the stack failed ({type(error).__name__}: {error}); its jobs are trained again in "
+            f"two halves, so that the fault stays where it belongs"
+        )
+        first = _train_stack(task, stack[:half], reporter, threads)
+        return first | _train_stack(task, stack[half:], reporter, threads)
+    outcomes = {number: outcome_of(result) for number, result in zip(numbers, found, strict=True)}
+    for p in stack:
+        if outcomes[p.number].reason:
+            reporter.line(f"{p.said}: {outcomes[p.number].reason}")
+    return outcomes
+
+
+def _returned(planned: Planned, outcome: Outcome) -> JobReturn:
+    return JobReturn(overrides=planned.words, status=JobStatus.COMPLETED, _return_value=outcome)
+
+
+def _said(stacks: Sequence[Sequence[Planned]]) -> str:
+    """As in "4 stacks of 4", "2 stacks of 6 and 1 of 5"."""
+    sizes = [len(stack) for stack in stacks]
+    parts = [(sizes.count(size), size) for size in sorted(set(sizes), reverse=True)]
+    texts = [f"{count_of(count, 'stack') if i == 0 else count} of {size}"
+             for i, (count, size) in enumerate(parts)]  # fmt: skip
+    return " and ".join(texts)

@@ -1,0 +1,319 @@
+"""A sweep: its jobs composed and checked at once, planned as stacks, trained, and reported.
+
+Hydra's sweeper and launcher (hydra_plugins/mnist_exp_sweep.py) lead here.
+"""
+
+import functools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from mnist_exp import config as configs
+from mnist_exp import results, run
+from mnist_exp.config import SweepConfig
+from mnist_exp.console import Reporter, Terminal
+from mnist_exp.errors import ConfigError, RunFailed
+from mnist_exp.grid import Planned, refuse
+from mnist_exp.job import Job, Load, prepare, remembering
+from mnist_exp.record import Result, check_folder
+from mnist_exp.results import Outcome
+from mnist_exp.tracking import Store, Tracker, preload
+
+STOP = "stop"  # a file in the sweep's folder: no more jobs are to be started
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep leaves."""
+
+    run_id: str  # of the parent
+    store: str  # MLflow's tracking URI
+    folder: Path
+    best: Path | None = None  # the recipe of the chosen cell
+    failure: str = ""  # what went wrong, if anything
+
+
+@dataclass
+class Task:
+    """What a launcher calls for each job. It is sent to other processes, so it holds little."""
+
+    parent: str  # the run that the jobs' runs are nested under
+    folder: Path
+    settings: SweepConfig
+    values: dict[int, dict[str, str]]  # of each job, what was swept
+    isolated: bool  # each job in a process of its own, which may die alone
+    jobs: list[Planned]  # for the stacked launcher, in this process
+    command_line: list[str]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        configs.register()  # in the other process, before Hydra composes there
+
+    def __call__(self, config: DictConfig) -> Outcome:
+        """Runs the job that Hydra has composed in this process."""
+        with open_dict(config):
+            config.hydra = OmegaConf.create({"hydra": HydraConfig.get()}).hydra
+        if (self.folder / STOP).exists():
+            return Outcome("NOT RUN", "an earlier job failed (sweep.on_error=stop)")
+        outcome = self._alone(config) if self.isolated else self.train(config)
+        if outcome.status != "FINISHED" and self.settings.on_error == "stop":
+            (self.folder / STOP).touch()
+        return outcome
+
+    def train(self, config: DictConfig) -> Outcome:
+        """One job, in this process."""
+        folder, reporter = Path(config.hydra.runtime.output_dir), Terminal()
+        number = int(config.hydra.job.num)
+        reporter.line(f"job {number}: {shlex.join(config.hydra.overrides.task)}")
+        try:
+            job = prepare(config, _load)
+            (result,) = self.execute([job], [folder], [number], reporter)
+        except ConfigError as error:  # what was there at the start is there no more
+            return Outcome("FAILED", str(error))
+        return outcome_of(result)
+
+    def execute(
+        self,
+        jobs: Sequence[Job],
+        folders: Sequence[Path],
+        numbers: Sequence[int],
+        reporter: Reporter,
+        threads: int = run.THREADS,
+    ) -> list[Result | Exception]:
+        """Jobs that can share a stack, as children of the sweep."""
+        tags = [
+            {
+                "mlflow.parentRunId": self.parent,
+                "job": str(number),
+                "swept": json.dumps(self.values[number]),
+                "command_line": shlex.join(self.command_line),
+            }
+            for number in numbers
+        ]
+        finished = self.settings.test == "all"
+        return run.execute(jobs, folders, reporter, tags=tags, finished=finished, threads=threads)
+
+    def _alone(self, config: DictConfig) -> Outcome:
+        """One job in a process of its own: what kills it ends that job alone.
+
+        A fork, as this process trains nothing itself and has imported what takes seconds.
+        """
+        preload()
+        context = multiprocessing.get_context("fork")
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=_run_there, args=(self, config, there))
+        process.start()
+        there.close()
+        found = receive(here, process)
+        if isinstance(found, str):
+            return results.bury(config, self.parent, found)
+        assert isinstance(found, Outcome)
+        return found
+
+
+def _run_there(task: Task, config: DictConfig, to: Connection) -> None:
+    HydraConfig.instance().set_config(config)
+    to.send(task.train(config))
+
+
+@functools.cache
+def _remembered() -> Load:
+    return remembering()
+
+
+def _load(asked: configs.DatasetConfig) -> Any:
+    return _remembered()(asked)
+
+
+def outcome_of(result: Result | Exception) -> Outcome:
+    if isinstance(result, Exception):
+        reason = (
+            str(result) if isinstance(result, RunFailed) else f"{type(result).__name__}: {result}"
+        )
+        return Outcome("FAILED", reason)
+    history: dict[str, list[tuple[int, float]]] = {}
+    for values in result.history:
+        for key in results.CURVES:
+            if key in values:
+                history.setdefault(key, []).append((int(values["epoch"]), values[key]))
+    return Outcome("FINISHED", "", result.run_id, history)
+
+
+def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Planned]) -> Swept:
+    """The whole of a sweep, from its jobs as `grid.jobs` gives them.
+
+    Raises ConfigError, with nothing created, if one of them cannot be run.
+    """
+    settings = configs.validate_sweep(master)
+    max_stack = master.hydra.launcher.get("max_stack")
+    if max_stack is not None and max_stack < 1:
+        raise ConfigError(f"hydra.launcher.max_stack={max_stack}: must be 1 or more, or null")
+    check(planned)
+    refuse(planned, settings)
+    invalid = [p for p in planned if p.problem]
+    valid = [p for p in planned if not p.problem]
+    if not valid:
+        raise ConfigError(f"no job is left: {invalid[0].said}: {invalid[0].problem}")
+    for number, p in enumerate(valid):  # as the launcher will number them
+        p.number = number
+    jobs = [{"values": p.values, "problem": p.problem} for p in (*valid, *invalid)]
+
+    first = valid[0].job
+    assert first is not None
+    folder = _folders(master, valid)
+    reporter = Terminal()
+    store = Store(first.store_uri)
+    experiment = store.experiment(first.config.tracking.experiment)
+    _make_folder(master, folder)
+    name = str(OmegaConf.select(master, "hydra.runtime.choices").get("hydra/launcher"))
+    task = Task(
+        parent=results.open_parent(store, experiment, first, jobs, folder, name),
+        folder=folder,
+        settings=settings,
+        values={p.number: p.values for p in valid},
+        isolated=name not in ("basic", "stacked") and hasattr(os, "fork"),
+        jobs=valid if name == "stacked" else [],
+        command_line=list(sys.argv),
+    )
+    launcher = Plugins.instance().instantiate_launcher(
+        hydra_context=context, task_function=task, config=master
+    )
+    reporter.line(f"sweep {task.parent[:8]}: {count_of(len(valid), 'job')}, in {folder}")
+    parent = Tracker(store, task.parent)
+
+    def conclude(outcomes: Sequence[Outcome], ended: str = "") -> results.Report:
+        return results.conclude(
+            store, parent, jobs, outcomes, settings, folder, reporter, _load, ended
+        )
+
+    swept = Swept(task.parent, store.uri, folder)
+    try:
+        try:
+            returns = launcher.launch([p.words for p in valid], initial_job_idx=0)
+            outcomes, reason = [r.return_value for r in returns], ""
+        except Exception as error:  # the launcher itself
+            outcomes, reason = [], f"the launcher failed: {type(error).__name__}: {error}"
+        found = conclude(outcomes, reason)
+    except (KeyboardInterrupt, SystemExit):
+        parent.finish("KILLED", "interrupted")
+        conclude([], "interrupted")
+        raise
+    except Exception as error:  # the report, or the test of the chosen cell
+        parent.finish("FAILED", f"{type(error).__name__}: {error}")
+        raise
+    if found.failed and not reason:
+        reason = f"{len(found.failed)} of {count_of(len(valid), 'job')} did not finish"
+    parent.finish("FAILED" if reason else "FINISHED", reason)
+    best = folder / results.BEST if found.chosen is not None else None
+    return replace(swept, failure=reason, best=best)
+
+
+def _folders(master: DictConfig, valid: Sequence[Planned]) -> Path:
+    """The sweep's folder; each job is told its own in there. Creates none."""
+    asked = str(master.hydra.sweep.dir)
+    if not asked.strip():
+        raise ConfigError("hydra.sweep.dir=: must be a folder of its own for the sweep's output")
+    folder = Path(asked).resolve()
+    check_folder(folder, "hydra.sweep.dir")
+    owners: dict[Path, Planned] = {}
+    for p in valid:
+        try:
+            p.folder = _folder(folder, p)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"hydra.sweep.subdir: {str(error).splitlines()[0]}") from error
+        if (other := owners.setdefault(p.folder, p)) is not p:
+            raise ConfigError(
+                f"hydra.sweep.subdir: {other.said} and {p.said} would share the folder {p.folder}. "
+                f"Leave it out, or refer to the job: hydra.sweep.subdir='${{hydra.job.num}}'"
+            )
+    return folder
+
+
+def _make_folder(master: DictConfig, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STOP).unlink(missing_ok=True)  # of an earlier sweep with this folder
+        with open_dict(master):
+            master.hydra.sweep.dir = str(folder)  # a time in it is now
+        OmegaConf.save(master, folder / "multirun.yaml")
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: the sweep's folder cannot be written ({error.strerror}). "
+            f"Choose another: hydra.sweep.dir=FOLDER"
+        ) from error
+
+
+def count_of(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def check(planned: Sequence[Planned]) -> None:
+    """Builds what every job asks for, and notes the problem of those that cannot be run."""
+    seen: dict[str, Planned] = {}
+    places: set[tuple[str, str]] = set()
+    for p in planned:
+        if p.composed is None or p.problem:
+            continue
+        try:
+            p.job = prepare(p.composed, _load)
+        except ConfigError as error:
+            p.problem = str(error)
+            continue
+        twin = seen.setdefault(configs.identity(p.job.asked), p)
+        if twin is not p:
+            p.problem = f"the same as {twin.said}; its result would be the same as well"
+        places.add((p.job.store_uri, p.job.config.tracking.experiment))
+        if len(places) > 1:
+            raise ConfigError(
+                f"{p.said}: tracking.uri and tracking.experiment cannot be swept: a sweep is one "
+                f"object, in one experiment"
+            )
+
+
+def receive(connection: Connection, process: Any) -> Any:
+    """What a process has sent; or, where it died without a word, what became of it (str)."""
+    try:
+        found = connection.recv()
+    except EOFError:
+        process.join()
+        code = process.exitcode or 0
+        if code in (130, 143):  # a signal, which ends the sweep
+            raise KeyboardInterrupt from None
+        if code < 0:
+            return f"its process was killed ({signal.Signals(-code).name})"
+        return f"its process ended with status {code}"
+    process.join()
+    return found
+
+
+def _folder(sweep: Path, planned: Planned) -> Path:
+    """The output folder of a job, which its config is told."""
+    composed = composed_of(planned)
+    with read_write(composed), open_dict(composed):
+        composed.hydra.job.num = composed.hydra.job.id = planned.number
+        composed.hydra.sweep.dir = str(sweep)
+        HydraConfig.instance().set_config(composed)  # for what its folder's name may refer to
+        folder = sweep / str(composed.hydra.sweep.subdir)
+        with read_write(composed.hydra.runtime):
+            composed.hydra.runtime.output_dir = str(folder)
+    return folder
+
+
+def composed_of(planned: Planned) -> DictConfig:
+    assert planned.composed is not None, planned.problem
+    return planned.composed
