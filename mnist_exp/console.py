@@ -115,6 +115,8 @@ class Terminal(Reporter):
     def stop(self) -> None:
         if self.bar.live.is_started:  # else it would print an empty line
             self.bar.stop()
+        for task in self.bar.task_ids:
+            self.bar.remove_task(task)
 
 
 def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:

@@ -20,3 +20,8 @@ class RunFailed(RuntimeError):
 
 class Terminated(SystemExit):
     """A signal asks the program to end. Exit status 128 plus its number."""
+
+
+def reason_of(error: Exception) -> str:
+    """What a record says of why something ended."""
+    return str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"

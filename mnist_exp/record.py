@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import logging
 import os
 import platform
 import shlex
@@ -20,11 +21,13 @@ from omegaconf import OmegaConf
 from mnist_exp import __version__, checkpoint, data, metrics, plots, training
 from mnist_exp import config as configs
 from mnist_exp.console import epoch_line
-from mnist_exp.errors import ConfigError, RunFailed
+from mnist_exp.errors import ConfigError, RunFailed, reason_of
 from mnist_exp.job import Job
 from mnist_exp.models import Served
 from mnist_exp.stack import Stack
 from mnist_exp.tracking import DatasetFacts, Store, Tracker
+
+log = logging.getLogger(__name__)
 
 SHOWN = 30  # images in a sample grid
 
@@ -35,7 +38,9 @@ class Result:
 
     run_id: str
     history: list[dict[str, float]]  # one dict an epoch, with the keys that MLflow has
-    test: dict[str, float]  # test/loss, test/accuracy; with a validation split best/... as well
+    # test/loss and test/accuracy, unless the test is left for later; with a validation split
+    # best/val_accuracy and best/epoch
+    test: dict[str, float]
     model: torch.nn.Module  # on the CPU; takes images [B, C, H, W] with pixels from 0 to 1
     output_dir: Path
     store: str  # MLflow's tracking URI
@@ -88,9 +93,13 @@ class Record:
         finished: bool,
     ) -> None:
         self.job, self.folder, self.diff, self.finished = job, folder, diff, finished
-        run_id = store.start_run(experiment, job.name, _tags(job, folder, tags))
-        self.tracker, self.store = Tracker(store, run_id), store
         self.log = (folder / "train.log").open("w", encoding="utf-8", buffering=1)
+        try:
+            run_id = store.start_run(experiment, job.name, _tags(job, folder, tags))
+        except BaseException:
+            self.log.close()
+            raise
+        self.tracker, self.store = Tracker(store, run_id), store
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.is_open = True
@@ -116,9 +125,7 @@ class Record:
         if self.diff:
             self.tracker.text(self.diff, "uncommitted.diff")
         if self.finished:
-            self.tracker.image(
-                "train/first_30", plots.pixels(plots.grid(**first_images(dataset))), 0
-            )
+            record_first(dataset, self.tracker)
 
     def take(self, event: training.Notice | training.Epoch, k: int, dataset: data.Dataset) -> None:
         """Takes in what `fit` has yielded, for run k of the stack."""
@@ -170,21 +177,27 @@ class Record:
 
     def fail(self, error: Exception) -> None:
         """The run alone ends here: FAILED, with the reason, and the traceback in its log."""
-        diverged = isinstance(error, RunFailed) and error.__cause__ is None
-        why = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
-        self.log.write(why + "\n" if diverged else "".join(traceback.format_exception(error)))
         self.outcome = error
-        self.close("FAILED", why)
+        if self.log.closed:  # it was being closed
+            return
+        why = reason_of(error)
+        bare = isinstance(error, RunFailed) and error.__cause__ is None
+        self.log.write(why + "\n" if bare else "".join(traceback.format_exception(error)))
+        try:
+            self.close("FAILED", why)
+        except Exception as second:  # the store, or the disk, is the fault
+            log.warning("run %s: its end is not recorded: %s", self.tracker.run_id, second)
+            self.is_open = False
 
     def close(self, status: str, reason: str | None = None) -> None:
         """Nothing more comes after this."""
         if self.is_open:
-            self.is_open = False
-            if status == "KILLED":
+            if status == "KILLED" and not self.log.closed:
                 self.log.write(f"{reason}\n")
             self.log.close()
             self.tracker.artifact(self.folder / "train.log")
             self.tracker.finish(status, reason)
+            self.is_open = False
 
     def discard(self) -> None:
         """As if it had never been."""
@@ -275,7 +288,7 @@ def first_images(dataset: data.Dataset) -> dict[str, Any]:
     return {"images": dataset.first.images[:, 0].cpu().numpy(), "labels": labels, "title": title}
 
 
-def _git(*words: str) -> str:
+def ask_git(*words: str) -> str:
     """What git says of the project's checkout; '' where there is none."""
     if not configs.IS_CHECKOUT:
         return ""
@@ -307,9 +320,9 @@ def provenance() -> dict[str, str]:
         "version.torch": torch.__version__,
         "version.mnist_exp": __version__,
     }
-    if commit := _git("rev-parse", "HEAD"):
+    if commit := ask_git("rev-parse", "HEAD"):
         tags["mlflow.source.git.commit"] = commit
-        tags["git_dirty"] = str(bool(_git("status", "--porcelain"))).lower()
+        tags["git_dirty"] = str(bool(ask_git("status", "--porcelain"))).lower()
     return tags
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +13,7 @@ from mnist_exp import config as configs
 from mnist_exp import plots, report, run
 from mnist_exp.config import SweepConfig
 from mnist_exp.console import Reporter
-from mnist_exp.errors import ConfigError
+from mnist_exp.errors import ConfigError, reason_of
 from mnist_exp.job import Job, Load
 from mnist_exp.record import provenance
 from mnist_exp.report import Cell, JobRecord
@@ -43,6 +43,7 @@ class Report:
     jobs: list[JobRecord]
     ranked: list[Cell]
     chosen: Cell | None
+    failure: str = ""  # what went wrong, if anything
 
     @property
     def failed(self) -> list[JobRecord]:
@@ -82,20 +83,23 @@ def open_parent(
     return run_id
 
 
-def bury(config: DictConfig, parent: str, reason: str) -> Outcome:
-    """Marks the run of a job whose process died without a word: KILLED."""
+def mark_killed(config: DictConfig, parent: str, reason: str) -> Outcome:
+    """Ends the record of a job whose process died without a word, unless it had ended before."""
     folder = Path(config.hydra.runtime.output_dir)
-    with (folder / "train.log").open("a", encoding="utf-8") as file:
-        file.write(reason + "\n")
     asked = configs.validate(configs.task_config(config))
     store = Store(store_uri(asked.tracking.uri, configs.output_root()))
     number = str(config.hydra.job.num)
     for child in store.children(parent):
-        if child.data.tags.get("job") == number and child.info.status == "RUNNING":
-            tracker = Tracker(store, child.info.run_id)
+        if child.data.tags["job"] == number:
+            run_id, tags = child.info.run_id, child.data.tags
+            if child.info.status != "RUNNING":
+                return Outcome(child.info.status, tags.get("reason", ""), run_id)
+            with (folder / "train.log").open("a", encoding="utf-8") as file:
+                file.write(reason + "\n")
+            tracker = Tracker(store, run_id)
             tracker.artifact(folder / "train.log")
             tracker.finish("KILLED", reason)
-            return Outcome("KILLED", reason, child.info.run_id)
+            return Outcome("KILLED", reason, run_id)
     return Outcome("KILLED", reason)
 
 
@@ -107,7 +111,6 @@ def report_again(store: Store, parent: Any, output: Path | None, reporter: Repor
     with TemporaryDirectory() as temporary:
         path = store.fetch(run_id, MANIFEST, Path(temporary))
         manifest = json.loads(path.read_text(encoding="utf-8"))["jobs"]
-        path.unlink()
         found = summarise(_records(store, run_id, manifest, {}))
         folder = output or Path(temporary)
         try:
@@ -132,7 +135,9 @@ def _records(
     for number, job in enumerate(valid):
         child, known = children.get(number), outcomes.get(number)
         if child is None:
-            status, reason = (known.status, known.reason) if known else ("NOT RUN", "")
+            status, reason = job.get("status", "NOT RUN"), job.get("reason", "")
+            if known:
+                status, reason = known.status, known.reason
             records.append(JobRecord(number, job["values"], status, reason))
             continue
         run_id = child.info.run_id
@@ -178,11 +183,24 @@ def conclude(
     known = dict(enumerate(outcomes))
     jobs = _records(store, parent.run_id, manifest, known)
     chosen = report.choose(report.cells(jobs))
+    failures: list[str] = []
     if chosen is not None and settings.test == "chosen" and not ended:
         for job in chosen.finished:
-            run.finish(store, store.get(job.run_id), load)
+            try:
+                run.finish(store, store.get(job.run_id), load)
+            except Exception as error:  # the report is made all the same
+                failures.append(f"the test of run {job.run_id[:8]} failed: {reason_of(error)}")
         jobs = _records(store, parent.run_id, manifest, known)
     found = summarise(jobs)
+    if found.failed:
+        failures.insert(0, f"{len(found.failed)} of {len(jobs)} jobs did not finish")
+    found = replace(found, failure="; ".join(failures))
+    # what has no run is known from here alone
+    ended_as = [
+        {**job, "status": r.status, "reason": r.reason}
+        for job, r in zip(manifest, jobs, strict=True)
+    ]
+    parent.text(json.dumps({"jobs": ended_as}, indent=1), MANIFEST)
     _record(parent, found)
     publish(store, parent, found, folder)
     show(found, reporter)

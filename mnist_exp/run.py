@@ -19,7 +19,7 @@ from mnist_exp.models import Served
 from mnist_exp.record import (
     Record,
     Result,
-    _git,
+    ask_git,
     check_folder,
     common_tags,
     first_images,
@@ -67,7 +67,7 @@ def execute(
     """Trains jobs that can share a stack, and keeps the record of each in its folder and in MLflow.
 
     Returns what each has come to. A job that fails leaves the others as they are; what stops the
-    stack itself ends all of them (a stack of several leaves no runs then) and is raised.
+    stack of several itself ends all of them, leaves no runs, and is raised.
     `tags`: for each run, beyond its own. `threads`: unless the config says. Not `finished`:
     `finish` is left for later.
     """
@@ -78,7 +78,7 @@ def execute(
     store = Store(first.store_uri)
     experiment = store.experiment(first.config.tracking.experiment)
     dataset = first.load(first.config.dataset).to(first.device)
-    facts, diff = common_tags(first, len(jobs)), _git("diff", "HEAD")
+    facts, diff = common_tags(first, len(jobs)), ask_git("diff", "HEAD")
     for job, folder in zip(jobs, folders, strict=True):
         write_configs(job, folder)
     records: list[Record] = []
@@ -96,13 +96,12 @@ def execute(
     except (Exception, SystemExit) as raised:  # a model can raise anything
         reporter.stop()
         error = raised if isinstance(raised, Exception) else _ended(raised)
-        for record in records:
-            if len(jobs) > 1:
+        if len(records) == len(jobs) == 1:
+            records[0].fail(error)
+        else:
+            for record in records:
                 record.discard()
-            else:
-                record.fail(error)
-        if len(jobs) > 1:
-            raise error from raised
+            raise error from None  # it has its own cause
     return [record.outcome for record in records]
 
 
@@ -141,6 +140,8 @@ def _train(
             reporter.line(event.text)
         else:
             reporter.epoch(event)
+        if not _open(records):
+            break
     reporter.stop()
     for k, record in _open(records):
         with record:
@@ -214,9 +215,9 @@ def finish(store: Store, found: Any, load: Load) -> dict[str, float]:
     epoch = max(step for step, _ in history["train/loss"])
     record_first(dataset, tracker)
     test = record_test(stack, dataset, tracker, epoch)
-    if dataset.val is not None:
-        record_predictions(stack, dataset, tracker, epoch)
     best = found.data.metrics.get("best/epoch")
+    if dataset.val is not None:  # the weights are those of the best epoch
+        record_predictions(stack, dataset, tracker, int(best or epoch))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "curves.png"
         best_epoch = None if best is None else int(best)

@@ -16,6 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from mnist_exp import config as configs
 from mnist_exp import results, run
 from mnist_exp.console import Reporter, Terminal
+from mnist_exp.errors import reason_of
 from mnist_exp.grid import Planned
 from mnist_exp.job import Job
 from mnist_exp.optim import RULES
@@ -24,9 +25,10 @@ from mnist_exp.stack import Stack
 from mnist_exp.step import preload_compiler
 from mnist_exp.sweep import STOP, Task, composed_of, count_of, outcome_of, receive
 
-# Bytes of parameters up to which a stack is fastest on a CPU: with their gradients they stay in the
-# caches of two cores. Measured with the seed MLP: 0.10 s an epoch and model for 8, 0.13 for 16.
-CPU_STACK_BYTES = 2**21
+# Bytes of parameters up to which a stack is fastest on a CPU: what the caches of two cores hold.
+# Measured with the seed MLP, seconds an epoch and model: 0.26 for 1, 0.14 for 4, 0.10 for 16 and
+# 0.14 for 64. Powers of two, as odd sizes are slower: 9 models took 0.15.
+CPU_STACK_BYTES = 2**22
 CPU_STACK_MOST, GPU_STACK_MOST = 64, 512
 
 
@@ -34,17 +36,14 @@ def plan(jobs: Sequence[Planned], max_stack: int | None) -> list[list[Planned]]:
     """The stacks: jobs that differ only in numbers which a stack can carry, as many as fit."""
     groups: dict[str, list[Planned]] = {}
     for p in jobs:
-        assert p.job is not None
         groups.setdefault(_shape(p.job), []).append(p)
     stacks = []
     for group in groups.values():
         first = group[0].job
-        assert first is not None
         most = (max_stack or _stack_limit(first)) if first.optimizer in RULES else 1
         count = math.ceil(len(group) / most)
         # one seed beside another: a stack of one seed gathers its images once for all
-        assert all(p.job is not None for p in group)
-        group = sorted(group, key=lambda p: p.job.config.seed if p.job else 0)
+        group = sorted(group, key=lambda p: p.job.config.seed)
         ends = [round(len(group) * i / count) for i in range(count + 1)]
         stacks += [group[a:b] for a, b in itertools.pairwise(ends)]
     return stacks
@@ -73,7 +72,8 @@ def _stack_limit(job: Job) -> int:
     stack = Stack(job.build, [0], torch.device("cpu"))
     size = sum(p.numel() * p.element_size() for p in stack.params.values())
     if job.device.type == "cpu":
-        return 1 if stack.convolves else max(1, min(CPU_STACK_MOST, CPU_STACK_BYTES // size))
+        fitting = max(1, min(CPU_STACK_MOST, CPU_STACK_BYTES // size))
+        return 1 if stack.convolves else 1 << (fitting.bit_length() - 1)
     if job.device.type != "cuda":
         return CPU_STACK_MOST
     # parameters, gradients, new and best ones, two memories of the optimizer; images and what
@@ -105,8 +105,8 @@ def train_stacks(task: Any, max_stack: int | None) -> list[JobReturn]:
     reporter.line(f"{count_of(len(task.jobs), 'job')}, {_said(stacks)}{aside}")
     named = [(f"stack {i + 1} of {len(stacks)}", stack) for i, stack in enumerate(stacks)]
     outcomes: dict[int, Outcome] = {}
-    train = _one_by_one if processes == 1 else _side_by_side
-    for stack, found in train(task, named, processes):
+    trained = _one_by_one(task, named) if processes == 1 else _side_by_side(task, named, processes)
+    for stack, found in trained:
         outcomes |= found
         failed = any(found[p.number].status != "FINISHED" for p in stack)
         if failed and task.settings.on_error == "stop":
@@ -133,7 +133,7 @@ def _processes(stacks: Sequence[Sequence[Planned]]) -> int:
     return max(1, min(len(stacks), run.THREADS // threads))
 
 
-def _one_by_one(task: Task, stacks: Sequence[Named], processes: int) -> Iterator[Found]:
+def _one_by_one(task: Task, stacks: Sequence[Named]) -> Iterator[Found]:
     reporter = Terminal()
     for name, stack in stacks:
         if not (task.folder / STOP).exists():
@@ -166,11 +166,14 @@ def _side_by_side(task: Task, stacks: Sequence[Named], processes: int) -> Iterat
                 found = receive(connection, process)
                 if isinstance(found, str):
                     found = {
-                        p.number: results.bury(composed_of(p), task.parent, found) for p in stack
+                        p.number: results.mark_killed(composed_of(p), task.parent, found)
+                        for p in stack
                     }
                 yield stack, found
     finally:  # where a signal or an error has ended the loop
         for process, _ in running.values():
+            # Ctrl-C has reached it as well: it is writing its records
+            process.join(2)
             process.terminate()
         for process, _ in running.values():
             process.join()
@@ -207,12 +210,15 @@ def _train_stack(
         found = task.execute(jobs, [p.folder for p in stack], numbers, reporter, threads)
     except Exception as error:  # a model can raise anything; memory can run out
         if len(stack) == 1:
+            reporter.line(f"{stack[0].said}: {reason_of(error)}")
             return {stack[0].number: outcome_of(error)}
-        half = len(stack) // 2
         reporter.line(
-            f"the stack failed ({type(error).__name__}: {error}); its jobs are trained again in "
-            f"two halves, so that the fault stays where it belongs"
+            f"the stack failed ({reason_of(error)}); its jobs are trained again in two halves, "
+            f"so that the fault stays where it belongs"
         )
+        found = None  # and not from in here, where the error holds on to the stack's memory
+    if found is None:
+        half = len(stack) // 2
         first = _train_stack(task, stack[:half], reporter, threads)
         return first | _train_stack(task, stack[half:], reporter, threads)
     outcomes = {number: outcome_of(result) for number, result in zip(numbers, found, strict=True)}

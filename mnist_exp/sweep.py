@@ -1,6 +1,6 @@
-"""A sweep: its jobs composed and checked at once, planned as stacks, trained, and reported.
+"""A sweep as one object: its jobs checked, launched under a parent run, and reported.
 
-Hydra's sweeper and launcher (hydra_plugins/mnist_exp_sweep.py) lead here.
+What the stacked launcher does with them is in stacked.py.
 """
 
 import functools
@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
@@ -27,7 +28,7 @@ from mnist_exp import config as configs
 from mnist_exp import results, run
 from mnist_exp.config import SweepConfig
 from mnist_exp.console import Reporter, Terminal
-from mnist_exp.errors import ConfigError, RunFailed
+from mnist_exp.errors import ConfigError, RunFailed, reason_of
 from mnist_exp.grid import Planned, refuse
 from mnist_exp.job import Job, Load, prepare, remembering
 from mnist_exp.record import Result, check_folder
@@ -83,8 +84,8 @@ class Task:
         try:
             job = prepare(config, _load)
             (result,) = self.execute([job], [folder], [number], reporter)
-        except ConfigError as error:  # what was there at the start is there no more
-            return Outcome("FAILED", str(error))
+        except Exception as error:  # what was there at the start is there no more
+            return outcome_of(error)
         return outcome_of(result)
 
     def execute(
@@ -119,9 +120,13 @@ class Task:
         process = context.Process(target=_run_there, args=(self, config, there))
         process.start()
         there.close()
-        found = receive(here, process)
+        try:
+            found = receive(here, process)
+        finally:  # where a signal has ended the waiting
+            process.terminate()
+            process.join()
         if isinstance(found, str):
-            return results.bury(config, self.parent, found)
+            return results.mark_killed(config, self.parent, found)
         assert isinstance(found, Outcome)
         return found
 
@@ -141,11 +146,9 @@ def _load(asked: configs.DatasetConfig) -> Any:
 
 
 def outcome_of(result: Result | Exception) -> Outcome:
+    """What `execute` says of a job, in a form that can be sent to another process."""
     if isinstance(result, Exception):
-        reason = (
-            str(result) if isinstance(result, RunFailed) else f"{type(result).__name__}: {result}"
-        )
-        return Outcome("FAILED", reason)
+        return Outcome("FAILED", reason_of(result))
     history: dict[str, list[tuple[int, float]]] = {}
     for values in result.history:
         for key in results.CURVES:
@@ -159,6 +162,8 @@ def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Plann
 
     Raises ConfigError, with nothing created, if one of them cannot be run.
     """
+    # OpenMP's threads, once started, are missing in the processes that are forked from this one
+    torch.set_num_threads(1)
     settings = configs.validate_sweep(master)
     max_stack = master.hydra.launcher.get("max_stack")
     if max_stack is not None and max_stack < 1:
@@ -202,22 +207,24 @@ def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Plann
         )
 
     swept = Swept(task.parent, store.uri, folder)
+    outcomes: list[Outcome] = []
     try:
         try:
             returns = launcher.launch([p.words for p in valid], initial_job_idx=0)
             outcomes, reason = [r.return_value for r in returns], ""
         except Exception as error:  # the launcher itself
-            outcomes, reason = [], f"the launcher failed: {type(error).__name__}: {error}"
+            reason = f"the launcher failed: {reason_of(error)}"
         found = conclude(outcomes, reason)
     except (KeyboardInterrupt, SystemExit):
-        parent.finish("KILLED", "interrupted")
-        conclude([], "interrupted")
+        try:
+            conclude(outcomes, "interrupted")
+        finally:
+            parent.finish("KILLED", "interrupted")
         raise
-    except Exception as error:  # the report, or the test of the chosen cell
-        parent.finish("FAILED", f"{type(error).__name__}: {error}")
-        raise
-    if found.failed and not reason:
-        reason = f"{len(found.failed)} of {count_of(len(valid), 'job')} did not finish"
+    except Exception as error:  # the report
+        parent.finish("FAILED", reason_of(error))
+        raise RunFailed(f"sweep {task.parent[:8]}: no report: {reason_of(error)}") from error
+    reason = reason or found.failure
     parent.finish("FAILED" if reason else "FINISHED", reason)
     best = folder / results.BEST if found.chosen is not None else None
     return replace(swept, failure=reason, best=best)
@@ -292,7 +299,7 @@ def receive(connection: Connection, process: Any) -> Any:
     except EOFError:
         process.join()
         code = process.exitcode or 0
-        if code in (130, 143):  # a signal, which ends the sweep
+        if code == 130:  # Ctrl-C, which ends the sweep
             raise KeyboardInterrupt from None
         if code < 0:
             return f"its process was killed ({signal.Signals(-code).name})"

@@ -118,6 +118,8 @@ class Store:
 
     def __init__(self, uri: str) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # a connection to SQLite must not be used on both sides of a fork: none is kept open
+        os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
         import mlflow
 
         for name in ("mlflow", "alembic"):  # its import sets them up

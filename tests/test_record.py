@@ -26,7 +26,7 @@ import mnist_exp
 from mnist_exp import checkpoint, data, training
 from mnist_exp import config as configs
 from mnist_exp.errors import ConfigError
-from mnist_exp.record import Result, _git
+from mnist_exp.record import Result, ask_git
 from mnist_exp.run import evaluate
 from mnist_exp.tracking import Store
 
@@ -277,7 +277,7 @@ def test_evaluation_of_a_module_of_ones_own(
 
 def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert _git("rev-parse", "HEAD") == ""
+    assert ask_git("rev-parse", "HEAD") == ""
 
 
 # how a run ends
