@@ -162,8 +162,10 @@ def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Plann
 
     Raises ConfigError, with nothing created, if one of them cannot be run.
     """
-    # OpenMP's threads, once started, are missing in the processes that are forked from this one
-    torch.set_num_threads(1)
+    name = str(OmegaConf.select(master, "hydra.runtime.choices").get("hydra/launcher"))
+    if name != "basic":
+        # OpenMP's threads, once started, are missing in processes that are forked from this one
+        torch.set_num_threads(1)
     settings = configs.validate_sweep(master)
     max_stack = master.hydra.launcher.get("max_stack")
     if max_stack is not None and max_stack < 1:
@@ -185,7 +187,6 @@ def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Plann
     store = Store(first.store_uri)
     experiment = store.experiment(first.config.tracking.experiment)
     _make_folder(master, folder)
-    name = str(OmegaConf.select(master, "hydra.runtime.choices").get("hydra/launcher"))
     task = Task(
         parent=results.open_parent(store, experiment, first, jobs, folder, name),
         folder=folder,
