@@ -1,6 +1,6 @@
 """`python -m mnist_exp`."""
 
-from mnist_exp.cli import main
+from mnist_exp.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

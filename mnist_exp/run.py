@@ -128,7 +128,8 @@ def _train(
         jobs[0].optimizer,
         epochs=own.epochs,
         batch_size=own.batch_size,
-        compiled=_compiles(jobs, stack, dataset),
+        compiled=compiles(jobs, len(dataset.train))
+        and (stack.traceable or jobs[0].config.training.compile == "always"),
     ):
         if isinstance(event, training.Progress):
             reporter.progress(event)
@@ -152,12 +153,15 @@ def _open(records: Sequence["Record"]) -> list[tuple[int, "Record"]]:
     return [(k, record) for k, record in enumerate(records) if record.is_open]
 
 
-def _compiles(jobs: Sequence[Job], stack: Stack, dataset: data.Dataset) -> bool:
-    asked = jobs[0].config.training
-    if asked.compile != "auto":
-        return asked.compile == "always"
-    steps = asked.epochs * -(-len(dataset.train) // asked.batch_size)
-    return stack.traceable and compiling_pays(steps, stack.size, stack.device)
+def compiles(jobs: Sequence[Job], images: int) -> bool:
+    """Whether these jobs are to be trained with a compiled step, as a stack that can be traced.
+
+    `images`: in an epoch.
+    """
+    own = jobs[0].config.training
+    if own.compile != "auto":
+        return own.compile == "always"
+    return compiling_pays(own.epochs * -(-images // own.batch_size), len(jobs), jobs[0].device)
 
 
 def show(overrides: Sequence[str], output: Path | None) -> str:

@@ -22,7 +22,7 @@ from mnist_exp.job import Job
 from mnist_exp.optim import RULES
 from mnist_exp.results import Outcome
 from mnist_exp.stack import Stack
-from mnist_exp.step import preload_compiler
+from mnist_exp.step import warm_up_compiler
 from mnist_exp.sweep import STOP, Task, composed_of, count_of, outcome_of, receive
 
 # Bytes of parameters up to which a stack is fastest on a CPU: what the caches of two cores hold.
@@ -143,7 +143,8 @@ def _one_by_one(task: Task, stacks: Sequence[Named]) -> Iterator[Found]:
 
 def _side_by_side(task: Task, stacks: Sequence[Named], processes: int) -> Iterator[Found]:
     threads = run.THREADS // processes
-    preload_compiler()
+    if any(map(_compiles, (stack for _, stack in stacks))):
+        warm_up_compiler()
     waiting = sorted(stacks, key=lambda named: _cost(named[1]))  # the longest first
     running: dict[Connection, tuple[Any, Sequence[Planned]]] = {}
     context = multiprocessing.get_context("fork")
@@ -188,6 +189,11 @@ def _train_there(
         to.send(_train_stack(task, stack, reporter, threads))
     except KeyboardInterrupt:  # the other processes have it as well
         sys.exit(130)
+
+
+def _compiles(stack: Sequence[Planned]) -> bool:
+    first = stack[0].job
+    return run.compiles([p.job for p in stack], len(first.load(first.config.dataset).train))
 
 
 def _cost(stack: Sequence[Planned]) -> float:

@@ -4,6 +4,7 @@ What is carried from step to step (parameters, buffers, the optimizer's memory, 
 belongs to the step; everything else comes in with a call.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.linalg import vector_norm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -148,15 +150,8 @@ class TrainStep:
         size = self.chunk * self.batch_size
         if len(self.data.train) < size:
             return f"an epoch has fewer than {self.chunk} whole batches"
-        from torch._inductor import config as inductor  # 2 s to import, for those who compile
-
-        # not from torch._inductor itself, where the module hides the function once it is imported
-        from torch._inductor.standalone_compile import standalone_compile
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        # on a machine without a GPU, the CUDA build of torch says so in the middle of the epochs
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        inductor.compile_threads = 1  # its pool of worker processes would double the memory
         runs, device = self.stack.size, self.stack.device
         hyperparameters = self.hyperparameters(0, np.zeros((self.chunk, runs)))
         state, structure = tree_flatten(self._carried())
@@ -183,12 +178,7 @@ class TrainStep:
             graph.graph.eliminate_dead_code()
             graph.recompile()
             with torch.random.fork_rng(), torch.no_grad():
-                call: Callable[..., Sequence[Tensor]] = standalone_compile(
-                    graph,
-                    [*copies, *fixed, *inputs],
-                    dynamic_shapes="from_example_inputs",
-                    options={"config_patches": {"cpp_wrapper": device.type == "cpu"}},
-                )
+                call = _inductor(graph, [*copies, *fixed, *inputs])
                 call(*copies, *fixed, *inputs)
                 if device.type == "cuda":
                     call = _captured(call, state, fixed, inputs)
@@ -281,10 +271,37 @@ class TrainStep:
         return params
 
 
-def preload_compiler() -> None:
-    """Imports what `TrainStep.compile` needs, for processes that are forked from this one."""
-    import torch._inductor.compile_fx
-    import torch._inductor.standalone_compile  # noqa: F401
+def _inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """The traced `graph`, compiled for inputs like these."""
+    from torch._inductor import config as inductor  # 2 s to import, for those who compile
+
+    # not from torch._inductor itself, where the module hides the function once it is imported
+    from torch._inductor.standalone_compile import standalone_compile
+
+    # on a machine without a GPU, the CUDA build of torch says so in the middle of the epochs
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    inductor.compile_threads = 1  # its pool of worker processes would double the memory
+    call: Callable[..., Sequence[Tensor]] = standalone_compile(
+        graph,
+        list(inputs),
+        dynamic_shapes="from_example_inputs",
+        options={"config_patches": {"cpp_wrapper": inputs[0].device.type == "cpu"}},
+    )
+    return call
+
+
+def warm_up_compiler() -> None:
+    """Compiles next to nothing, so that processes which are forked from this one start at once.
+
+    The first time in a process takes a second more than those that follow, even from the cache: the
+    compiler is imported, and what a cached result depends on (torch, triton, the C++ compiler) is
+    read and hashed.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.zeros(16)
+    with contextlib.suppress(Exception), torch.no_grad():  # TrainStep.compile() will say why not
+        _inductor(make_fx(lambda x: [x + 1])(x), [x])(x)
 
 
 def compiling_pays(steps: int, size: int, device: torch.device) -> bool:
