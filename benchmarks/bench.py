@@ -174,17 +174,17 @@ def sweep_speed(common_epoch: float) -> list[str]:
         "| --- | ---: | ---: | ---: |",
         *(f"| {n} | {s:.1f} | {expected / s:.1f} | {basic['seconds'] / s:.1f} |" for n, s in rows),
         "",
-        f"(e) What the stacked sweep, cache warm, spent its time on: {PROCESSES} processes of "
-        f"{seconds:.1f} s each.",
+        f"(e) What the stacked sweep, cache warm, spent the {PROCESSES} processors on, for "
+        f"{seconds:.1f} s.",
         "",
-        "| | seconds, all processes | share |",
+        "| | processor seconds | share |",
         "| --- | ---: | ---: |",
         *(
             f"| {name} | {typical[key]:.2f} | {typical[key] / seconds / PROCESSES:.1%} |"
             for name, key in (
-                ("MLflow, the runs: params, metrics, artifacts, status", "runs"),
-                ("MLflow, the parent, the report and the chosen run's model", "parent"),
-                ("MLflow, imported and the store opened", "store"),
+                ("MLflow: delivering all 17 records, in the background", "runs"),
+                ("MLflow: the chosen run's model, exported and saved", "model"),
+                ("MLflow: imported and the store opened, in the background", "store"),
                 ("compiling, from the cache", "compile"),
                 ("training steps", "steps"),
             )

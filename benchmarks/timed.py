@@ -1,64 +1,55 @@
 """`python -m benchmarks.timed OUT.json VERB ...`: mnist-exp, and what it spent its time on.
 
-Seconds, summed over the process and those that are forked from it for the stacks. Where one of the
-measured functions calls another, the time is that of the outer one.
+Seconds of a processor, summed over the process and those that are forked from it for the stacks.
+Where one of the measured functions calls another, the time is that of the outer one.
 """
 
 import functools
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mnist_exp import cli, results, stacked, step, tracking
+from mnist_exp import cli, courier, record, run, stacked, step, tracking
 
-SECONDS = dict.fromkeys(("runs", "parent", "store", "compile", "steps"), 0.0)
-_running: list[str] = []
+SECONDS = dict.fromkeys(("runs", "model", "store", "compile", "steps"), 0.0)
+_inside = threading.local()
 
 
 def timed(owner: Any, name: str, kind: str) -> None:
-    """Adds the time in `owner.name` to that of its kind."""
+    """Adds the processor's time in `owner.name`, of the thread that calls it, to that of its kind.
+
+    Processor time, as a thread in the background mostly waits for those that train.
+    """
     original: Callable[..., Any] = getattr(owner, name)
 
     @functools.wraps(original)
     def measured(*arguments: Any, **named: Any) -> Any:
-        if _running:
+        if getattr(_inside, "is", False):
             return original(*arguments, **named)
-        _running.append(name)
-        began = time.perf_counter()
+        _inside.__dict__["is"] = True
+        began = time.thread_time()
         try:
             return original(*arguments, **named)
         finally:
-            _running.pop()
-            SECONDS["parent" if _concluding and kind == "runs" else kind] += (
-                time.perf_counter() - began
-            )
+            _inside.__dict__["is"] = False
+            SECONDS[kind] += time.thread_time() - began
 
     setattr(owner, name, measured)
 
 
-_concluding: list[bool] = []
-
-
 def main() -> None:
     out, words = Path(sys.argv[1]), sys.argv[2:]
-    for name in ("params", "dataset", "metrics", "image", "artifact", "text", "tags", "model",
-                 "flush", "finish"):  # fmt: skip
-        timed(tracking.Tracker, name, "runs")
-    for name in ("start_run", "experiment", "children", "history", "fetch", "get", "delete"):
-        timed(tracking.Store, name, "runs")
+    timed(courier, "deliver", "runs")
+    for module in (record, run):
+        timed(module, "record_model", "model")
     timed(tracking.Store, "__init__", "store")
     timed(step.TrainStep, "compile", "compile")
     timed(step.TrainStep, "__call__", "steps")
-    conclude = results.conclude
-
-    def concluding(*arguments: Any) -> Any:
-        _concluding.append(True)
-        return conclude(*arguments)
-
     train_there = stacked._train_there
 
     def training_there(*arguments: Any) -> None:
@@ -66,15 +57,19 @@ def main() -> None:
         train_there(*arguments)
         out.with_name(f"{out.stem}.{os.getpid()}").write_text(json.dumps(SECONDS))
 
-    results.conclude = concluding
     stacked._train_there = training_there
+    status = 1
     try:
         cli.main(words)
+    except SystemExit as ended:
+        status = int(ended.code or 0)
     finally:
         for part in out.parent.glob(f"{out.stem}.[0-9]*"):
             for kind, seconds in json.loads(part.read_text()).items():
                 SECONDS[kind] += seconds
         out.write_text(json.dumps(SECONDS))
+        sys.stdout.flush()
+        os._exit(status)  # as the program does, which does not clear up
 
 
 if __name__ == "__main__":

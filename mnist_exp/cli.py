@@ -6,14 +6,13 @@ import logging
 import os
 import shlex
 import shutil
-import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mnist_exp import __version__
+from mnist_exp import __version__, signals
 from mnist_exp.errors import ConfigError, RunFailed, Terminated
 
 HELP = """\
@@ -23,6 +22,8 @@ usage: mnist-exp VERB [ARGUMENT ...]
   show [OVERRIDE ...]       the dataset's first 30 images as a PNG, and its facts
   evaluate RUN              the saved model of a run on the official test set
   report SWEEP              leaderboard, heat maps and best recipe of a sweep, again
+  resume RUN_OR_SWEEP       goes on where it stopped
+  sync                      brings to MLflow what a server that failed has not got
   ui [RUN]                  the MLflow UI on the project's store
 
 RUN is an MLflow run id, the beginning of one, or last; SWEEP is that of a sweep's parent run.
@@ -68,9 +69,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a verb and exits: 0 well, 1 a run failed, 2 a bad command, 130 and 143 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-    signal.signal(signal.SIGTERM, _terminate)
-    if hasattr(signal, "SIGHUP"):  # the terminal is gone; Windows has no such thing
-        signal.signal(signal.SIGHUP, _terminate)
+    signals.handle()
     logging.basicConfig(format="mnist-exp: %(message)s")
     logging.getLogger("mnist_exp").setLevel(logging.INFO)
     try:
@@ -81,12 +80,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
             traceback.print_exc()
         _complain(str(error), 2 if isinstance(error, ConfigError) else 1)
-    except KeyboardInterrupt:
-        _complain("interrupted", 130)
-
-
-def _terminate(number: int, frame: Any) -> NoReturn:
-    raise Terminated(128 + number)
+    except (KeyboardInterrupt, Terminated) as ended:
+        text = "terminated" if isinstance(ended, Terminated) else "interrupted"
+        if folders := getattr(ended, "__notes__", []):
+            text += f". To go on with it:\n{_command('resume', folders[0])}"
+        _complain(text, int(ended.code or 1) if isinstance(ended, Terminated) else 130)
 
 
 def _complain(text: str, status: int) -> NoReturn:
@@ -100,6 +98,8 @@ def _dispatch(words: list[str]) -> int:
         "show": _show,
         "evaluate": _evaluate,
         "report": _report,
+        "resume": _resume,
+        "sync": _sync,
         "ui": _ui,
     }
     if not words or words[0] in ("-h", "--help", "help"):
@@ -114,7 +114,25 @@ def _dispatch(words: list[str]) -> int:
         near = difflib.get_close_matches(words[0], verbs, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise ConfigError(f"{words[0]}: there is no such verb. {hint}Verbs: {', '.join(verbs)}")
+    _bury_the_dead()
     return verbs[words[0]](words[1:])
+
+
+def _bury_the_dead() -> None:
+    """Runs whose process was killed get their true status, whichever verb comes next."""
+    from mnist_exp.config import output_root
+
+    if not (output_root() / "outputs" / ".open").is_dir():  # as it is nearly always
+        return
+    from mnist_exp.tracker import bury_the_dead, index_at
+
+    for folder, story in bury_the_dead(index_at(output_root())):
+        if not story.parent:
+            print(
+                f"mnist-exp: the run in {folder} is KILLED: {story.reason}. To go on with it: "
+                f"{_command('resume', str(folder))}",
+                file=sys.stderr,
+            )
 
 
 def _train(words: list[str]) -> int:
@@ -149,14 +167,17 @@ def _sweep(asked: argparse.Namespace) -> int:
 
     from mnist_exp import sweep
 
-    swept = sweep.run_sweep(context, master, jobs)
+    return _after_sweep(sweep.run_sweep(context, master, jobs))
+
+
+def _after_sweep(swept: Any) -> int:
     short = swept.run_id[:8]
     print(f"sweep {swept.run_id}")
     print(f"output {swept.folder}")
     if swept.best is not None:
         words = ["train", f"experiments={swept.best}"]
         print(f"train the best again: {_command(*words, store=swept.store)}")
-    print(f"look at it: {_command('ui', short, store=swept.store)}")
+    _say_where(short, swept)
     if swept.failure:
         raise RunFailed(f"sweep {short}: {swept.failure}")
     return 0
@@ -166,23 +187,32 @@ def _train_one(composed: Any) -> int:
     from mnist_exp import run
     from mnist_exp.console import Terminal
 
-    reporter = Terminal()
-    result = run.train_composed(composed, reporter)
+    return _after_run(run.train_composed(composed, Terminal()))
+
+
+def _after_run(result: Any) -> int:
     loss = result.test["test/loss"]
-    reporter.line(f"test accuracy {result.test_accuracy:.2%}  (loss {loss:.4f})")
+    print(f"test accuracy {result.test_accuracy:.2%}  (loss {loss:.4f})")
     if "best/epoch" in result.test:
-        reporter.line(
+        print(
             f"the weights are those of epoch {result.test['best/epoch']:.0f}, the best of "
             f"validation ({result.test['best/val_accuracy']:.2%})"
         )
-    reporter.line(f"run {result.run_id}")
-    reporter.line(f"output {result.output_dir}")
-    reporter.line(f"look at it: {_command('ui', result.run_id[:8], store=result.store)}")
+    print(f"run {result.run_id}")
+    print(f"output {result.output_dir}")
+    _say_where(result.run_id[:8], result)
     return 0
 
 
-def _command(*words: str, store: str) -> str:
-    """What to type to run a verb of this program on this store, from here."""
+def _say_where(short: str, ended: Any) -> None:
+    if ended.delivered:
+        print(f"look at it: {_command('ui', short, store=ended.store)}")
+    else:
+        print(f"MLflow does not have all of it yet. To bring it there: {_command('sync')}")
+
+
+def _command(*words: str, store: str | None = None) -> str:
+    """What to type to run a verb of this program, on this store, from here."""
     from mnist_exp.config import output_root
     from mnist_exp.tracking import store_uri
 
@@ -194,7 +224,8 @@ def _command(*words: str, store: str) -> str:
         program = ["mnist-exp"]
     else:
         program = [str(called)]
-    extra = [] if store == store_uri(None, output_root()) else [f"tracking.uri={store}"]
+    usual = store is None or store == store_uri(None, output_root())
+    extra = [] if usual else [f"tracking.uri={store}"]
     return shlex.join([*program, *words, *extra])
 
 
@@ -243,14 +274,18 @@ def _show(words: list[str]) -> int:
 def _open_store(overrides: Sequence[str]) -> Any:
     """The store that a verb looks into. Raises ConfigError; creates none."""
     from mnist_exp import config as configs
-    from mnist_exp import tracking
+    from mnist_exp import courier, tracking
+    from mnist_exp.tracker import index_at
 
     config = configs.validate(configs.task_config(configs.compose(overrides)))
     uri = tracking.store_uri(config.tracking.uri, configs.output_root())
     tracking.check_store(uri)
     if not tracking.has_runs(uri):
         raise ConfigError(f"{uri}: there are no runs yet. To make one: mnist-exp train")
-    return tracking.Store(uri)
+    store, index = tracking.Store(uri), index_at(configs.output_root())
+    for _, folder in courier.pending(index, uri):
+        tracking.deliver(folder, index, store)
+    return store
 
 
 def _evaluate(words: list[str]) -> int:
@@ -291,6 +326,49 @@ def _report(words: list[str]) -> int:
     print(f"on the parent run {parent.info.run_id}: {', '.join(files)}")
     if asked.output is not None:
         print(f"output {asked.output.resolve()}")
+    return 0
+
+
+def _resume(words: list[str]) -> int:
+    parser = _parser("resume", "Goes on with a run or a sweep where it stopped.")
+    parser.add_argument("run", metavar="RUN_OR_SWEEP", help="an id, its beginning, last, a folder")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="tracking.uri=...")
+    parser.add_argument("--failed", action="store_true", help="of a sweep, also jobs that failed")
+    asked = parser.parse_intermixed_args(words)
+
+    from mnist_exp import config as configs
+    from mnist_exp import tracking
+    from mnist_exp.tracker import index_at
+
+    config = configs.validate(configs.task_config(configs.compose(asked.overrides)))
+    uri = tracking.store_uri(config.tracking.uri, configs.output_root())
+    tracking.check_store(uri, required=False)
+
+    from mnist_exp import resume
+    from mnist_exp.console import Terminal
+    from mnist_exp.sweep import Swept
+
+    folder = resume.find(asked.run, uri, index_at(configs.output_root()))
+    ended = resume.resume(folder, asked.failed, Terminal())
+    if ended is None:
+        return 0
+    return _after_sweep(ended) if isinstance(ended, Swept) else _after_run(ended)
+
+
+def _sync(words: list[str]) -> int:
+    parser = _parser("sync", "Brings to MLflow what a server that failed has not got.")
+    parser.parse_args(words)
+
+    from mnist_exp import courier
+    from mnist_exp.config import output_root
+    from mnist_exp.tracker import index_at
+
+    count, problems = courier.sync(index_at(output_root()))
+    print(f"{count} of {count + len(problems)} waiting runs delivered")
+    if problems:
+        raise RunFailed(
+            "\n".join(f"{folder}: not delivered: {why}" for folder, why in problems.items())
+        )
     return 0
 
 

@@ -57,6 +57,7 @@ class TrainingConfig:
     threads: int | None = MISSING
     label_smoothing: float = MISSING
     patience: int | None = MISSING
+    checkpoint_every: str = MISSING
     compile: str = MISSING
 
 
@@ -67,6 +68,8 @@ class TrackingConfig:
     run_name: str | None = MISSING
     tags: dict[str, str] = MISSING
     image_every: int | None = MISSING
+    flush_seconds: float = MISSING
+    required: bool = MISSING
 
 
 @dataclass
@@ -101,6 +104,7 @@ COMPOSITION_ERRORS = (
     HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError
 )  # fmt: skip
 FLOAT32_MAX = 3.4e38
+_EVERY = re.compile(r"[1-9]\d{0,8}( ?steps)?")
 OPEN_PARTS = ("model", "optimizer", "schedule")
 OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")
 _PACKAGE = Path(__file__).resolve().parent
@@ -339,10 +343,14 @@ def validate(config: DictConfig) -> Config:
          "from 0 to below 1")  # fmt: skip
     need(training.patience is None or training.patience >= 1, "training.patience",
          training.patience, "1 or more, or null")  # fmt: skip
+    need(_EVERY.fullmatch(training.checkpoint_every) is not None, "training.checkpoint_every",
+         training.checkpoint_every, "a number of epochs, or as in 500steps")  # fmt: skip
     need(training.compile in ("auto", "always", "never"), "training.compile", training.compile,
          "auto, always or never")  # fmt: skip
     need(tracking.image_every is None or tracking.image_every >= 1, "tracking.image_every",
          tracking.image_every, "1 or more, or null")  # fmt: skip
+    need(0 <= tracking.flush_seconds <= 3600, "tracking.flush_seconds", tracking.flush_seconds,
+         "from 0 to 3600")  # fmt: skip
     need(bool(tracking.experiment.strip()), "tracking.experiment", tracking.experiment, "a name")
     for part in OPEN_PARTS:
         for name, value in leaves(getattr(typed, part), f"{part}."):
@@ -354,6 +362,20 @@ def validate(config: DictConfig) -> Config:
     is_number = isinstance(lr, int | float) and not isinstance(lr, bool)
     need(is_number and lr >= 0, "optimizer.lr", lr, "a number of 0 or more")
     return typed
+
+
+@dataclass(frozen=True)
+class Every:
+    """How often something is due: after so many epochs, or so many steps; the other is 0."""
+
+    epochs: int
+    steps: int
+
+
+def checkpoint_every(text: str) -> Every:
+    """`training.checkpoint_every`, once it is validated: "1" is epochs, "500steps" is steps."""
+    number = int(re.sub(r"\D", "", text))
+    return Every(0, number) if text.endswith("steps") else Every(number, 0)
 
 
 def _need(ok: bool, key: str, value: Any, allowed: str) -> None:

@@ -1,6 +1,7 @@
 """Every combination of what is swept, composed. Needs no torch: a typo is refused at once."""
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from mnist_exp import config as configs
 from mnist_exp.config import SweepConfig
 from mnist_exp.errors import ConfigError
 
+FROZEN = "frozen.json"
 JOBS_WITHOUT_ASKING = 10_000
 
 
@@ -152,3 +154,36 @@ def _set_overrides(composed: DictConfig, overrides: Sequence[Override]) -> None:
     job = composed.hydra.job
     composed.hydra.overrides.task = [o.input_line for o in own]
     job.override_dirname = get_overrides_dirname(own, **job.config.override_dirname)
+
+
+def freeze(planned: Sequence[Planned], folder: Path) -> None:
+    """Writes the jobs of a sweep to its folder, as they are composed: to be resumed from there."""
+    frozen = [
+        {
+            "number": p.number,
+            "words": p.words,
+            "values": p.values,
+            "folder": str(p.folder),
+            "config": OmegaConf.to_container(p.composed, enum_to_str=True),
+        }
+        for p in planned
+    ]
+    (folder / FROZEN).write_text(json.dumps(frozen), encoding="utf-8")
+
+
+def thaw(folder: Path) -> list[Planned]:
+    """The jobs of a sweep, as `freeze` has written them. Raises ConfigError."""
+    try:
+        frozen = json.loads((folder / FROZEN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder / FROZEN}: cannot be read ({error}), so the sweep cannot be resumed"
+        ) from error
+    planned = []
+    for job in frozen:
+        config = OmegaConf.create(job["config"])
+        assert isinstance(config, DictConfig)
+        planned.append(
+            Planned(job["number"], job["words"], job["values"], config, folder=Path(job["folder"]))
+        )
+    return planned

@@ -69,7 +69,7 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
     if not str(composed.hydra.run.dir).strip():
         raise ConfigError("hydra.run.dir=: must be a folder of its own for the run's output")
     uri = store_uri(typed.tracking.uri, configs.output_root())
-    check_store(uri)
+    check_store(uri, typed.tracking.experiment, typed.tracking.required)
     device = _device(typed.training.device)
     schedule = configs.build_schedule(typed)
     dummy = torch.nn.Parameter(torch.zeros(2, 2))

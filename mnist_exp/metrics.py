@@ -1,6 +1,8 @@
 """Metrics as sums over examples, divided once, so that uneven batches are exact."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,17 @@ class Sums:
         self.loss += loss
         self.correct += correct
         self.seen += seen
+
+    def state(self) -> dict[str, Any]:
+        """As plain values, exactly."""
+        loss, correct = self.loss.tolist(), self.correct.tolist()
+        return {"seen": self.seen, "loss": loss, "correct": correct}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> "Sums":
+        sums = cls(len(state["loss"]))
+        sums.add(np.array(state["loss"]), np.array(state["correct"], np.int64), state["seen"])
+        return sums
 
     def means(self, prefix: str) -> list[dict[str, float]]:
         """One dict a run: `prefix/loss` (nats) and `prefix/accuracy` (0 to 1)."""

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from mnist_exp import __version__, checkpoint, data, metrics, plots, training
+from mnist_exp import __version__, checkpoint, data, journal, metrics, plots, training
 from mnist_exp import config as configs
 from mnist_exp.console import epoch_line
 from mnist_exp.errors import ConfigError, RunFailed, reason_of
 from mnist_exp.job import Job
 from mnist_exp.models import Served
 from mnist_exp.stack import Stack
-from mnist_exp.tracking import DatasetFacts, Store, Tracker
+from mnist_exp.tracker import Beginning, DatasetFacts, Tracker, index_at
+from mnist_exp.tracking import save_model
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ SHOWN = 30  # images in a sample grid
 class Result:
     """What a finished run leaves."""
 
-    run_id: str
+    run_id: str  # MLflow's, or, where MLflow does not have the run yet, the key of its record
     history: list[dict[str, float]]  # one dict an epoch, with the keys that MLflow has
     # test/loss and test/accuracy, unless the test is left for later; with a validation split
     # best/val_accuracy and best/epoch
@@ -44,6 +45,7 @@ class Result:
     model: torch.nn.Module  # on the CPU; takes images [B, C, H, W] with pixels from 0 to 1
     output_dir: Path
     store: str  # MLflow's tracking URI
+    delivered: bool = False  # MLflow has all of it
 
     @property
     def test_accuracy(self) -> float:
@@ -76,9 +78,19 @@ def check_folder(folder: Path, key: str = "hydra.run.dir") -> None:
         )
 
 
-class Record:
-    """The record of one run while it is trained: in its folder, and in MLflow.
+def check_vacant(folder: Path) -> None:
+    """Raises ConfigError for a folder that holds the record of a run already."""
+    if (folder / journal.NAME).exists():
+        raise ConfigError(
+            f"{folder}: it holds the record of a run already, which is not overwritten. Choose "
+            f"another folder, or go on with that run: mnist-exp resume {folder}"
+        )
 
+
+class Record:
+    """The record of one run while it is trained: in its folder, from where it goes to MLflow.
+
+    In a folder that has the record of a run already, it goes on with that.
     `with record:` what goes wrong with the record of one run ends that run alone.
     """
 
@@ -86,20 +98,22 @@ class Record:
         self,
         job: Job,
         folder: Path,
-        store: Store,
-        experiment: str,
         tags: Mapping[str, str],
         diff: str,
+        *,
+        parent: Path | None,
         finished: bool,
     ) -> None:
         self.job, self.folder, self.diff, self.finished = job, folder, diff, finished
-        self.log = (folder / "train.log").open("w", encoding="utf-8", buffering=1)
-        try:
-            run_id = store.start_run(experiment, job.name, _tags(job, folder, tags))
-        except BaseException:
-            self.log.close()
-            raise
-        self.tracker, self.store = Tracker(store, run_id), store
+        beginning = Beginning(
+            job.name,
+            job.store_uri,
+            job.config.tracking.experiment,
+            _tags(job, folder, tags),
+            parent,
+        )
+        self.tracker = Tracker(folder, index_at(configs.output_root()), beginning)
+        self.log = (folder / "train.log").open("a", encoding="utf-8", buffering=1)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.is_open = True
@@ -109,12 +123,12 @@ class Record:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, Exception):  # whatever MLflow, a disk or a figure raises
+        if isinstance(error, Exception):  # whatever a disk or a figure raises
             self.fail(error)
         return isinstance(error, Exception)
 
     def start(self, dataset: data.Dataset) -> None:
-        self.log.write(f"run {self.tracker.run_id}  {self.job.name}  on {self.job.device}\n")
+        self.log.write(f"{self.job.name}  on {self.job.device}\n")
         self.tracker.params(dict(configs.leaves(self.job.asked)))
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
         if dataset.val is not None:
@@ -126,6 +140,18 @@ class Record:
             self.tracker.text(self.diff, "uncommitted.diff")
         if self.finished:
             record_first(dataset, self.tracker)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the record, as plain values."""
+        return {"history": self.history, "best": self.best}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint; what the journal has lost of its epochs is written again."""
+        self.history, self.best = list(state["history"]), dict(state["best"])
+        self.log.write(f"resumed after epoch {len(self.history)}\n")
+        for values in self.history:
+            own = {key: value for key, value in values.items() if key != "epoch"}
+            self.tracker.metrics(own, int(values["epoch"]))
 
     def take(self, event: training.Notice | training.Epoch, k: int, dataset: data.Dataset) -> None:
         """Takes in what `fit` has yielded, for run k of the stack."""
@@ -139,8 +165,7 @@ class Record:
         if k in event.failed:
             path = self._save(event.model(k))
             self._curves()
-            short = self.tracker.run_id[:8]
-            raise RunFailed(f"run {short} {event.failed[k]}. Last finite weights: {path}")
+            raise RunFailed(f"{event.failed[k]}. Last finite weights: {path}")
         if not (values := event.metrics[k]):
             return  # it has stopped before
         epoch, epochs = event.epoch, self.job.config.training.epochs
@@ -169,41 +194,40 @@ class Record:
         if self.finished:
             test = record_test(stack, dataset, self.tracker, epoch) | self.best
             self._curves(test["test/accuracy"])
-            self.tracker.model(served, *served_as(dataset))
+            record_model(served, dataset, self.tracker)
         self.log.write("  ".join(f"{key} {value:.6g}" for key, value in test.items()) + "\n")
-        run_id, uri = self.tracker.run_id, self.job.store_uri
-        self.outcome = Result(run_id, self.history, test, served, path.parent, uri)
+        uri = self.job.store_uri
+        self.outcome = Result("", self.history, test, served, path.parent, uri)
         self.close("FINISHED")
 
     def fail(self, error: Exception) -> None:
         """The run alone ends here: FAILED, with the reason, and the traceback in its log."""
         self.outcome = error
-        if self.log.closed:  # it was being closed
-            return
         why = reason_of(error)
         bare = isinstance(error, RunFailed) and error.__cause__ is None
-        self.log.write(why + "\n" if bare else "".join(traceback.format_exception(error)))
         try:
+            if not self.log.closed:
+                self.log.write(why + "\n" if bare else "".join(traceback.format_exception(error)))
             self.close("FAILED", why)
-        except Exception as second:  # the store, or the disk, is the fault
-            log.warning("run %s: its end is not recorded: %s", self.tracker.run_id, second)
+        except Exception as second:  # the disk is the fault
+            log.warning("%s: the end of the run is not recorded: %s", self.folder, second)
             self.is_open = False
 
-    def close(self, status: str, reason: str | None = None) -> None:
+    def leave(self) -> None:
+        """Its files are closed, for another record to go on with it."""
+        self.is_open = False
+        self.log.close()
+        self.tracker.journal.close()
+
+    def close(self, status: str, reason: str = "") -> None:
         """Nothing more comes after this."""
         if self.is_open:
-            if status == "KILLED" and not self.log.closed:
+            if status == "KILLED":
                 self.log.write(f"{reason}\n")
             self.log.close()
             self.tracker.artifact(self.folder / "train.log")
-            self.tracker.finish(status, reason)
+            self.tracker.end(status, reason)
             self.is_open = False
-
-    def discard(self) -> None:
-        """As if it had never been."""
-        self.is_open = False
-        self.log.close()
-        self.store.delete(self.tracker.run_id)
 
     def _save(self, stack: Stack) -> Path:
         path = self.folder / "checkpoint.pt"
@@ -222,6 +246,14 @@ class Record:
         path = self.folder / "curves.png"
         plots.save(plots.curves(curves, best_epoch, self.job.name, test_accuracy), path)
         self.tracker.artifact(path)
+
+
+def record_model(served: torch.nn.Module, dataset: data.Dataset, tracker: Tracker) -> None:
+    """The model, as MLflow keeps and serves it."""
+    example = dataset.first.images[:2].cpu().numpy().astype(np.float32) / 255
+    path = tracker.folder / "model"
+    save_model(path, served, dataset.shape, len(dataset.classes), example)
+    tracker.model(path)
 
 
 def record_first(dataset: data.Dataset, tracker: Tracker) -> None:
@@ -274,12 +306,6 @@ def _predictions(
         title=title,
     )
     return plots.pixels(figure)
-
-
-def served_as(dataset: data.Dataset) -> tuple[tuple[int, int, int], int, np.ndarray]:
-    """Shape of an image, number of classes, and an example of what the served model takes."""
-    example = dataset.first.images[:2].cpu().numpy().astype(np.float32) / 255
-    return dataset.shape, len(dataset.classes), example
 
 
 def first_images(dataset: data.Dataset) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,20 +10,49 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_exp import config as configs
-from mnist_exp import plots, report, run
+from mnist_exp import journal, plots, report, run
 from mnist_exp.config import SweepConfig
 from mnist_exp.console import Reporter
+from mnist_exp.courier import Courier
 from mnist_exp.errors import ConfigError, reason_of
 from mnist_exp.job import Job, Load
 from mnist_exp.record import provenance
 from mnist_exp.report import Cell, JobRecord
-from mnist_exp.tracking import Store, Tracker, store_uri
+from mnist_exp.tracker import Beginning, Story, Tracker, index_at
+from mnist_exp.tracking import Delivered, Store
 
 CURVES = ("train/loss", "val/loss", "val/accuracy")
 BEST = "best.yaml"  # the recipe of the chosen cell
+FLUSH_SECONDS = 5.0  # that the report waits for MLflow
 MANIFEST = "sweep.json"  # the jobs, those included that have no run
 
-Jobs = Sequence[Mapping[str, Any]]  # values: what was swept; problem: why it cannot be run, or ''
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a sweep consists of, in its folder and on its parent run."""
+
+    launcher: str
+    settings: Mapping[str, Any]  # the sweep's part of the config
+    # values: what was swept; problem: why it cannot be run, or ''; folder: of its record; once the
+    # sweep has ended also status and reason, as a job that was not run has no record
+    jobs: Sequence[Mapping[str, Any]]
+    stacks: Sequence[Sequence[int]] | None = None  # which jobs are trained together
+
+    @classmethod
+    def of(cls, folder: Path) -> "Manifest":
+        """Raises ConfigError."""
+        try:
+            return cls(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{folder / MANIFEST}: cannot be read: {error}") from error
+
+    def with_stacks(self, stacks: Sequence[Sequence[int]]) -> "Manifest":
+        return replace(self, stacks=stacks)
+
+    def save(self, folder: Path) -> None:
+        part = folder / f"{MANIFEST}.part"
+        part.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        part.replace(folder / MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -32,8 +61,6 @@ class Outcome:
 
     status: str  # FINISHED, FAILED, KILLED; NOT RUN
     reason: str = ""
-    run_id: str = ""
-    history: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)  # of CURVES
 
 
 @dataclass(frozen=True)
@@ -51,15 +78,9 @@ class Report:
         return [job for job in self.jobs if job.status not in ("FINISHED", "INVALID")]
 
 
-def open_parent(
-    store: Store,
-    experiment: str,
-    first: Job,
-    jobs: Jobs,
-    folder: Path,
-    launcher: str,
-) -> str:
-    """The id of the run that the jobs' runs are nested under."""
+def open_parent(first: Job, manifest: Manifest, folder: Path) -> Tracker:
+    """The record of the run that the jobs' runs are nested under."""
+    jobs = manifest.jobs
     swept: dict[str, list[str]] = {}
     for job in jobs:
         for key, value in job["values"].items():
@@ -68,38 +89,30 @@ def open_parent(
     tags = {
         **provenance(),
         "sweep": "true",
-        "launcher": launcher,
+        "launcher": manifest.launcher,
         "output_dir": str(folder),
         "dataset": first.config.dataset.name,
     }
-    run_id = store.start_run(
-        experiment,
-        f"sweep {' x '.join(report.short_names(list(swept)).values())} ({len(jobs)} jobs)",
-        tags,
+    name = f"sweep {' x '.join(report.short_names(list(swept)).values())} ({len(jobs)} jobs)"
+    beginning = Beginning(
+        name, first.store_uri, first.config.tracking.experiment, tags, kind="sweep"
     )
-    parent = Tracker(store, run_id)
+    manifest.save(folder)
+    parent = Tracker(folder, index_at(configs.output_root()), beginning)
     parent.params({f"sweep.{key}": ",".join(values) for key, values in swept.items()})
-    parent.text(json.dumps({"jobs": jobs}, indent=1), MANIFEST)
-    return run_id
+    parent.artifact(folder / MANIFEST)
+    return parent
 
 
-def mark_killed(config: DictConfig, parent: str, reason: str) -> Outcome:
+def mark_killed(folder: Path, reason: str) -> Outcome:
     """Ends the record of a job whose process died without a word, unless it had ended before."""
-    folder = Path(config.hydra.runtime.output_dir)
-    asked = configs.validate(configs.task_config(config))
-    store = Store(store_uri(asked.tracking.uri, configs.output_root()))
-    number = str(config.hydra.job.num)
-    for child in store.children(parent):
-        if child.data.tags["job"] == number:
-            run_id, tags = child.info.run_id, child.data.tags
-            if child.info.status != "RUNNING":
-                return Outcome(child.info.status, tags.get("reason", ""), run_id)
-            with (folder / "train.log").open("a", encoding="utf-8") as file:
-                file.write(reason + "\n")
-            tracker = Tracker(store, run_id)
-            tracker.artifact(folder / "train.log")
-            tracker.finish("KILLED", reason)
-            return Outcome("KILLED", reason, run_id)
+    story = Story.of(folder)
+    if story.status:
+        return Outcome(story.status, story.reason)
+    if story.key:
+        journal.bury(folder, story.owner, reason)
+        with (folder / "train.log").open("a", encoding="utf-8") as file:
+            file.write(reason + "\n")
     return Outcome("KILLED", reason)
 
 
@@ -109,65 +122,83 @@ def report_again(store: Store, parent: Any, output: Path | None, reporter: Repor
     """
     run_id = parent.info.run_id
     with TemporaryDirectory() as temporary:
-        path = store.fetch(run_id, MANIFEST, Path(temporary))
-        manifest = json.loads(path.read_text(encoding="utf-8"))["jobs"]
-        found = summarise(_records(store, run_id, manifest, {}))
-        folder = output or Path(temporary)
+        store.fetch(run_id, MANIFEST, Path(temporary))
+        manifest = Manifest.of(Path(temporary))
+        jobs = _from_store(store, run_id, manifest)
+        found = summarise(jobs)
+        recipe = ""
+        if found.chosen is not None:
+            best = found.chosen.finished[0].run_id
+            config = store.fetch(best, "config.yaml", Path(temporary))
+            choices = store.get(best).data.tags["choices"]
+            recipe = _recipe(config, choices, run_id, found.chosen)
+        folder = output or Path(temporary) / "report"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            names = publish(store, Tracker(store, run_id), found, folder)
+            files = write(found, recipe, folder)
         except OSError as error:
             raise ConfigError(f"--output {folder}: cannot be written ({error.strerror})") from error
+        for file in files:
+            store.put(run_id, file)
     show(found, reporter)
-    return names
+    return [file.name for file in files]
 
 
-def _records(
-    store: Store,
-    parent: str,
-    manifest: Jobs,
-    outcomes: Mapping[int, Outcome],
-) -> list[JobRecord]:
-    """`outcomes`: what is known already, by the number of the job."""
+def _from_store(store: Store, parent: str, manifest: Manifest) -> list[JobRecord]:
     children = {int(c.data.tags["job"]): c for c in store.children(parent)}
-    valid = [job for job in manifest if not job["problem"]]
+    found = {}
+    for number, child in children.items():
+        run_id = child.info.run_id
+        history = {key: store.history(run_id, key) for key in CURVES}
+        reason = child.data.tags.get("reason", "")
+        found[number] = JobRecord(
+            number, {}, child.info.status, reason, run_id, child.data.metrics, history
+        )
+    return _records(manifest, found)
+
+
+def _from_journals(manifest: Manifest, outcomes: Mapping[int, Outcome]) -> list[JobRecord]:
+    """`outcomes`: what the launcher says of jobs, by their number."""
+    valid = [job for job in manifest.jobs if not job["problem"]]
+    found = {}
+    for number, job in enumerate(valid):
+        folder = Path(job["folder"])
+        story = Story.of(folder)
+        if story.key:
+            history = {key: story.history(key) for key in CURVES}
+            run_id = Delivered.of(folder).run_id or story.key
+            best = max((value for _, value in history["val/accuracy"]), default=None)
+            so_far = {} if best is None else {"best/val_accuracy": best}  # of one that was stopped
+            metrics = so_far | story.newest()
+            found[number] = JobRecord(
+                number, {}, story.status or "RUNNING", story.reason, run_id, metrics, history
+            )
+        elif number in outcomes:
+            found[number] = JobRecord(number, {}, outcomes[number].status, outcomes[number].reason)
+    return _records(manifest, found)
+
+
+def _records(manifest: Manifest, found: Mapping[int, JobRecord]) -> list[JobRecord]:
+    """Every job of a sweep. `found`: what is known of those that were run, by their number."""
+    valid = [job for job in manifest.jobs if not job["problem"]]
+    invalid = [job for job in manifest.jobs if job["problem"]]
     records = []
     for number, job in enumerate(valid):
-        child, known = children.get(number), outcomes.get(number)
-        if child is None:
-            status, reason = job.get("status", "NOT RUN"), job.get("reason", "")
-            if known:
-                status, reason = known.status, known.reason
-            records.append(JobRecord(number, job["values"], status, reason))
-            continue
-        run_id = child.info.run_id
-        history = known.history if known else {}
-        records.append(
-            JobRecord(
-                number,
-                job["values"],
-                child.info.status,
-                child.data.tags.get("reason", ""),
-                run_id,
-                child.data.metrics,
-                history or {key: store.history(run_id, key) for key in CURVES},
-            )
-        )
-    invalid = [job for job in manifest if job["problem"]]
+        unknown = JobRecord(number, {}, job.get("status", "NOT RUN"), job.get("reason", ""))
+        records.append(replace(found.get(number, unknown), values=job["values"]))
     for i, job in enumerate(invalid):
         records.append(JobRecord(len(valid) + i, job["values"], "INVALID", job["problem"]))
     return records
 
 
 def conclude(
-    store: Store,
     parent: Tracker,
-    manifest: Jobs,
+    manifest: Manifest,
     outcomes: Sequence[Outcome],
     settings: SweepConfig,
-    folder: Path,
     reporter: Reporter,
     load: Load,
+    courier: Courier,
     ended: str,
 ) -> Report:
     """Tests the chosen cell, writes the report and shows it.
@@ -176,21 +207,24 @@ def conclude(
     `ended`: why the sweep has ended before its time, or ''; then nothing is tested.
     """
     reporter.stop()
+    folder = parent.folder
     if ended:
-        for child in store.children(parent.run_id):
-            if child.info.status == "RUNNING":  # of another process, which ends with this one
-                Tracker(store, child.info.run_id).finish("KILLED", ended)
+        for job in manifest.jobs:
+            if not job["problem"]:
+                mark_killed(Path(job["folder"]), ended)
     known = dict(enumerate(outcomes))
-    jobs = _records(store, parent.run_id, manifest, known)
+    jobs = _from_journals(manifest, known)
     chosen = report.choose(report.cells(jobs))
     failures: list[str] = []
     if chosen is not None and settings.test == "chosen" and not ended:
-        for job in chosen.finished:
+        for tested in chosen.finished:
             try:
-                run.finish(store, store.get(job.run_id), load)
+                run.finish(Path(manifest.jobs[tested.number]["folder"]), load)
             except Exception as error:  # the report is made all the same
-                failures.append(f"the test of run {job.run_id[:8]} failed: {reason_of(error)}")
-        jobs = _records(store, parent.run_id, manifest, known)
+                failures.append(f"the test of {chosen.label} failed: {reason_of(error)}")
+    if not ended:
+        courier.flush(FLUSH_SECONDS)  # so that the report has MLflow's names of the runs
+    jobs = _from_journals(manifest, known)
     found = summarise(jobs)
     if found.failed:
         failures.insert(0, f"{len(found.failed)} of {len(jobs)} jobs did not finish")
@@ -198,11 +232,20 @@ def conclude(
     # what has no run is known from here alone
     ended_as = [
         {**job, "status": r.status, "reason": r.reason}
-        for job, r in zip(manifest, jobs, strict=True)
+        for job, r in zip(manifest.jobs, jobs, strict=True)
     ]
-    parent.text(json.dumps({"jobs": ended_as}, indent=1), MANIFEST)
+    replace(Manifest.of(folder), jobs=ended_as).save(folder)
+    parent.artifact(folder / MANIFEST)
     _record(parent, found)
-    publish(store, parent, found, folder)
+    recipe = ""
+    if found.chosen is not None:
+        best = Path(manifest.jobs[found.chosen.finished[0].number]["folder"])
+        choices, name = Story.of(best).tags["choices"], Delivered.of(folder).run_id
+        recipe = _recipe(best / "config.yaml", choices, name or folder.name, found.chosen)
+    for path in write(found, recipe, folder):
+        parent.artifact(path)
+    for name, figure in _figures(found):
+        parent.image(f"sweep/{name}", plots.pixels(figure), 0)
     show(found, reporter)
     return found
 
@@ -254,28 +297,20 @@ def _record(parent: Tracker, found: Report) -> None:
     parent.metrics(values, 0)
 
 
-def publish(store: Store, parent: Tracker, found: Report, folder: Path) -> list[str]:
-    """Writes the report into `folder` and onto the parent run; figures as images too.
-
-    Returns the names of the files.
-    """
+def write(found: Report, recipe: str, folder: Path) -> list[Path]:
+    """Writes the report into `folder`; the recipe of the chosen cell if there is one."""
     table = report.leaderboard(found.ranked, found.chosen)
     files = {
         "leaderboard.md": report.markdown(*table),
         "leaderboard.csv": report.csv_text(found.ranked, found.chosen),
+        **({BEST: recipe} if recipe else {}),
     }
-    if found.chosen is not None:
-        files[BEST] = _recipe(store, parent.run_id, found.chosen)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-        parent.artifact(folder / name)
     figures = _figures(found)
     for name, figure in figures:
-        path = folder / f"{name}.png"
-        plots.save(figure, path)
-        parent.artifact(path)
-        parent.image(f"sweep/{name}", plots.pixels(figure), 0)
-    return [*files, *(f"{name}.png" for name, _ in figures)]
+        plots.save(figure, folder / f"{name}.png")
+    return [folder / name for name in (*files, *(f"{name}.png" for name, _ in figures))]
 
 
 def _figures(found: Report) -> list[tuple[str, Any]]:
@@ -302,20 +337,21 @@ def _figures(found: Report) -> list[tuple[str, Any]]:
     return figures
 
 
-def _recipe(store: Store, parent: str, chosen: Cell) -> str:
-    """The recipe of the chosen cell, with its first seed."""
-    job = chosen.finished[0]
-    with TemporaryDirectory() as folder:
-        config = OmegaConf.load(store.fetch(job.run_id, "config.yaml", Path(folder)))
+def _recipe(recorded: Path, choices: str, sweep: str, chosen: Cell) -> str:
+    """The recipe of the chosen cell, from the resolved config of the run with its first seed.
+
+    choices: which option that had in each group, as JSON.
+    """
+    config = OmegaConf.load(recorded)
     assert isinstance(config, DictConfig)
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    choices = json.loads(store.get(job.run_id).data.tags["choices"])
     val = chosen.val_accuracy
-    comment = f"The best of sweep {parent[:8]}: {chosen.label}"
+    comment = f"The best of sweep {sweep[:8]}: {chosen.label}"
     if val is not None:
         comment += f", validation accuracy {val.percent()}"
-    return report.recipe({str(k): v for k, v in plain.items()}, _options(choices, config), comment)
+    options = _options(json.loads(choices), config)
+    return report.recipe({str(k): v for k, v in plain.items()}, options, comment)
 
 
 def _options(choices: Mapping[str, str | None], config: DictConfig) -> dict[str, str | None]:

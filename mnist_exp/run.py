@@ -1,7 +1,7 @@
 """Runs, from their composed configs to their records: alone, or together as a stack."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_exp import checkpoint, data, plots, training
+from mnist_exp import checkpoint, data, plots, signals, training
 from mnist_exp import config as configs
-from mnist_exp.config import Config
 from mnist_exp.console import Reporter
+from mnist_exp.courier import Courier
 from mnist_exp.errors import ConfigError, RunFailed, Terminated
 from mnist_exp.job import Job, Load, load_dataset, prepare
 from mnist_exp.models import Served
@@ -21,18 +21,21 @@ from mnist_exp.record import (
     Result,
     ask_git,
     check_folder,
+    check_vacant,
     common_tags,
     first_images,
     record_first,
+    record_model,
     record_predictions,
     record_test,
-    served_as,
     write_configs,
 )
 from mnist_exp.stack import Stack
 from mnist_exp.step import compiling_pays
-from mnist_exp.tracking import Store, Tracker
+from mnist_exp.tracker import Story, Tracker, index_at
+from mnist_exp.tracking import Delivered, Store
 
+INTERRUPTED_SECONDS = 3.0  # that somebody who has asked a run to end waits for MLflow
 THREADS = torch.get_num_threads()  # torch's choice, before any run makes its own
 
 
@@ -48,11 +51,34 @@ def train(overrides: Sequence[str] = (), reporter: Reporter | None = None) -> Re
 
 def train_composed(composed: DictConfig, reporter: Reporter) -> Result:
     """`train`, from a config that is composed already."""
-    folder = Path(composed.hydra.run.dir)
-    (outcome,) = execute([prepare(composed)], [folder], reporter)
+    job, folder = prepare(composed), Path(composed.hydra.run.dir)
+    check_folder(folder)
+    check_vacant(folder)
+    return conduct(job, folder, reporter)
+
+
+def conduct(job: Job, folder: Path, reporter: Reporter, resume: bool = False) -> Result:
+    """One run, its record delivered to MLflow while it is trained."""
+    courier = Courier(job.store_uri, index_at(configs.output_root()), reporter.line)
+    courier.watch([folder])
+    courier.start()
+    patience = INTERRUPTED_SECONDS
+    try:
+        (outcome,) = execute([job], [folder], reporter, resume=resume)
+        patience = job.config.tracking.flush_seconds
+    except (KeyboardInterrupt, Terminated) as error:
+        if Story.of(folder).key:
+            error.add_note(str(folder))  # that can be resumed
+        raise
+    finally:
+        undelivered = courier.close(patience)
     if isinstance(outcome, Exception):
         raise outcome
-    return outcome
+    known = Delivered.of(folder)
+    run_id = known.run_id if known else ""
+    return replace(
+        outcome, run_id=run_id or Story.of(folder).key, delivered=bool(run_id) and not undelivered
+    )
 
 
 def execute(
@@ -61,48 +87,69 @@ def execute(
     reporter: Reporter,
     *,
     tags: Sequence[Mapping[str, str]] = ({},),
+    parent: Path | None = None,
+    place: Path | None = None,
     finished: bool = True,
     threads: int = THREADS,
+    resume: bool = False,
 ) -> list[Result | Exception]:
-    """Trains jobs that can share a stack, and keeps the record of each in its folder and in MLflow.
+    """Trains jobs that can share a stack, and keeps the record of each in its folder.
 
     Returns what each has come to. A job that fails leaves the others as they are; what stops the
-    stack of several itself ends all of them, leaves no runs, and is raised.
-    `tags`: for each run, beyond its own. `threads`: unless the config says. Not `finished`:
-    `finish` is left for later.
+    stack of several itself is raised, and leaves their records open.
+    `tags`: for each run, beyond its own. `parent`: the folder of the sweep they belong to.
+    `place`: the folder of the stack's checkpoints, if not the first job's. Not `finished`: `finish`
+    is left for later. `threads`: unless the config says. `resume`: from the newest checkpoint.
     """
-    first = jobs[0]
+    first, place = jobs[0], place or folders[0]
     for folder in folders:
         check_folder(folder)
     torch.set_num_threads(first.config.training.threads or threads)
-    store = Store(first.store_uri)
-    experiment = store.experiment(first.config.tracking.experiment)
     dataset = first.load(first.config.dataset).to(first.device)
     facts, diff = common_tags(first, len(jobs)), ask_git("diff", "HEAD")
     for job, folder in zip(jobs, folders, strict=True):
         write_configs(job, folder)
+    state = _newest_state(jobs, place, reporter) if resume else None
+    if state is not None:  # as many as before: they decide the order of sums
+        torch.set_num_threads(state["threads"])
     records: list[Record] = []
     try:
-        for job, folder, own in zip(jobs, folders, tags, strict=True):
-            record = Record(job, folder, store, experiment, facts | dict(own), diff, finished)
-            records.append(record)
-        stack = Stack(first.build, [job.config.seed for job in jobs], first.device)
-        _train(stack, dataset, records, reporter)
+        with signals.deferred():
+            for job, folder, own in zip(jobs, folders, tags, strict=True):
+                told = facts | dict(own)
+                record = Record(job, folder, told, diff, parent=parent, finished=finished)
+                records.append(record)
+            stack = Stack(first.build, [job.config.seed for job in jobs], first.device)
+            _train(stack, dataset, records, reporter, place, state)
     except (KeyboardInterrupt, Terminated):
         reporter.stop()
-        for record in records:
-            record.close("KILLED", "interrupted")
+        for _, record in _open(records):
+            with record:
+                record.close("KILLED", "interrupted")
         raise
     except (Exception, SystemExit) as raised:  # a model can raise anything
         reporter.stop()
         error = raised if isinstance(raised, Exception) else _ended(raised)
-        if len(records) == len(jobs) == 1:
-            records[0].fail(error)
-        else:
-            for record in records:
-                record.discard()
+        if len(jobs) > 1 and not isinstance(error, RunFailed):
+            for _, record in _open(records):
+                record.leave()
             raise error from None  # it has its own cause
+        for _, record in _open(records):
+            record.fail(error)
+        if len(records) < len(jobs):
+            raise
     return [record.outcome for record in records]
+
+
+def _newest_state(jobs: Sequence[Job], place: Path, reporter: Reporter) -> Mapping[str, Any] | None:
+    """What the newest checkpoint that is whole, and these jobs', holds."""
+    own = [configs.identity(job.asked) for job in jobs]
+    state, problems = checkpoint.newest(
+        place, lambda found: "" if found.get("configs") == own else "it is of another run"
+    )
+    for problem in problems:
+        reporter.line(problem)
+    return state
 
 
 def _ended(raised: BaseException) -> RunFailed:
@@ -112,15 +159,42 @@ def _ended(raised: BaseException) -> RunFailed:
 
 
 def _train(
-    stack: Stack, dataset: data.Dataset, records: Sequence["Record"], reporter: Reporter
+    stack: Stack,
+    dataset: data.Dataset,
+    records: Sequence[Record],
+    reporter: Reporter,
+    place: Path,
+    state: Mapping[str, Any] | None,
 ) -> None:
     jobs = [record.job for record in records]
     own = jobs[0].config.training
-    for _, record in _open(records):
+    every = configs.checkpoint_every(own.checkpoint_every)
+    for k, record in _open(records):
         with record:
             record.start(dataset)
-    names = [f"run {r.tracker.run_id[:8]}  {r.job.name}" for r in records]
-    reporter.start(names, str(stack.device), own.epochs)
+            if state is not None:
+                record.restore(state["records"][k])
+
+    def save(event: training.Progress | training.Epoch, steps: int) -> None:
+        core = event.state()
+        kept = {
+            "configs": [configs.identity(job.asked) for job in jobs],
+            "records": [record.state() for record in records],
+            "threads": torch.get_num_threads(),
+            "core": core,
+        }
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            checkpoint.save_numbered(place, steps, kept)
+        except OSError as error:
+            raise RunFailed(
+                f"the checkpoint cannot be written to {place} ({error.strerror}); the one before "
+                f"it is there"
+            ) from error
+
+    reporter.start([job.name for job in jobs], str(stack.device), own.epochs)
+    in_an_epoch = -(-len(dataset.train) // own.batch_size)
+    saved = 0 if state is None else state["core"]["epoch"] * in_an_epoch + state["core"]["steps"]
     for event in training.fit(
         stack,
         dataset,
@@ -129,27 +203,40 @@ def _train(
         epochs=own.epochs,
         batch_size=own.batch_size,
         compiled=compiles(jobs, len(dataset.train))
-        and (stack.traceable or jobs[0].config.training.compile == "always"),
+        and (stack.traceable or own.compile == "always"),
+        state=None if state is None else state["core"],
     ):
         if isinstance(event, training.Progress):
             reporter.progress(event)
+            done = (event.epoch - 1) * in_an_epoch + event.step
+            due = every.steps and done - saved >= every.steps
+            if event.step < event.steps and (due or signals.asked()):
+                save(event, done)
+                saved = done
+                signals.check()
             continue
         for k, record in _open(records):  # first: what a person has seen is kept
             with record:
                 record.take(event, k, dataset)
         if isinstance(event, training.Notice):
             reporter.line(event.text)
-        else:
-            reporter.epoch(event)
+            continue
+        reporter.epoch(event)
+        last = event.epoch == own.epochs or not _open(records)
+        if last or signals.asked() or (every.epochs and event.epoch % every.epochs == 0):
+            saved = event.epoch * in_an_epoch
+            save(event, saved)
+        signals.check()
         if not _open(records):
             break
     reporter.stop()
     for k, record in _open(records):
         with record:
             record.end(stack.take([k]), dataset)
+            signals.check()
 
 
-def _open(records: Sequence["Record"]) -> list[tuple[int, "Record"]]:
+def _open(records: Sequence[Record]) -> list[tuple[int, Record]]:
     return [(k, record) for k, record in enumerate(records) if record.is_open]
 
 
@@ -202,46 +289,47 @@ class Evaluation:
 
 def evaluate(store: Store, found: Any) -> Evaluation:
     """The saved model of a run, as `store.find` gives it, on the official test set."""
-    _, dataset, stack = _recall(store, found, load_dataset)
+    run_id = found.info.run_id
+    with TemporaryDirectory() as folder:
+        path = store.fetch(run_id, "checkpoint", Path(folder)) / "checkpoint.pt"
+        config = store.fetch(run_id, "config.yaml", Path(folder))
+        dataset, stack = _recall(config, path, load_dataset)
     logits = training.predict(stack, dataset, dataset.test)
     (test,) = training.score(logits, dataset.test, "test")
     known = {key: value for key, value in found.data.metrics.items() if key in test}
-    return Evaluation(found.info.run_id, found.info.run_name, test, known)
+    return Evaluation(run_id, found.info.run_name, test, known)
 
 
-def finish(store: Store, found: Any, load: Load) -> dict[str, float]:
-    """What `execute` has left for later: the official test set, pictures, the model in MLflow."""
-    _, dataset, stack = _recall(store, found, load)
-    run_id = found.info.run_id
-    tracker = Tracker(store, run_id)
+def finish(folder: Path, load: Load) -> dict[str, float]:
+    """What `execute` has left for later, of the run whose record is in `folder`: the official test
+    set, pictures, the model for MLflow."""
+    dataset, stack = _recall(folder / "config.yaml", folder / "checkpoint.pt", load)
+    tracker = Tracker.reopen(folder, index_at(configs.output_root()))
+    story = Story.of(folder)
     keys = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
-    history = {key: store.history(run_id, key) for key in keys}
+    history = {key: story.history(key) for key in keys}
     epoch = max(step for step, _ in history["train/loss"])
     record_first(dataset, tracker)
     test = record_test(stack, dataset, tracker, epoch)
-    best = found.data.metrics.get("best/epoch")
+    best = story.newest().get("best/epoch")
     if dataset.val is not None:  # the weights are those of the best epoch
         record_predictions(stack, dataset, tracker, int(best or epoch))
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "curves.png"
-        best_epoch = None if best is None else int(best)
-        figure = plots.curves(history, best_epoch, found.info.run_name, test["test/accuracy"])
-        plots.save(figure, path)
-        tracker.artifact(path)
-    served = Served(stack.model(0), dataset.mean, dataset.std).eval()
-    tracker.model(served, *served_as(dataset))
-    tracker.flush()
+    path = folder / "curves.png"
+    best_epoch = None if best is None else int(best)
+    plots.save(plots.curves(history, best_epoch, story.name, test["test/accuracy"]), path)
+    tracker.artifact(path)
+    record_model(Served(stack.model(0), dataset.mean, dataset.std).eval(), dataset, tracker)
+    tracker.journal.close()
     return test
 
 
-def _recall(store: Store, found: Any, load: Load) -> tuple[Config, data.Dataset, Stack]:
-    """A run's config, its data set, and its saved model as a stack of one, on the CPU."""
-    with TemporaryDirectory() as folder:
-        recorded = OmegaConf.load(store.fetch(found.info.run_id, "config.yaml", Path(folder)))
-        path = store.fetch(found.info.run_id, "checkpoint", Path(folder)) / "checkpoint.pt"
-        state = checkpoint.load(path)["model"]
-    assert isinstance(recorded, DictConfig)
-    config = configs.validate(recorded)
+def _recall(recorded: Path, weights: Path, load: Load) -> tuple[data.Dataset, Stack]:
+    """From a run's resolved config and its checkpoint: its data set, and its saved model as a stack
+    of one, on the CPU."""
+    state = checkpoint.load(weights)["model"]
+    asked = OmegaConf.load(recorded)
+    assert isinstance(asked, DictConfig)
+    config = configs.validate(asked)
     dataset = load(config.dataset)
     stack = Stack(
         configs.build_model(config, dataset.shape, len(dataset.classes)),
@@ -251,9 +339,9 @@ def _recall(store: Store, found: Any, load: Load) -> tuple[Config, data.Dataset,
     shapes = [{n: t.shape for n, t in s.items()} for s in (state, stack.module.state_dict())]
     if shapes[0] != shapes[1]:
         raise ConfigError(
-            f"run {found.info.run_id}: its checkpoint does not fit {config.model['_target_']} as "
-            f"it is now: the code has changed since"
+            f"{weights}: this checkpoint does not fit {config.model['_target_']} as it is now: the "
+            f"code has changed since"
         )
     # a buffer that is no part of the state is as the constructor made it
     stack.restore(stack.snapshot() | {name: tensor[None] for name, tensor in state.items()})
-    return config, dataset, stack
+    return dataset, stack

@@ -9,7 +9,9 @@ import hashlib
 import http.client
 import logging
 import math
+import os
 import queue
+import shutil
 import string
 import tempfile
 import threading
@@ -18,11 +20,13 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from mnist_exp.errors import ConfigError
 
@@ -30,6 +34,7 @@ log = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).with_name("mnist")
 ANSWER_SECONDS = 5.0  # how long a download waits for the server: without a network it ends here
+WAIT_SECONDS = 1.0  # how long another process's download is waited for without a word
 BLOCK = 1 << 20  # bytes read at once
 
 # An IDX file starts with two zeros, the type code and the number of dimensions.
@@ -213,36 +218,68 @@ def unpack(name: str, file: IO[bytes], size: int, magic: bytes) -> tuple[np.ndar
 
 
 def _download(name: str, spec: Spec, archive: str, sha256: str, folder: Path) -> Path:
-    """`archive` into `folder`: whole and verified, or not at all."""
+    """`archive` into `folder`: whole and verified, or not at all. One process does it for all."""
+    path = folder / archive
+    try:
+        with _alone(path):
+            if path.is_file():
+                return path
+            for leftover in folder.glob(".download-*"):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            url = _url(spec, archive)
+            log.info("downloading %s to %s", url, folder)
+            with (
+                _answer(url) as response,
+                tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as partial,
+            ):
+                with Path(partial, archive).open("w+b") as file:
+                    while block := response.read(BLOCK):
+                        file.write(block)
+                    file.seek(0)  # also flushes
+                    if _sha256(file) != sha256:
+                        raise OSError(f"incomplete or altered: its SHA-256 is not {sha256}")
+                    os.fsync(file.fileno())  # a power cut must not leave the name without content
+                return Path(partial, archive).replace(path)
+    except (OSError, http.client.HTTPException) as error:
+        raise ConfigError(
+            f"dataset.name={name}: {archive} is missing and cannot be downloaded from"
+            f" {_url(spec, archive)} ({error}); put {', '.join(spec.archives)} into {folder} by"
+            " hand, or say dataset.root=FOLDER for a folder that has them"
+        ) from error
+
+
+def _url(spec: Spec, archive: str) -> str:
     from torchvision import datasets  # takes 1.3 s and 160 MB, so not before it is needed
 
     kind: Any = getattr(datasets, spec.kind)
     if spec.kind == "EMNIST":
-        url = kind.url
+        urls = [kind.url]
     elif spec.kind == "QMNIST":
         pairs = [pair for part in kind.resources.values() for pair in part]
-        url = next(url for url, _ in pairs if url.endswith(f"/{archive}"))
+        urls = [url for url, _ in pairs if url.endswith(f"/{archive}")]
     else:
-        url = kind.mirrors[0] + archive
-    log.info("downloading %s to %s", url, folder)
+        urls = [kind.mirrors[0] + archive]
+    return str(urls[0])
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Where no other process downloads to the folder of `path`, which is made if need be.
+
+    The lock ends with its process, however that ends. Its file stays: who deletes the file of a
+    lock that others wait for lets two of them in.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(".download.lock"))
     try:
-        with _answer(url) as response:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as partial:
-                path = Path(partial, archive)
-                with path.open("w+b") as file:
-                    while block := response.read(BLOCK):
-                        file.write(block)
-                    file.seek(0)
-                    if _sha256(file) != sha256:
-                        raise OSError(f"incomplete or altered: its SHA-256 is not {sha256}")
-                return path.replace(folder / archive)
-    except (OSError, http.client.HTTPException) as error:
-        raise ConfigError(
-            f"dataset.name={name}: {archive} is missing and cannot be downloaded from {url}"
-            f" ({error}); put {', '.join(spec.archives)} into {folder} by hand, or say"
-            " dataset.root=FOLDER for a folder that has them"
-        ) from error
+        lock.acquire(timeout=WAIT_SECONDS)
+    except Timeout:
+        log.info("waiting for %s: another process is downloading to %s", path.name, path.parent)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _answer(url: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from hydra.core.utils import JobReturn, JobStatus
 
 from mnist_exp import config as configs
-from mnist_exp import results, run
+from mnist_exp import results, run, signals
 from mnist_exp.console import Reporter, Terminal
 from mnist_exp.errors import reason_of
 from mnist_exp.grid import Planned
@@ -23,7 +23,7 @@ from mnist_exp.optim import RULES
 from mnist_exp.results import Outcome
 from mnist_exp.stack import Stack
 from mnist_exp.step import warm_up_compiler
-from mnist_exp.sweep import STOP, Task, composed_of, count_of, outcome_of, receive
+from mnist_exp.sweep import STOP, Task, count_of, end, outcome_of, receive
 
 # Bytes of parameters up to which a stack is fastest on a CPU: what the caches of two cores hold.
 # Measured with the seed MLP, seconds an epoch and model: 0.26 for 1, 0.14 for 4, 0.10 for 16 and
@@ -99,10 +99,18 @@ def train_stacks(task: Any, max_stack: int | None) -> list[JobReturn]:
     """Trains a sweep's jobs, stack by stack; outcomes in the order of the jobs."""
     assert isinstance(task, Task)
     reporter = Terminal()
-    stacks = plan(task.jobs, max_stack)
+    if task.stacks is None:
+        stacks = plan(task.jobs, max_stack)
+        results.Manifest.of(task.folder).with_stacks(
+            [[p.number for p in stack] for stack in stacks]
+        ).save(task.folder)
+    else:
+        by_number = {p.number: p for p in task.jobs}
+        stacks = [[by_number[number] for number in stack] for stack in task.stacks]
     processes = _processes(stacks)
     aside = f", {processes} at a time" if processes > 1 else ""
-    reporter.line(f"{count_of(len(task.jobs), 'job')}, {_said(stacks)}{aside}")
+    jobs = [p for stack in stacks for p in stack]
+    reporter.line(f"{count_of(len(jobs), 'job')}, {_said(stacks)}{aside}")
     named = [(f"stack {i + 1} of {len(stacks)}", stack) for i, stack in enumerate(stacks)]
     outcomes: dict[int, Outcome] = {}
     trained = _one_by_one(task, named) if processes == 1 else _side_by_side(task, named, processes)
@@ -112,7 +120,7 @@ def train_stacks(task: Any, max_stack: int | None) -> list[JobReturn]:
         if failed and task.settings.on_error == "stop":
             (task.folder / STOP).touch()
     unstarted = Outcome("NOT RUN", "an earlier job failed (sweep.on_error=stop)")
-    return [_returned(p, outcomes.get(p.number, unstarted)) for p in task.jobs]
+    return [_returned(p, outcomes.get(p.number, unstarted)) for p in jobs]
 
 
 Named = tuple[str, Sequence[Planned]]  # a stack and what it is called
@@ -135,6 +143,8 @@ def _processes(stacks: Sequence[Sequence[Planned]]) -> int:
 
 def _one_by_one(task: Task, stacks: Sequence[Named]) -> Iterator[Found]:
     reporter = Terminal()
+    assert task.courier is not None
+    task.courier.begin()
     for name, stack in stacks:
         if not (task.folder / STOP).exists():
             reporter.line(f"\n{name}: {_label(stack)}")
@@ -142,7 +152,8 @@ def _one_by_one(task: Task, stacks: Sequence[Named]) -> Iterator[Found]:
 
 
 def _side_by_side(task: Task, stacks: Sequence[Named], processes: int) -> Iterator[Found]:
-    threads = run.THREADS // processes
+    threads, courier = run.THREADS // processes, task.courier
+    assert courier is not None
     if any(map(_compiles, (stack for _, stack in stacks))):
         warm_up_compiler()
     waiting = sorted(stacks, key=lambda named: _cost(named[1]))  # the longest first
@@ -156,33 +167,28 @@ def _side_by_side(task: Task, stacks: Sequence[Named], processes: int) -> Iterat
                 process = context.Process(
                     target=_train_there, args=(task, name, stack, threads, there)
                 )
-                process.start()
+                with courier.quiet():
+                    process.start()
                 there.close()
                 running[here] = process, stack
             if not running:
                 return
+            courier.begin()  # after the first forks, which need not wait for its imports
             for connection in multiprocessing.connection.wait(list(running)):
                 assert isinstance(connection, Connection)
                 process, stack = running.pop(connection)
                 found = receive(connection, process)
                 if isinstance(found, str):
-                    found = {
-                        p.number: results.mark_killed(composed_of(p), task.parent, found)
-                        for p in stack
-                    }
+                    found = {p.number: results.mark_killed(p.folder, found) for p in stack}
                 yield stack, found
     finally:  # where a signal or an error has ended the loop
-        for process, _ in running.values():
-            # Ctrl-C has reached it as well: it is writing its records
-            process.join(2)
-            process.terminate()
-        for process, _ in running.values():
-            process.join()
+        end([process for process, _ in running.values()])
 
 
 def _train_there(
     task: Task, name: str, stack: Sequence[Planned], threads: int, to: Connection
 ) -> None:
+    signals.follow_parent()
     reporter = Terminal(prefix=f"{name}: ")
     reporter.line(_label(stack))
     try:

@@ -89,6 +89,20 @@ class TrainStep:
         taken.slots = {n: tuple(t[index] for t in slots) for n, slots in self.slots.items()}
         return taken
 
+    def state(self) -> dict[str, Any]:
+        """What is carried to the next step, and the memory of torch's own optimizers."""
+        return {
+            "carried": list(tree_leaves(self._carried())),
+            "plain": [] if self.rule else [o.state_dict() for o in self.plain],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state` has given in a step of the same form, into the tensors at hand."""
+        for own, saved in zip(tree_leaves(self._carried()), state["carried"], strict=True):
+            own.copy_(saved)
+        for optimizer, memory in zip(self.plain, state["plain"], strict=False):
+            optimizer.load_state_dict(memory)
+
     def hyperparameters(self, done: int, lr: np.ndarray) -> Tensors:
         """What the updates after the first `done` need, at learning rates `lr` [S, K]: [S, K]."""
         steps = done + 1 + np.arange(len(lr))[:, None]

@@ -6,13 +6,13 @@ What the stacked launcher does with them is in stacked.py.
 import functools
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,19 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp import config as configs
-from mnist_exp import results, run
+from mnist_exp import grid, results, run, signals
 from mnist_exp.config import SweepConfig
 from mnist_exp.console import Reporter, Terminal
+from mnist_exp.courier import Courier
 from mnist_exp.errors import ConfigError, RunFailed, reason_of
 from mnist_exp.grid import Planned, refuse
 from mnist_exp.job import Job, Load, prepare, remembering
-from mnist_exp.record import Result, check_folder
+from mnist_exp.record import Result, check_folder, check_vacant
 from mnist_exp.results import Outcome
-from mnist_exp.tracking import Store, Tracker, preload
+from mnist_exp.tracker import Story, index_at
+from mnist_exp.tracking import Delivered
 
+END_SECONDS = 4.0  # that a process has to write its checkpoint and its records
 STOP = "stop"  # a file in the sweep's folder: no more jobs are to be started
 
 
@@ -47,19 +50,25 @@ class Swept:
     folder: Path
     best: Path | None = None  # the recipe of the chosen cell
     failure: str = ""  # what went wrong, if anything
+    delivered: bool = False  # MLflow has all of it
 
 
 @dataclass
 class Task:
     """What a launcher calls for each job. It is sent to other processes, so it holds little."""
 
-    parent: str  # the run that the jobs' runs are nested under
-    folder: Path
+    folder: Path  # of the sweep, with its record
     settings: SweepConfig
     values: dict[int, dict[str, str]]  # of each job, what was swept
     isolated: bool  # each job in a process of its own, which may die alone
-    jobs: list[Planned]  # for the stacked launcher, in this process
     command_line: list[str]
+    jobs: list[Planned] = field(default_factory=list)  # for the stacked launcher, in this process
+    courier: Courier | None = None  # in this process
+    stacks: list[list[int]] | None = None  # of a sweep that is resumed: the jobs of each
+    resume: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"jobs": [], "courier": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -99,22 +108,30 @@ class Task:
         """Jobs that can share a stack, as children of the sweep."""
         tags = [
             {
-                "mlflow.parentRunId": self.parent,
                 "job": str(number),
                 "swept": json.dumps(self.values[number]),
                 "command_line": shlex.join(self.command_line),
             }
             for number in numbers
         ]
-        finished = self.settings.test == "all"
-        return run.execute(jobs, folders, reporter, tags=tags, finished=finished, threads=threads)
+        alone = len(jobs) == 1
+        return run.execute(
+            jobs,
+            folders,
+            reporter,
+            tags=tags,
+            parent=self.folder,
+            place=None if alone else self.folder / ".stacks" / str(numbers[0]),
+            finished=self.settings.test == "all",
+            threads=threads,
+            resume=self.resume,
+        )
 
     def _alone(self, config: DictConfig) -> Outcome:
         """One job in a process of its own: what kills it ends that job alone.
 
         A fork, as this process trains nothing itself and has imported what takes seconds.
         """
-        preload()
         context = multiprocessing.get_context("fork")
         here, there = context.Pipe(duplex=False)
         process = context.Process(target=_run_there, args=(self, config, there))
@@ -123,15 +140,15 @@ class Task:
         try:
             found = receive(here, process)
         finally:  # where a signal has ended the waiting
-            process.terminate()
-            process.join()
+            end([process])
         if isinstance(found, str):
-            return results.mark_killed(config, self.parent, found)
+            return results.mark_killed(Path(config.hydra.runtime.output_dir), found)
         assert isinstance(found, Outcome)
         return found
 
 
 def _run_there(task: Task, config: DictConfig, to: Connection) -> None:
+    signals.follow_parent()
     HydraConfig.instance().set_config(config)
     to.send(task.train(config))
 
@@ -149,12 +166,7 @@ def outcome_of(result: Result | Exception) -> Outcome:
     """What `execute` says of a job, in a form that can be sent to another process."""
     if isinstance(result, Exception):
         return Outcome("FAILED", reason_of(result))
-    history: dict[str, list[tuple[int, float]]] = {}
-    for values in result.history:
-        for key in results.CURVES:
-            if key in values:
-                history.setdefault(key, []).append((int(values["epoch"]), values[key]))
-    return Outcome("FINISHED", "", result.run_id, history)
+    return Outcome("FINISHED")
 
 
 def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Planned]) -> Swept:
@@ -178,17 +190,21 @@ def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Plann
         raise ConfigError(f"no job is left: {invalid[0].said}: {invalid[0].problem}")
     for number, p in enumerate(valid):  # as the launcher will number them
         p.number = number
-    jobs = [{"values": p.values, "problem": p.problem} for p in (*valid, *invalid)]
-
+    folder = _folders(master, valid)
+    check_vacant(folder)
+    manifest = results.Manifest(
+        launcher=name,
+        settings=asdict(settings),
+        jobs=[
+            {"values": p.values, "problem": p.problem, "folder": str(p.folder)}
+            for p in (*valid, *invalid)
+        ],
+    )
     first = valid[0].job
     assert first is not None
-    folder = _folders(master, valid)
-    reporter = Terminal()
-    store = Store(first.store_uri)
-    experiment = store.experiment(first.config.tracking.experiment)
     _make_folder(master, folder)
+    grid.freeze(valid, folder)
     task = Task(
-        parent=results.open_parent(store, experiment, first, jobs, folder, name),
         folder=folder,
         settings=settings,
         values={p.number: p.values for p in valid},
@@ -199,36 +215,126 @@ def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Plann
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=context, task_function=task, config=master
     )
-    reporter.line(f"sweep {task.parent[:8]}: {count_of(len(valid), 'job')}, in {folder}")
-    parent = Tracker(store, task.parent)
+    reporter = Terminal()
+    reporter.line(f"sweep of {count_of(len(valid), 'job')}, in {folder}")
+
+    def launch() -> list[Outcome]:
+        if name != "stacked":  # which forks first
+            assert task.courier is not None
+            task.courier.begin()
+        returns = launcher.launch([p.words for p in valid], initial_job_idx=0)
+        return [r.return_value for r in returns]
+
+    return _conduct(task, first, manifest, launch, reporter)
+
+
+def resume_sweep(folder: Path, failed: bool, reporter: Reporter) -> Swept:
+    """Goes on with a sweep from its folder alone: its jobs that are unfinished, and, if asked for,
+    those that failed. Raises ConfigError, with nothing changed, if it cannot be.
+    """
+    manifest = results.Manifest.of(folder)
+    settings = SweepConfig(**manifest.settings)
+    torch.set_num_threads(1)
+    planned = grid.thaw(folder)
+    found = {p.number: Story.of(p.folder) for p in planned}
+    done = ("FINISHED", "FAILED") if not failed else ("FINISHED",)
+    waiting = {p.number for p in planned if found[p.number].status not in done}
+    finished = sum(story.status == "FINISHED" for story in found.values())
+    reporter.line(
+        f"sweep in {folder}: {finished} of {count_of(len(planned), 'job')} finished; "
+        f"{len(waiting)} to run, from where they stopped"
+    )
+    check(planned)
+    refuse(planned, settings)
+    stacks = manifest.stacks or [[p.number] for p in planned]
+    first = planned[0].job
+    assert first is not None
+    task = Task(
+        folder=folder,
+        settings=settings,
+        values={p.number: p.values for p in planned},
+        isolated=False,
+        jobs=planned,
+        command_line=list(sys.argv),
+        stacks=[own for stack in stacks if (own := _unfinished(stack, waiting, found))],
+        resume=True,
+    )
+    (folder / STOP).unlink(missing_ok=True)
+
+    def launch() -> list[Outcome]:
+        from mnist_exp.stacked import train_stacks
+
+        if not task.stacks:
+            return []
+        returned = train_stacks(task, None)
+        return [r.return_value for r in returned]
+
+    return _conduct(task, first, manifest, launch, reporter)
+
+
+def _unfinished(stack: Sequence[int], waiting: Set[int], found: Mapping[int, Story]) -> list[int]:
+    """What of a stack to train: all of it as long as it is the same stack, what failed included."""
+    if not waiting & set(stack):
+        return []
+    together = [number for number in stack if found[number].status != "FINISHED"]
+    same = len(together) == len(stack)
+    return list(stack) if same else [number for number in stack if number in waiting]
+
+
+def _conduct(
+    task: Task,
+    first: Job,
+    manifest: results.Manifest,
+    launch: Callable[[], list[Outcome]],
+    reporter: Reporter,
+) -> Swept:
+    """The sweep as one object: its record opened, its jobs run, its report made."""
+    folder = task.folder
+    parent = results.open_parent(first, manifest, folder)
+    courier = Courier(first.store_uri, index_at(configs.output_root()), reporter.line)
+    courier.watch([folder, *(Path(job["folder"]) for job in manifest.jobs if not job["problem"])])
+    task.courier = courier
 
     def conclude(outcomes: Sequence[Outcome], ended: str = "") -> results.Report:
         return results.conclude(
-            store, parent, jobs, outcomes, settings, folder, reporter, _load, ended
+            parent, manifest, outcomes, task.settings, reporter, _load, courier, ended
         )
 
-    swept = Swept(task.parent, store.uri, folder)
     outcomes: list[Outcome] = []
+    patience = run.INTERRUPTED_SECONDS
+    reason = ""
     try:
         try:
-            returns = launcher.launch([p.words for p in valid], initial_job_idx=0)
-            outcomes, reason = [r.return_value for r in returns], ""
+            outcomes = launch()
         except Exception as error:  # the launcher itself
             reason = f"the launcher failed: {reason_of(error)}"
+        courier.begin()
         found = conclude(outcomes, reason)
-    except (KeyboardInterrupt, SystemExit):
+        reason = reason or found.failure
+        parent.end("FAILED" if reason else "FINISHED", reason)
+        patience = first.config.tracking.flush_seconds
+    except (KeyboardInterrupt, SystemExit) as error:
+        error.add_note(str(folder))  # that can be resumed
         try:
             conclude(outcomes, "interrupted")
         finally:
-            parent.finish("KILLED", "interrupted")
+            parent.end("KILLED", "interrupted")
         raise
     except Exception as error:  # the report
-        parent.finish("FAILED", reason_of(error))
-        raise RunFailed(f"sweep {task.parent[:8]}: no report: {reason_of(error)}") from error
-    reason = reason or found.failure
-    parent.finish("FAILED" if reason else "FINISHED", reason)
-    best = folder / results.BEST if found.chosen is not None else None
-    return replace(swept, failure=reason, best=best)
+        parent.end("FAILED", reason_of(error))
+        raise RunFailed(f"the sweep in {folder}: no report: {reason_of(error)}") from error
+    finally:
+        courier.begin()
+        undelivered = courier.close(patience)
+    run_id = Delivered.of(folder).run_id
+    return Swept(
+        run_id or Story.of(folder).key,
+        first.store_uri,
+        folder,
+        folder / results.BEST if found.chosen is not None else None,
+        reason,
+        bool(run_id) and not undelivered,
+    )
 
 
 def _folders(master: DictConfig, valid: Sequence[Planned]) -> Path:
@@ -255,7 +361,6 @@ def _folders(master: DictConfig, valid: Sequence[Planned]) -> Path:
 def _make_folder(master: DictConfig, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / STOP).unlink(missing_ok=True)  # of an earlier sweep with this folder
         with open_dict(master):
             master.hydra.sweep.dir = str(folder)  # a time in it is now
         OmegaConf.save(master, folder / "multirun.yaml")
@@ -307,6 +412,20 @@ def receive(connection: Connection, process: Any) -> Any:
         return f"its process ended with status {code}"
     process.join()
     return found
+
+
+def end(processes: Sequence[Any]) -> None:
+    """Ends processes: those that train write their checkpoints and records first."""
+    for process in processes:
+        process.terminate()
+    late = time.monotonic() + END_SECONDS
+    try:
+        for process in processes:
+            process.join(max(0.0, late - time.monotonic()))
+    finally:  # a second Ctrl-C does not wait
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def _folder(sweep: Path, planned: Planned) -> Path:

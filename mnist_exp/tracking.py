@@ -1,16 +1,19 @@
 """A run's record in MLflow. The only module that imports mlflow."""
 
 import http.client
+import importlib.util
+import json
 import logging
 import os
+import re
+import shutil
 import sqlite3
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,20 +21,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock
 
+from mnist_exp import journal
 from mnist_exp.errors import ConfigError
+from mnist_exp.journal import Entry, Index
+from mnist_exp.tracker import Story
 
 if TYPE_CHECKING:  # the verbs that only look into a store do without it
     import torch
 
 log = logging.getLogger(__name__)
 
-STATUSES = ("FINISHED", "FAILED", "KILLED")
+RUN_KEY = "run_key"  # the tag that tells which journal a run is made from
+_DELIVERED = ".delivery.json"
 _ENVIRONMENT = "MLFLOW_TRACKING_URI"
 _SQLITE = "sqlite:///"
-SEND_EVERY = 5.0  # seconds; a write takes 10 ms of a core, and an epoch may take 100
-_METRICS_A_BATCH = 1000  # MLflow's limit
-_PARAMS_A_BATCH = 100  # MLflow's limit
+_METRICS_A_BATCH = 1000  # MLflow's limit, for all that is in a call
+_PARAMS_A_BATCH = 100  # MLflow's limit, for tags as well
 _PARAM_LENGTH = 6000  # MLflow's limit
+_SETTINGS = {  # of MLflow's own, unless the user has some
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # a connection to SQLite must not be used on both sides of a fork: none is kept open
+    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
+    # a call to a server that does not answer ends soon, as the courier tries again by itself
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 
 
 def store_uri(asked: str | None, root: Path) -> str:
@@ -39,22 +54,25 @@ def store_uri(asked: str | None, root: Path) -> str:
     return os.environ.get(_ENVIRONMENT) or asked or f"{_SQLITE}{root / 'mlflow.db'}"
 
 
-def check_store(uri: str) -> None:
+def check_store(uri: str, experiment: str | None = None, required: bool = True) -> None:
     """Raises ConfigError for a store that cannot be opened, as far as a look can tell.
 
+    `experiment`: that runs are to be recorded in. `required`: a server has to answer now.
     Takes no import of mlflow, and creates nothing.
     """
     if uri.startswith("sqlite:") and (not uri.removeprefix(_SQLITE) or "?" in uri or
                                       not uri.startswith(_SQLITE)):  # fmt: skip
         raise ConfigError(f"{_said(uri)}: must name a file, sqlite:////ABSOLUTE/PATH.db")
     if uri.startswith(_SQLITE):
-        _check_sqlite(uri, Path(uri.removeprefix(_SQLITE)))
+        _check_sqlite(uri, Path(uri.removeprefix(_SQLITE)), experiment)
     elif uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=3).close()
         except urllib.error.HTTPError as answer:  # somebody is there: mlflow will find out who
             answer.close()
         except (OSError, ValueError, http.client.HTTPException) as error:
+            if not required and isinstance(error, OSError):
+                return
             reason = getattr(error, "reason", error)
             raise ConfigError(
                 f"{_said(uri)}: no MLflow server answers there ({reason}). Start it, or "
@@ -65,9 +83,11 @@ def check_store(uri: str) -> None:
             f"{_said(uri)}: MLflow no longer keeps runs in plain folders. Use "
             f"sqlite:////ABSOLUTE/PATH.db, or the http(s) address of a server"
         )
+    elif required:
+        Store(uri)
 
 
-def _check_sqlite(uri: str, path: Path) -> None:
+def _check_sqlite(uri: str, path: Path, experiment: str | None) -> None:
     def fail(reason: str) -> None:
         raise ConfigError(
             f"{_said(uri)}: cannot be opened, {reason}. Choose another store: "
@@ -85,13 +105,47 @@ def _check_sqlite(uri: str, path: Path) -> None:
     if not os.access(path, os.R_OK | os.W_OK):
         fail("the file cannot be read and written")
     try:
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-        try:
-            connection.execute("SELECT name FROM sqlite_master LIMIT 1").fetchall()
-        finally:
-            connection.close()
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+            if not tables:
+                return
+            if not {"alembic_version", "experiments"} <= tables:
+                fail("it is a database of something else than MLflow")
+            versions = [name for (name,) in database.execute("SELECT * FROM alembic_version")]
+            if versions != [newest := _schema()]:
+                fail(
+                    f"its tables are of another version of MLflow ({', '.join(versions)}; this "
+                    f"one's is {newest}). To convert it: mlflow db upgrade {uri}"
+                )
+            question = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = "
+            deleted = database.execute(f"{question} 'deleted'", (experiment,)).fetchone()
     except sqlite3.DatabaseError as error:
         fail(str(error))
+    if deleted:
+        raise _deleted(uri, str(experiment), deleted[0])
+
+
+def _schema() -> str:
+    """The version of the tables that the installed MLflow makes: of its migrations, the last one.
+
+    Read from their files, which takes no import of mlflow.
+    """
+    found = importlib.util.find_spec("mlflow")
+    assert found is not None and found.origin is not None
+    folder = Path(found.origin).parent / "store" / "db_migrations" / "versions"
+    texts = [path.read_text(encoding="utf-8") for path in folder.glob("*.py")]
+    line = r"^{}\s*(?::[^=]+)?=\s*[\"'](\w+)[\"']"
+    made = {m for text in texts for m in re.findall(line.format("revision"), text, re.M)}
+    followed = {m for text in texts for m in re.findall(line.format("down_revision"), text, re.M)}
+    (last,) = made - followed
+    return str(last)
+
+
+def _deleted(uri: str, experiment: str, number: object) -> ConfigError:
+    return ConfigError(
+        f"tracking.experiment={experiment}: it was deleted. Choose another name, or restore it: "
+        f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore -x {number}"
+    )
 
 
 def has_runs(uri: str) -> bool:
@@ -104,27 +158,22 @@ def _said(uri: str) -> str:
     return f"{_ENVIRONMENT if os.environ.get(_ENVIRONMENT) else 'tracking.uri'}={uri}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def preload() -> None:
-    """Imports mlflow, for processes that are forked from this one: it takes seconds."""
-    import mlflow  # noqa: F401
 
 
 class Store:
     """An MLflow store, opened. Raises ConfigError where it cannot be."""
 
     def __init__(self, uri: str) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # a connection to SQLite must not be used on both sides of a fork: none is kept open
-        os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
         import mlflow
 
         for name in ("mlflow", "alembic"):  # its import sets them up
             logging.getLogger(name).setLevel(logging.ERROR)
         self.uri = uri
+        self._experiments: dict[str, str] = {}  # name -> id
         asked = os.environ.get(_ENVIRONMENT)
         mlflow.set_tracking_uri(uri)
         # which also sets the variable, and store_uri() would take this store for the next run's
@@ -137,7 +186,7 @@ class Store:
                 self.client = mlflow.MlflowClient(uri)
                 self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever the driver of this kind of store raises
-            raise ConfigError(f"{_said(uri)}: cannot be opened, {_first_line(error)}") from error
+            raise ConfigError(f"{_said(uri)}: cannot be opened, {first_line(error)}") from error
 
     def _lock(self) -> AbstractContextManager[object]:
         """One process at a time: MLflow does not guard its making of a new database's tables."""
@@ -149,6 +198,8 @@ class Store:
         """The id of the experiment of this name, made if it is not there."""
         from mlflow.exceptions import MlflowException
 
+        if name in self._experiments:
+            return self._experiments[name]
         found = self.client.get_experiment_by_name(name)
         if found is None:
             location = None  # a server keeps artifacts where it was told to
@@ -157,23 +208,17 @@ class Store:
                 location = folder.as_uri()
             try:
                 kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view of it
-                return str(self.client.create_experiment(name, location, kind))
+                made = self.client.create_experiment(name, location, kind)
+                self._experiments[name] = str(made)
+                return self._experiments[name]
             except MlflowException:
                 found = self.client.get_experiment_by_name(name)  # another process was faster
                 if found is None:
                     raise
         if found.lifecycle_stage == "deleted":
-            raise ConfigError(
-                f"tracking.experiment={name}: it was deleted. Choose another name, or restore it: "
-                f"MLFLOW_TRACKING_URI={self.uri} "
-                f"mlflow experiments restore -x {found.experiment_id}"
-            )
-        return str(found.experiment_id)
-
-    def start_run(self, experiment: str, name: str, tags: Mapping[str, str]) -> str:
-        """The id of a new run in the experiment of this id."""
-        run = self.client.create_run(experiment, tags=dict(tags), run_name=name)
-        return str(run.info.run_id)
+            raise _deleted(self.uri, name, found.experiment_id)
+        self._experiments[name] = str(found.experiment_id)
+        return self._experiments[name]
 
     def _search(self, condition: str = "", newest: bool = False) -> list[Any]:
         """Runs of all experiments, newest first; `newest`: a page of them will do."""
@@ -191,9 +236,9 @@ class Store:
         """A run as MLflow has it."""
         return self.client.get_run(run_id)
 
-    def delete(self, run_id: str) -> None:
-        """Takes a run out of every list."""
-        self.client.delete_run(run_id)
+    def put(self, run_id: str, path: Path) -> None:
+        """A file, among a run's artifacts."""
+        self.client.log_artifact(run_id, str(path))
 
     def children(self, parent: str) -> list[Any]:
         """The runs of a sweep, as MLflow has them, by the number of their job."""
@@ -207,13 +252,16 @@ class Store:
     def find(self, word: str, sweep: bool | None = False) -> Any:
         """The run that a person means: `last`, a run id, or the beginning of just one.
 
-        sweep: whether it is to be the parent run of a sweep, or one that trains; None: either.
+        sweep: whether it is to be the parent run of a sweep, or one that trains; None: either, and
+        the last one is then no job of a sweep.
         """
         kind = "sweep" if sweep else "run"
         is_kind = "tags.sweep = 'true'" if sweep else ""
         runs = self._search(is_kind, newest=word == "last")
         if sweep is False:
             runs = [r for r in runs if "sweep" not in r.data.tags]
+        if sweep is None and word == "last":
+            runs = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
         if not runs:
             words = "train -m optimizer.lr=0.01,0.1" if sweep else "train"
             raise ConfigError(
@@ -243,126 +291,231 @@ class Store:
             raise ConfigError(f"run {run_id}: it has no artifact {artifact}") from error
 
 
-@dataclass(frozen=True)
-class DatasetFacts:
-    """What a run's record says of its dataset."""
+def save_model(
+    folder: Path,
+    model: "torch.nn.Module",
+    shape: Sequence[int],
+    classes: int,
+    example: np.ndarray,
+) -> None:
+    """The model as MLflow keeps it, with signature and example. example: float32 [B, C, H, W], B
+    at least 2.
 
-    name: str
-    source: str
-    digest: str
-    shape: tuple[int, ...]
-    sizes: Mapping[str, int]  # split -> images
+    As an exported program, which loads where this package is not; a module that cannot be
+    exported (its control flow depends on values) is pickled instead.
+    """
+    import mlflow.pytorch
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
 
-
-class Tracker:
-    """The record of one run."""
-
-    def __init__(self, store: Store, run_id: str) -> None:
-        self.client, self.run_id = store.client, run_id
-        self._waiting: list[Any] = []  # metric points
-        self._sent = 0.0
-
-    def params(self, params: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
-        entries = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in params.items()]
-        for first in range(0, len(entries), _PARAMS_A_BATCH):
-            self.client.log_batch(self.run_id, params=entries[first : first + _PARAMS_A_BATCH])
-
-    def dataset(self, facts: DatasetFacts) -> None:
-        """The dataset, as MLflow's dataset input of the run."""
-        import json
-
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        entity = Dataset(
-            name=facts.name,
-            digest=facts.digest[:32],  # MLflow's limit is 36
-            source_type="local",
-            source=json.dumps({"uri": facts.source}),
-            profile=json.dumps({"image": list(facts.shape), **facts.sizes}),
-        )
-        tags = [InputTag("mlflow.data.context", "training"), InputTag("sha256", facts.digest)]
-        self.client.log_inputs(self.run_id, [DatasetInput(entity, tags)])
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Points that the store has within seconds: an epoch may be hardly longer than a write."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self._waiting += [Metric(key, value, now, step) for key, value in values.items()]
-        if time.monotonic() - self._sent > SEND_EVERY:
-            self.flush()
-
-    def flush(self) -> None:
-        """Sends the points that wait."""
-        for first in range(0, len(self._waiting), _METRICS_A_BATCH):
-            points = self._waiting[first : first + _METRICS_A_BATCH]
-            self.client.log_batch(self.run_id, metrics=points)
-        self._waiting, self._sent = [], time.monotonic()
-
-    def image(self, key: str, pixels: np.ndarray, step: int) -> None:
-        """`pixels`: uint8 [H, W, 3]. One key and several steps give a slider in the UI."""
-        self.client.log_image(self.run_id, pixels, key=key, step=step, synchronous=True)
-
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        self.client.log_artifact(self.run_id, str(path), folder)
-
-    def text(self, text: str, name: str) -> None:
-        self.client.log_text(self.run_id, text, name)
-
-    def tags(self, tags: Mapping[str, str]) -> None:
-        for key, value in tags.items():
-            self.client.set_tag(self.run_id, key, value)
-
-    def model(
-        self, model: "torch.nn.Module", shape: Sequence[int], classes: int, example: np.ndarray
-    ) -> None:
-        """The model with signature and example. example: float32 [B, C, H, W], B at least 2.
-
-        As an exported program, which loads where this package is not; a module that cannot be
-        exported (its control flow depends on values) is pickled instead.
-        """
-        import mlflow.pytorch
-        from mlflow.models import ModelSignature
-        from mlflow.types import Schema, TensorSpec
-
-        real = np.dtype("float32")
-        signature = ModelSignature(
-            Schema([TensorSpec(real, (-1, *shape))]), Schema([TensorSpec(real, (-1, classes))])
-        )
-        # said outright, as MLflow would load the model in another process to find out
-        requirements = [f"{name}=={version(name)}" for name in ("torch", "mlflow")]
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                mlflow.pytorch.save_model(
-                    model, f"{folder}/trial", input_example=example, pip_requirements=requirements
-                )
-                form = "pt2"
-            except Exception as error:  # torch.export raises whatever it meets
-                log.warning(
-                    "the model is pickled, as it cannot be exported: %s", _first_line(error)
-                )
-                form = "pickle"
-        status = self.client.get_run(self.run_id).info.status
-        # nested: whoever calls from Python may have a run of their own open
-        mlflow.start_run(run_id=self.run_id, nested=True)
+    real = np.dtype("float32")
+    signature = ModelSignature(
+        Schema([TensorSpec(real, (-1, *shape))]), Schema([TensorSpec(real, (-1, classes))])
+    )
+    # said outright, as MLflow would load the model in another process to find out
+    requirements = [f"{name}=={version(name)}" for name in ("torch", "mlflow")]
+    for form in ("pt2", "pickle"):
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it saved
         try:
-            mlflow.pytorch.log_model(
+            mlflow.pytorch.save_model(
                 model,
-                name="model",
+                str(folder),
                 signature=signature,
                 input_example=example,
                 pip_requirements=requirements,
                 serialization_format=form,
             )
-        finally:
-            mlflow.end_run(status)  # as it was: start_run() has set it to RUNNING
+        except Exception as error:  # torch.export raises whatever it meets
+            if form == "pickle":
+                raise
+            log.warning("the model is pickled, as it cannot be exported: %s", first_line(error))
+        else:
+            return
 
-    def finish(self, status: str, reason: str | None = None) -> None:
-        """FINISHED, FAILED or KILLED; the reason is kept as a tag."""
-        assert status in STATUSES, status
-        self.flush()
-        if reason:
-            self.client.set_tag(self.run_id, "reason", reason[:5000])
-        self.client.set_terminated(self.run_id, status)
+
+@dataclass(frozen=True)
+class Delivered:
+    """How far a journal has come to MLflow."""
+
+    uri: str
+    run_id: str = ""
+    offset: int = 0  # bytes of the journal
+    creating: bool = False  # the run was being made: it may be there, if the answer was lost
+
+    @classmethod
+    def of(cls, folder: Path, uri: str = "") -> "Delivered":
+        """To the store `uri`, if that is said."""
+        try:
+            told = cls(**json.loads((folder / _DELIVERED).read_text()))
+        except (FileNotFoundError, NotADirectoryError):
+            return cls(uri)
+        except (ValueError, TypeError):  # after a power cut
+            return cls(uri, creating=True)
+        return told if uri in ("", told.uri) else cls(uri, creating=True)
+
+    def save(self, folder: Path) -> "Delivered":
+        part = folder / f"{_DELIVERED}.part"
+        part.write_text(json.dumps(asdict(self)))
+        os.replace(part, folder / _DELIVERED)
+        return self
+
+
+def deliver(folder: Path, index: Index, store: Store) -> Delivered:
+    """Copies what is new in a run's journal to MLflow, with the times it was written at.
+
+    What has been delivered already is the same when it is delivered again. Raises whatever MLflow
+    raises; what it has taken until then is remembered.
+    """
+    with FileLock(folder / ".delivery.lock"):
+        told, end = Delivered.of(folder, store.uri), journal.size(folder)
+        entries, problems = journal.read(folder, told.offset)
+        for problem in problems:
+            log.warning("%s", problem)
+        letter = _Letter(store, folder, told)
+        for entry in entries:
+            letter.add(entry)
+        letter.end = max(letter.end, end)  # a damaged line may be the last one
+        told = letter.send()
+        with journal.lock(folder):
+            story = Story.of(folder)
+            if story.status and told.offset >= journal.size(folder):
+                index.remove(story.key)
+    return told
+
+
+class _Letter:
+    """Entries of a journal on their way to MLflow, many to a call."""
+
+    def __init__(self, store: Store, folder: Path, told: Delivered) -> None:
+        self.store, self.client, self.folder, self.told = store, store.client, folder, told
+        self.metrics: list[Any] = []
+        self.params: list[Any] = []
+        self.tags: dict[str, str] = {}
+        self.end = told.offset  # behind the last entry that was added
+
+    def add(self, entry: Entry) -> None:
+        from mlflow.entities import Metric, Param
+
+        fields = entry.fields
+        if entry.kind == "begin":
+            self._begin(entry)
+        elif entry.kind == "params":
+            self.params += [Param(k, v[:_PARAM_LENGTH]) for k, v in fields["values"].items()]
+        elif entry.kind == "tags":
+            self.tags |= {key: str(value) for key, value in fields["values"].items()}
+        elif entry.kind == "metrics":
+            self.metrics += [
+                Metric(key, value, entry.time, fields["step"])
+                for key, value in fields["values"].items()
+            ]
+        else:
+            self.send()
+            self._call(entry)
+        self.end = entry.end
+
+    def send(self) -> Delivered:
+        """Sends what waits, and remembers how far the journal has been delivered."""
+        from mlflow.entities import RunTag
+
+        run_id = self.told.run_id
+        if not run_id and self.end > self.told.offset:
+            raise NotYet(f"{self.folder / journal.NAME}: its first line is missing or damaged")
+        tags = [RunTag(key, value) for key, value in self.tags.items()]
+        while self.metrics or self.params or tags:
+            params, some = self.params[:_PARAMS_A_BATCH], tags[:_PARAMS_A_BATCH]
+            metrics = self.metrics[: _METRICS_A_BATCH - len(params) - len(some)]
+            self.client.log_batch(run_id, metrics, params, some)
+            del self.metrics[: len(metrics)], self.params[: len(params)], tags[: len(some)]
+        self.tags = {}
+        if self.end > self.told.offset:
+            self.told = replace(self.told, offset=self.end).save(self.folder)
+        return self.told
+
+    def _begin(self, entry: Entry) -> None:
+        fields, tags = entry.fields, dict(entry.fields["tags"])
+        if fields["parent"]:
+            parent = Delivered.of(Path(fields["parent"]), self.store.uri)
+            if not parent.run_id:
+                raise NotYet(f"the sweep of {self.folder} is not in MLflow yet")
+            tags["mlflow.parentRunId"] = parent.run_id
+        if self.told.run_id:
+            return
+        experiment = self.store.experiment(fields["experiment"])
+        run_id = ""
+        if self.told.creating:
+            runs = self.client.search_runs([experiment], f"tags.{RUN_KEY} = '{fields['key']}'")
+            run_id = runs[0].info.run_id if runs else ""
+        else:
+            self.told = replace(self.told, creating=True).save(self.folder)
+        if not run_id:
+            run = self.client.create_run(
+                experiment, entry.time, {**tags, RUN_KEY: fields["key"]}, fields["name"]
+            )
+            run_id = run.info.run_id
+        self.told = replace(self.told, run_id=run_id, creating=False).save(self.folder)
+
+    def _call(self, entry: Entry) -> None:
+        """What has a call of its own."""
+        run_id, fields = self.told.run_id, entry.fields
+        if entry.kind == "artifact":
+            path = self.folder / fields["path"]
+            if path.exists():  # a checkpoint may be gone, after a later one has come
+                self.client.log_artifact(run_id, str(path), fields["to"] or None)
+        elif entry.kind == "dataset":
+            self._dataset(fields)
+        elif entry.kind == "model":
+            self._model(self.folder / fields["path"])
+        elif entry.kind == "resume":
+            self.client.update_run(run_id, status="RUNNING")
+            self.client.set_tag(run_id, "reason", "")
+        elif entry.kind == "end":
+            if fields["reason"]:
+                self.client.set_tag(run_id, "reason", fields["reason"])
+            self.client.set_terminated(run_id, fields["status"], entry.time)
+
+    def _dataset(self, fields: Mapping[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        entity = Dataset(
+            name=fields["name"],
+            digest=fields["digest"][:32],  # MLflow's limit is 36
+            source_type="local",
+            source=json.dumps({"uri": fields["source"]}),
+            profile=json.dumps({"image": fields["shape"], **fields["sizes"]}),
+        )
+        tags = [InputTag("mlflow.data.context", "training"), InputTag("sha256", fields["digest"])]
+        self.client.log_inputs(self.told.run_id, [DatasetInput(entity, tags)])
+
+    def _model(self, saved: Path) -> None:
+        """As `mlflow.pytorch.log_model` does, from what it would have saved; needs no torch."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+        from mlflow.models import Model
+        from mlflow.tracking.context import registry
+
+        run = self.client.get_run(self.told.run_id)
+        run_id, experiment = run.info.run_id, run.info.experiment_id
+        known = self.client.search_logged_models(
+            [experiment], filter_string=f"source_run_id = '{run_id}' AND name = 'model'"
+        )
+        model = known[0] if known else None
+        if model is None:
+            model = self.client.create_logged_model(
+                experiment, "model", run_id, registry.resolve_tags(), run.data.params
+            )
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if model.model_id not in [output.model_id for output in outputs]:
+            self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        if model.status != LoggedModelStatus.READY:
+            with tempfile.TemporaryDirectory() as folder:
+                shutil.copytree(saved, folder, dirs_exist_ok=True)
+                description = Model.load(folder)
+                description.artifact_path = model.artifact_location
+                description.run_id = run_id
+                description.model_id = description.model_uuid = model.model_id
+                description.save(f"{folder}/MLmodel")
+                self.client.log_model_artifacts(model.model_id, folder)
+            self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+
+class NotYet(Exception):
+    """A record cannot be delivered, and the server is not to blame."""

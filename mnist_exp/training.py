@@ -5,8 +5,9 @@ Nothing here knows where the config came from or where the records go.
 
 import math
 import time
-from collections.abc import Container, Generator, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,11 @@ SPAN = 32  # steps between two looks at what they have brought
 SHRINK_FROM_STEPS = 5_000
 
 
+# Called at once, it gives all that the next step depends on, as tensors and plain values: `fit`
+# goes on from it, bit for bit. The tensors are those that training goes on with, no copies.
+State = Callable[[], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a running epoch stands."""
@@ -36,6 +42,7 @@ class Progress:
     runs: Sequence[int]  # that are still trained: K
     losses: np.ndarray  # [S, K], the mean loss of each batch
     correct: np.ndarray  # [S, K], predictions
+    state: State = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Epoch:
     rows: Sequence[int]  # row i of it is run rows[i]
     failed: dict[int, str] = field(default_factory=dict)  # run -> reason, where it failed just now
     stopped: dict[int, str] = field(default_factory=dict)  # run -> reason, where patience ended it
+    state: State = field(default=dict, repr=False)
 
     def model(self, k: int) -> Stack:
         """What the stack has of run k, as a stack of one."""
@@ -72,6 +80,7 @@ def fit(
     epochs: int,
     batch_size: int,
     compiled: bool = False,
+    state: Mapping[str, Any] | None = None,
 ) -> Iterator[Progress | Epoch | Notice]:
     """Trains the stack, in place; run k of `runs` is model k.
 
@@ -80,16 +89,29 @@ def fit(
     gradient is not finite stops before that update and keeps its weights, and one with `patience`
     stops where its validation loss has not improved for so many epochs; the others go on without
     them, and faster.
+
+    `state`: what an event of an earlier `fit` with the same arguments has given; training goes on
+    from there, to the same end.
     """
-    step, rows = TrainStep(stack, data, runs, optimizer, batch_size), list(range(stack.size))
-    if compiled:
-        yield from _compile(step)
-    seen = [_Validation() for _ in runs]
-    ended: set[int] = set()
-    best = stack.snapshot()
-    for epoch in range(1, epochs + 1):
+    course = _Course.start(TrainStep(stack, data, runs, optimizer, batch_size))
+    if state is not None:
+        course.restore(state)
+        compiled = state["compiled"]
+    seen, ended = course.seen, course.ended
+    for epoch in range(course.epoch + 1, epochs + 1):
+        if len(ended) == len(runs):
+            break
+        steps_left = (epochs - epoch + 1) * -(-len(data.train) // batch_size)
+        remaining = [i for i, k in enumerate(course.rows) if k not in ended]
+        if course.steps == 0 and _shrinks(course.step, remaining, steps_left, compiled):
+            course.shrink(remaining)
+        step, rows = course.step, course.rows
+        if compiled and step.compiled is None:
+            yield from _compile(step)
+            compiled = step.compiled is not None
         began = time.perf_counter()
-        metrics, failed = yield from _train(step, epoch, epochs, rows, ended)
+        untrained = max(1, len(data.train) - course.steps * batch_size)  # images, in this epoch
+        metrics, failed = yield from _train(course, epochs)
         trained = time.perf_counter()
         ended |= set(failed)
         if data.val is not None and not ended.issuperset(rows):
@@ -97,16 +119,17 @@ def fit(
             metrics = [own | new for own, new in zip(metrics, validated, strict=True)]
         times = {
             "epoch_seconds": time.perf_counter() - began,
-            "images_per_second": len(data.train) / (trained - began),
+            "images_per_second": untrained / (trained - began),
         }
         live = {k: m | times for k, m in zip(rows, metrics, strict=True) if k not in ended}
         improved = {k for k, m in live.items() if data.val is None or seen[k].improves(m, epoch)}
         if data.val is not None or failed or epoch == epochs:
-            _keep(best, step.stack, rows, improved | set(failed))
+            _keep(course.best, step.stack, rows, improved | set(failed))
         stopped = {}
         if data.val is not None and epoch < epochs:
             stopped = {k: why for k in live if (why := seen[k].stale(runs[k].patience, epoch))}
         ended |= set(stopped)
+        course.end_epoch()
         yield Epoch(
             epoch,
             [live.get(k, {}) for k in range(len(runs))],
@@ -115,16 +138,9 @@ def fit(
             rows,
             failed,
             stopped,
+            course.state,
         )
-        if len(ended) == len(runs):
-            break
-        remaining = [i for i, k in enumerate(rows) if k not in ended]
-        if _shrinks(step, remaining, (epochs - epoch) * -(-len(data.train) // batch_size)):
-            was_compiled = step.compiled is not None
-            step, rows = step.take(remaining), [rows[i] for i in remaining]
-            if was_compiled:
-                yield from _compile(step)
-    stack.restore(best)
+    stack.restore(course.best)
 
 
 @dataclass
@@ -150,14 +166,75 @@ class _Validation:
         return f"after epoch {epoch}: val/loss has not improved since epoch {self.epoch}"
 
 
+@dataclass
+class _Course:
+    """Where training stands: what `fit` carries from one step, and one epoch, to the next.
+
+    No generator is in here: each draws from nothing but a run's seed, what for, and the epoch.
+    """
+
+    step: TrainStep
+    rows: list[int]  # row i of the step is run rows[i]
+    seen: list[_Validation]  # one a run
+    ended: set[int]  # runs that have failed or stopped
+    best: Tensors  # [all runs, ...]
+    epoch: int = 0  # done
+    steps: int = 0  # done of the next epoch, and what they have brought:
+    sums: Sums = field(default_factory=lambda: Sums(0))
+    failed: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, step: TrainStep) -> "_Course":
+        size = step.stack.size
+        course = cls(step, [*range(size)], [_Validation() for _ in range(size)], set(),
+                     step.stack.snapshot())  # fmt: skip
+        course.sums = Sums(size)
+        return course
+
+    def end_epoch(self) -> None:
+        self.epoch, self.steps, self.failed = self.epoch + 1, 0, {}
+        self.sums = Sums(len(self.rows))
+
+    def shrink(self, remaining: Sequence[int]) -> None:
+        """Goes on with the rows `remaining` only, not compiled."""
+        self.step, self.rows = self.step.take(remaining), [self.rows[i] for i in remaining]
+        self.sums = Sums(len(self.rows))
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "rows": list(self.rows),
+            "seen": [asdict(each) for each in self.seen],
+            "ended": sorted(self.ended),
+            "best": dict(self.best),
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "sums": self.sums.state(),
+            "failed": dict(self.failed),
+            "compiled": self.step.compiled is not None,
+            "step": self.step.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if len(state["rows"]) < len(self.rows):
+            self.shrink(state["rows"])
+        self.step.restore(state["step"])
+        self.seen = [_Validation(**each) for each in state["seen"]]
+        self.ended, self.failed = set(state["ended"]), dict(state["failed"])
+        for name, tensor in self.best.items():
+            tensor.copy_(state["best"][name])
+        self.epoch, self.steps = state["epoch"], state["steps"]
+        self.sums = Sums.restored(state["sums"])
+
+
 def _train(
-    step: TrainStep, epoch: int, epochs: int, rows: Sequence[int], ended: Container[int]
+    course: _Course, epochs: int
 ) -> Generator[Progress, None, tuple[list[dict[str, float]], dict[int, str]]]:
-    """Trains `epoch` (1, 2, ...); row i of the step is run rows[i].
+    """Trains the next epoch, or what is left of it.
 
     Returns the metrics, row by row, and the runs that diverged, with the reason. Ends early where
     no run is left.
     """
+    step, rows, ended, epoch = course.step, course.rows, course.ended, course.epoch + 1
     runs, device = step.runs, step.stack.device
     count, batch_size = len(step.data.train), step.batch_size
     steps = -(-count // batch_size)
@@ -168,10 +245,9 @@ def _train(
     base = np.array([float(d["lr"]) for d in step.defaults])
     lr = np.array([base * [run.schedule.factor(t, epochs) for run in runs] for t in times])
     hyperparameters = step.hyperparameters((epoch - 1) * steps, lr)  # [steps, K] each
-    sums = Sums(len(runs))
-    failed: dict[int, str] = {}
+    sums, failed = course.sums, course.failed
     sizes = np.minimum(batch_size, count - batch_size * np.arange(steps))[:, None]
-    for first in range(0, steps, SPAN):
+    for first in range(course.steps, steps, SPAN):
         now = slice(first, first + SPAN)
         chosen = order[:, first * batch_size : (first + SPAN) * batch_size]  # [K, S * B]
         own = {name: values[now] for name, values in hyperparameters.items()}
@@ -184,7 +260,10 @@ def _train(
                     f"diverged: {_culprit(losses[i, row])} in epoch {epoch}, step "
                     f"{first + i + 1} of {steps}, at a learning rate of {lr[first + i, row]:.4g}"
                 )
-        yield Progress(epoch, first + len(losses), steps, chosen.shape[1], rows, losses, correct)
+        course.steps = first + len(losses)
+        yield Progress(
+            epoch, course.steps, steps, chosen.shape[1], rows, losses, correct, course.state
+        )
         if failed and all(k in ended or k in failed for k in rows):
             break
     metrics = sums.means("train")
@@ -200,12 +279,12 @@ def _compile(step: TrainStep) -> Iterator[Notice]:
         yield Notice(f"the step cannot be compiled and runs as it is: {problem}", False)
 
 
-def _shrinks(step: TrainStep, remaining: Sequence[int], steps: int) -> bool:
+def _shrinks(step: TrainStep, remaining: Sequence[int], steps: int, compiled: bool) -> bool:
     """Whether to go on without the rows that have ended, `steps` before the end."""
     if step.rule is None or len(remaining) == step.stack.size:
         return False
     half = 2 * len(remaining) <= step.stack.size
-    return step.compiled is None or (half and steps >= SHRINK_FROM_STEPS)
+    return not compiled or (half and steps >= SHRINK_FROM_STEPS)
 
 
 def _keep(best: Tensors, stack: Stack, rows: Sequence[int], runs: Set[int]) -> None:

@@ -206,7 +206,7 @@ def test_bad_value_in_an_empty_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words, parts",
     [
-        ("trian", ["trian", "Did you mean train?", "evaluate, report, ui"]),
+        ("trian", ["trian", "Did you mean train?", "report, resume, sync, ui"]),
         ("train optimizr.lr=1", ["optimizr", "Did you mean optimizer?"]),
         ("train model=cn", ["model=cn", "Did you mean cnn?"]),
         ("train dataset.val_size=60000", ["dataset.val_size=60000"]),
@@ -273,16 +273,16 @@ def closed_port() -> int:
         ("sqlite:///{here}/text.db", "not a database"),
         ("file://{here}/mlruns", "plain folders"),
         ("{here}/mlruns", "plain folders"),
-        ("http://127.0.0.1:{port}", "no MLflow server answers"),
+        ("http://127.0.0.1:{port} tracking.required=true", "no MLflow server answers"),
     ],
 )
 def test_store_that_cannot_be_opened(uri: str, reason: str, call: Call, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.db").write_text("not a database, but long enough to look like one\n" * 20)
     uri = uri.format(here=tmp_path, port=closed_port())
-    words = [*SMALL, f"tracking.uri={uri}", f"hydra.run.dir={tmp_path}/run"]
+    words = [*SMALL, *f"tracking.uri={uri}".split(), f"hydra.run.dir={tmp_path}/run"]
     began = time.monotonic()
-    refused(call("train", *words), f"tracking.uri={uri}", reason)
+    refused(call("train", *words), f"tracking.uri={uri.split()[0]}", reason)
     assert time.monotonic() - began < 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "text.db"]
 
@@ -365,7 +365,11 @@ def finished(started: list[Started]) -> Started:
 def test_ctrl_c(started: list[Started]) -> None:
     endless = started[0]
     endless.wait()
-    assert (endless.status, endless.err) == (130, "mnist-exp: interrupted\n")
+    said, words = endless.err.splitlines()
+    assert (endless.status, said) == (130, "mnist-exp: interrupted. To go on with it:")
+    assert shlex.split(words)[-2:] == ["resume", f"{endless.folder / 'its output'}"]
+    status, _, err = command("sync", folder=endless.folder)  # if it had no time to say it
+    assert status == 0, err
     killed(endless.store)
 
 
@@ -374,7 +378,7 @@ def test_plain_lines_where_nobody_watches(finished: Started) -> None:
     assert "\r" not in finished.out and "\x1b" not in finished.out
     lines = finished.out.splitlines()
     (run,) = runs(finished.store)
-    assert lines[0] == f"run {run.info.run_id[:8]}  a b  on {run.data.tags['device']}"
+    assert lines[0] == f"a b  on {run.data.tags['device']}"
     assert lines[1].startswith("epoch 1/2  train loss ")
     loss, accuracy = run.data.metrics["train/loss"], run.data.metrics["train/accuracy"]
     assert lines[2].startswith(f"epoch 2/2  train loss {loss:.4f}  train accuracy {accuracy:7.2%}")

@@ -1,24 +1,31 @@
-"""Images: every way in, every fault of a file, the split, and downloads that fail."""
+"""Images: every way in, every fault of a file, the split, and downloads, shared or failing."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
 import http.server
 import io
+import logging
+import multiprocessing
+import os
 import shutil
+import signal
 import socket
 import threading
 import time
 import urllib.error
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from mnist_exp import sources
 from mnist_exp.data import Dataset, Split, load
@@ -71,6 +78,13 @@ def holds(got: Dataset, contents: list[np.ndarray]) -> bool:
     train, test = got.train, got.test
     tensors = (train.images[:, 0], train.labels, test.images[:, 0], test.labels)
     return all(map(np.array_equal, tensors, contents))
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def everything_below(folder: Path) -> list[Path]:
@@ -528,7 +542,7 @@ def test_no_network(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "dataset.root=FOLDER",
     ):
         assert part in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    assert everything_below(tmp_path) == [home / ".download.lock"]
 
 
 def test_waiting_for_an_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,53 +560,188 @@ def test_waiting_for_an_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         sources._answer("http://example.invalid/")
 
 
+@dataclass
+class Mirror:
+    folder: Path
+    url: str = ""
+    requests: list[str] = field(default_factory=list)  # the names of the files asked for
+    whole: threading.Event = field(default_factory=threading.Event)  # the last byte waits for it
+    cut: bool = False  # the last byte is never sent
+
+    def publish(self, monkeypatch: pytest.MonkeyPatch, contents: list[np.ndarray]) -> None:
+        for file, archive in zip(FILES, publish(monkeypatch, "kmnist", contents), strict=True):
+            (self.folder / f"{file}.gz").write_bytes(archive)
+
+
 @pytest.fixture
-def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
     """A folder, served in the place of KMNIST's mirror."""
     datasets = pytest.importorskip("torchvision.datasets")
+    made = Mirror(tmp_path / "mirror")
+    made.folder.mkdir()
+    made.whole.set()
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
+    class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
 
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    handler = functools.partial(Quiet, directory=folder)
+        def do_GET(self) -> None:
+            made.requests.append(self.path.removeprefix("/"))
+            super().do_GET()
+
+        def copyfile(self, source: Any, outputfile: Any) -> None:
+            content = source.read()
+            with contextlib.suppress(ConnectionError):  # of who was killed
+                outputfile.write(content[:-1])
+                made.whole.wait()
+                outputfile.write(b"" if made.cut else content[-1:])
+
+    handler = functools.partial(Handler, directory=made.folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        url = f"http://127.0.0.1:{server.server_port}/"
-        monkeypatch.setattr(datasets.KMNIST, "mirrors", [url])
-        yield folder
+        made.url = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setattr(datasets.KMNIST, "mirrors", [made.url])
+        yield made
+        made.whole.set()
         server.shutdown()
         thread.join()
 
 
-def test_download_once(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_once(mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = arrays(classes=10)
-    for file, archive in zip(FILES, publish(monkeypatch, "kmnist", contents), strict=True):
-        (mirror / f"{file}.gz").write_bytes(archive)
-    cache = tmp_path / "cache"
+    mirror.publish(monkeypatch, contents)
+    home = tmp_path / "cache" / "KMNIST" / "raw"
+    archives = sorted(f"{file}.gz" for file in FILES)
+    got = read("kmnist", None, cache=tmp_path / "cache")
+    assert holds(got, contents)
+    assert sorted(mirror.requests) == archives
+    assert sorted(path.name for path in home.iterdir()) == [".download.lock", *archives]
+
+    # What is there is only read: with no request, no lock, and no right to write.
+    (home / ".download.lock").unlink()
+    home.chmod(0o555)
+    assert read("kmnist", None, cache=tmp_path / "cache").digest == got.digest
+    home.chmod(0o755)
+    assert len(mirror.requests) == 4
+    assert sorted(path.name for path in home.iterdir()) == archives
+
+
+def fetch(spec: sources.Spec, url: str, cache: Path) -> list[np.ndarray]:
+    """In a process of its own: KMNIST from `url`, as it is published there. Train, then test."""
+    from torchvision import datasets
+
+    datasets.KMNIST.mirrors = [url]
+    sources.SPECS["kmnist"] = spec
+    torch.set_num_threads(1)
+    cache.with_name(f"{os.getpid()}.ready").touch()
     got = read("kmnist", None, cache=cache)
-    assert np.array_equal(got.train.images[:, 0].numpy(), contents[0])
-    kept = sorted(path.name for path in (cache / "KMNIST" / "raw").iterdir())
-    assert kept == sorted(f"{file}.gz" for file in FILES)
-    shutil.rmtree(mirror)
-    assert read("kmnist", None, cache=cache).digest == got.digest
+    return [x.numpy() for part in (got.train, got.test) for x in (part.images[:, 0], part.labels)]
 
 
-def test_altered_download_leaves_nothing(
-    mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Forks of a process that has imported what takes seconds, and has no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mnist_exp.data", "torchvision.datasets"])
+    return context
+
+
+def test_eight_processes_download_once(
+    mirror: Mirror, processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    archives = publish(monkeypatch, "kmnist", arrays(classes=10))
-    (mirror / f"{FILES[0]}.gz").write_bytes(archives[0][:-1])
-    with pytest.raises(ConfigError, match=r"train-images.*incomplete or altered"):
+    contents = arrays(classes=10)
+    mirror.publish(monkeypatch, contents)
+    asked = sources.SPECS["kmnist"], mirror.url, tmp_path / "cache"
+    mirror.whole.clear()
+    with ProcessPoolExecutor(8, processes) as pool:
+        found = [pool.submit(fetch, *asked) for _ in range(8)]
+        try:
+            wait_until(lambda: len(list(tmp_path.glob("*.ready"))) == 8)
+            time.sleep(0.5)  # all of them need the file that is on its way
+        finally:
+            mirror.whole.set()
+        for one in found:
+            assert all(map(np.array_equal, one.result(timeout=60), contents))
+    assert sorted(mirror.requests) == sorted(f"{file}.gz" for file in FILES)
+
+
+def test_a_killed_download_is_done_again(
+    mirror: Mirror, processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = arrays(2500, classes=10)
+    mirror.publish(monkeypatch, contents)
+    asked = sources.SPECS["kmnist"], mirror.url, tmp_path / "cache"
+    home = tmp_path / "cache" / "KMNIST" / "raw"
+    mirror.whole.clear()
+    process = processes.Process(target=fetch, args=asked)
+    process.start()
+    try:
+        wait_until(lambda: any(path.stat().st_size for path in home.glob(".download-*/*")))
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert {path.name[:10] for path in home.iterdir()} == {".download.", ".download-"}
+
+    mirror.whole.set()
+    assert holds(read("kmnist", None, cache=tmp_path / "cache"), contents)
+    assert list(home.glob(".download-*")) == []
+    assert mirror.requests == [f"{file}.gz" for file in (FILES[0], *FILES)]
+
+
+def test_waiting_for_another_process_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    contents = arrays(classes=10)
+    archives = publish(monkeypatch, "kmnist", contents)
+    monkeypatch.setattr(sources, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(sources, "_answer", lambda url: pytest.fail(f"asked for {url}"))
+    caplog.set_level(logging.INFO, "mnist_exp")
+    home = tmp_path / "KMNIST" / "raw"
+    home.mkdir(parents=True)
+    lock = FileLock(home / ".download.lock")
+    with ThreadPoolExecutor() as pool:
+        with lock:
+            waiting = pool.submit(read, "kmnist", None, cache=tmp_path)
+            wait_until(lambda: bool(caplog.messages))
+            for file, archive in zip(FILES, archives, strict=True):
+                (home / f"{file}.gz").write_bytes(archive)
+        assert holds(waiting.result(timeout=30), contents)
+    assert caplog.messages == [
+        f"waiting for {FILES[0]}.gz: another process is downloading to {home}"
+    ]
+
+
+def _flipped(archive: bytes) -> bytes:
+    return archive[:100] + bytes([archive[100] ^ 1]) + archive[101:]
+
+
+@pytest.mark.parametrize(
+    ("damage", "cut"),
+    [(_flipped, False), (lambda archive: archive[:-1], False), (lambda archive: archive, True)],
+    ids=["altered", "short", "cut off"],
+)
+def test_altered_download_leaves_nothing(
+    damage: Callable[[bytes], bytes],
+    cut: bool,
+    mirror: Mirror,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mirror.publish(monkeypatch, arrays(classes=10))
+    mirror.cut = cut
+    path = mirror.folder / f"{FILES[0]}.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    home = tmp_path / "cache" / "KMNIST" / "raw"
+    with pytest.raises(ConfigError, match=r"train-images.*(incomplete or altered|IncompleteRead)"):
         read("kmnist", None, cache=tmp_path / "cache")
-    assert everything_below(tmp_path / "cache") == []
-    (mirror / f"{FILES[0]}.gz").unlink()
+    assert list(home.iterdir()) == [home / ".download.lock"]
+    path.unlink()
     with pytest.raises(ConfigError, match=r"train-images.*404"):
         read("kmnist", None, cache=tmp_path / "cache")
+    assert list(home.iterdir()) == [home / ".download.lock"]
 
 
 @pytest.mark.parametrize(
@@ -609,10 +758,51 @@ def test_interrupted_download_leaves_nothing(
         def read(self, size: int | None = -1) -> bytes:
             if block := super().read(size):
                 return block
-            assert everything_below(tmp_path)  # the part so far
+            assert list(tmp_path.rglob(".download-*/*"))  # the part so far
             raise fault
 
     monkeypatch.setattr(sources, "_answer", lambda url: Response(b"the first bytes"))
     with pytest.raises(raised):
         read("kmnist", None, cache=tmp_path)
-    assert everything_below(tmp_path) == []
+    home = tmp_path / "KMNIST" / "raw"
+    assert list(home.iterdir()) == [home / ".download.lock"]
+
+
+def _a_file_for_a_folder(cache: Path) -> None:
+    cache.mkdir()
+    (cache / "KMNIST").touch()
+
+
+def _a_folder_for_the_lock(cache: Path) -> None:
+    (cache / "KMNIST" / "raw" / ".download.lock").mkdir(parents=True)
+
+
+def _read_only(cache: Path) -> None:
+    cache.mkdir(mode=0o555)
+
+
+def _read_only_below(cache: Path) -> None:
+    cache.joinpath("KMNIST").mkdir(parents=True)
+    cache.joinpath("KMNIST", "raw").mkdir(mode=0o555)
+
+
+not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (Path.touch, "Not a directory|File exists"),
+        (_a_file_for_a_folder, "Not a directory|File exists"),
+        (_a_folder_for_the_lock, "Is a directory"),
+        pytest.param(_read_only, "Permission denied", marks=not_root),
+        pytest.param(_read_only_below, "Permission denied", marks=not_root),
+    ],
+)
+def test_no_folder_to_download_to(
+    spoil: Callable[[Path], None], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_answer", lambda url: pytest.fail(f"asked for {url}"))
+    spoil(tmp_path / "cache")
+    with pytest.raises(ConfigError, match=rf"dataset\.name=kmnist: .*({fault}).*dataset\.root="):
+        read("kmnist", None, cache=tmp_path / "cache")

@@ -230,7 +230,10 @@ def test_result(result: Result, record: Run, store: str, folder: Path, mnist: An
     assert result.store == store
     assert result.output_dir == folder / "run"
     kept = {"checkpoint.pt", "checkpoint.pt.sha256", "config.yaml", "curves.png", "train.log"}
-    assert {path.name for path in result.output_dir.iterdir()} == kept | {".hydra"}
+    states = {f"state-{steps:09d}.pt{end}" for steps in (5, 10) for end in ("", ".sha256")}
+    own = {"journal.jsonl", "images", "model", "uncommitted.diff"} | states
+    found = {path.name for path in result.output_dir.iterdir() if path.name[0] != "."}
+    assert kept <= found <= kept | own
     assert not result.model.training
     assert {p.device.type for p in result.model.parameters()} == {"cpu"}
     assert accuracy(result.model, mnist.test) == result.test_accuracy

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import logging
+import shlex
 import signal
 import statistics
 import subprocess
@@ -27,10 +28,10 @@ from mlflow.entities import Run
 from omegaconf import OmegaConf
 
 import mnist_exp
-from mnist_exp import checkpoint, cli, data, grid, plots, run, stacked, sweep, training
+from mnist_exp import checkpoint, cli, data, grid, plots, record, run, stacked, sweep, training
 from mnist_exp import config as configs
 from mnist_exp.run import evaluate
-from mnist_exp.tracking import Store, Tracker
+from mnist_exp.tracking import Store
 
 BASE = [
     *("dataset.train_size=320", "dataset.val_size=500", "training.epochs=2"),
@@ -56,7 +57,8 @@ def traces() -> Iterator[None]:
     handlers, threads = logging.root.handlers[:], torch.get_num_threads()
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tracker, "model", lambda *arguments: None)
+        for module in (record, run):
+            patch.setattr(module, "record_model", lambda *arguments: None)
         for name in ("grid", "confusion", "curves"):
             patch.setattr(plots, name, lambda *arguments, **more: None)
         patch.setattr(plots, "pixels", functools.partial(_pixels, plots.pixels))
@@ -261,7 +263,7 @@ def test_each_job_has_its_log(seeds: Done, tmp_path: Path) -> None:
     for number, child in seeds.children.items():
         text = (seeds.own / str(number) / "train.log").read_text()
         lines = text.splitlines()
-        assert lines[0].startswith(f"run {child.info.run_id}  {child.info.run_name}  on cpu")
+        assert lines[0] == f"{child.info.run_name}  on cpu"
         epochs = [line for line in lines if line.startswith("epoch ")]
         curves = seeds.curves(child)
         assert len(epochs) == 2
@@ -347,17 +349,17 @@ def test_launchers_leave_the_same_records(launchers: dict[str, Done]) -> None:
         differ = {k for k, v in a.data.tags.items() if v != b.data.tags[k]}
         assert differ <= {
             *("mlflow.parentRunId", "output_dir", "stack_size", "choices", "overrides"),
-            *("git_dirty", "command_line"),
+            *("git_dirty", "command_line", "run_key"),
             *("mlflow.loggedImages", "mlflow.log-model.history"),
         }
         same_points(basic.curves(a), stacked.curves(b), SIZES)
         for done, child in ((basic, a), (stacked, b)):
             kept = {f.path for f in done.client.list_artifacts(child.info.run_id)}
             assert kept >= {"config.yaml", "train.log", "checkpoint", "curves.png", "images"}
-            folder = done.own / str(number)
-            assert {p.name for p in folder.iterdir()} == {
+            names = {p.name for p in (done.own / str(number)).iterdir()}
+            assert names >= {
                 *("checkpoint.pt", "checkpoint.pt.sha256", "config.yaml", "curves.png"),
-                *("train.log", ".hydra"),
+                *("train.log", ".hydra", "journal.jsonl"),
             }
 
 
@@ -817,13 +819,16 @@ def test_stop_on_error(launcher: str, tmp_path: Path) -> None:
     assert done.parent.info.status == "FAILED"
 
 
-def test_stopped_sweep_does_not_stop_the_next_one(tmp_path: Path) -> None:
-    words = [*SMALL, "training.epochs=1"]
-    first = train_all(tmp_path, *words, "optimizer.lr=1e30,2e30", "sweep.on_error=stop")
-    assert first.status == 1
+def test_a_sweep_is_not_overwritten_by_the_next_one(tmp_path: Path) -> None:
+    words = [*SMALL, "training.epochs=1", "hydra/launcher=basic"]
+    first = train_all(tmp_path, *words, "optimizer.lr=0.1,0.2")
+    assert first.status == 0, first.err
+    record = (first.own / "journal.jsonl").read_bytes()
     same = f"hydra.sweep.dir='{first.own}'"
-    again = train_all(tmp_path / "again", *words, same, "optimizer.lr=0.1,0.2")
-    assert again.status == 0, again.err
+    store = f"tracking.uri='{fresh_store(tmp_path / 'again')}'"
+    status, _, err = call("train", "-m", *words, same, store, "optimizer.lr=0.3,0.4")
+    assert status == 2 and f"mnist-exp resume {first.own}" in err
+    assert (first.own / "journal.jsonl").read_bytes() == record
 
 
 def test_jobs_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
@@ -847,9 +852,9 @@ def test_interrupted_sweep(when: str, tmp_path: Path, monkeypatch: pytest.Monkey
     fit = training.fit
 
     def signalled(*arguments: Any, **more: Any) -> Iterator[Any]:
-        for record in fit(*arguments, **more):
-            yield record
-            if isinstance(record, training.Epoch) and when == "training":
+        for event in fit(*arguments, **more):
+            yield event
+            if isinstance(event, training.Epoch) and when == "training":
                 raise KeyboardInterrupt
 
     def late(*arguments: Any, **more: Any) -> None:
@@ -859,7 +864,9 @@ def test_interrupted_sweep(when: str, tmp_path: Path, monkeypatch: pytest.Monkey
     if when == "test":
         monkeypatch.setattr(run, "finish", late)
     done = train_all(tmp_path, *SMALL, "seed=0,1", "training.batch_size=32,64", ONE_AT_A_TIME)
-    assert (done.status, done.err.splitlines()[-1]) == (130, "mnist-exp: interrupted")
+    *_, said, again = done.err.splitlines()
+    assert (done.status, said) == (130, "mnist-exp: interrupted. To go on with it:")
+    assert shlex.split(again)[-2:] == ["resume", str(done.own)]
     assert done.parent.info.status == "KILLED"
     statuses = [c.info.status for c in done.children.values()]
     assert statuses == (["KILLED"] * 2 if when == "training" else ["FINISHED"] * 4)

@@ -1,0 +1,163 @@
+"""Journals on their way to MLflow: in the background while runs are trained, or later."""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from mnist_exp import journal
+from mnist_exp.journal import Index
+from mnist_exp.tracker import Story
+from mnist_exp.tracking import Delivered, NotYet, Store, check_store, deliver, first_line
+
+log = logging.getLogger(__name__)
+
+PAUSE = 2.0  # seconds between two looks at the journals
+SWITCH_SECONDS = 2e-4  # between threads that want Python's lock
+FORK_SECONDS = 5.0  # at most, that a fork waits for a delivery to end
+
+
+def pending(index: Index, uri: str = "") -> list[tuple[str, Path]]:
+    """Of the runs that MLflow does not have whole: store and folder, sweeps before their jobs.
+
+    `uri`: of this store alone, and only what no process is at work on.
+    """
+    found = []
+    for entry in sorted(index.entries(), key=lambda entry: entry.kind != "sweep"):
+        story = Story.of(entry.folder)
+        idle = bool(story.status) or journal.is_alive(entry.owner) is False
+        if story.key and (not uri or (story.uri == uri and idle)):
+            found.append((story.uri, entry.folder))
+    return found
+
+
+def sync(index: Index) -> tuple[int, dict[Path, str]]:
+    """Delivers what every store lacks. How many runs, and why not, by the folder, for the rest."""
+    stores: dict[str, Store] = {}
+    count, problems = 0, {}
+    for uri, folder in pending(index):
+        try:
+            if uri not in stores:
+                stores[uri] = Store(uri)
+            deliver(folder, index, stores[uri])
+            count += 1
+        except Exception as error:  # whatever a network, a server or a database can raise
+            problems[folder] = first_line(error)
+    return count, problems
+
+
+class Courier(threading.Thread):
+    """Delivers the journals of some runs while they are written, in the background.
+
+    Whatever happens to the server, nothing is raised, and nobody waits: what cannot be delivered
+    stays in the journals, for a later try, or for `mnist-exp sync`. What earlier commands could not
+    deliver to this store is delivered as well.
+    """
+
+    def __init__(self, uri: str, index: Index, say: Callable[[str], None]) -> None:
+        super().__init__(daemon=True, name="courier")
+        self.uri, self.index, self.say = uri, index, say
+        self.folders: list[Path] = []
+        self.problem = ""  # why the newest try has failed
+        self._store: Store | None = None
+        self._earlier: list[Path] | None = None
+        self._closing = threading.Event()
+        self._wake = threading.Event()
+        self._working = threading.Lock()
+
+    def watch(self, folders: Sequence[Path]) -> None:
+        """Also delivers these; a sweep's own comes before those of its jobs."""
+        self.folders = [*self.folders, *(f for f in folders if f not in self.folders)]
+
+    def run(self) -> None:
+        # Whoever trains lets go of Python's lock in every operation, and would wait 5 ms to have it
+        # back from a thread that is busy, as this one is when it imports MLflow.
+        sys.setswitchinterval(SWITCH_SECONDS)
+        wait = PAUSE
+        while True:
+            last = self._closing.is_set()
+            with self._working:
+                self._round()
+            wait = PAUSE if not self.problem else min(2 * wait, 30.0)
+            if last and not (self.problem or self.undelivered()):
+                return
+            self._wake.wait(wait if not last else min(wait, 1.0))
+            self._wake.clear()
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        """While it does nothing, so that a process can be forked. Waits for seconds at most."""
+        return _within(self._working, FORK_SECONDS)
+
+    def undelivered(self) -> list[Path]:
+        """The folders whose journals MLflow does not have yet, to the end."""
+        return [folder for folder in self.folders if _has_news(folder, self.uri)]
+
+    def flush(self, seconds: float) -> None:
+        """Returns once MLflow has all that is written by now, or does not take it; after some
+        seconds at the latest."""
+        end = time.monotonic() + seconds
+        while self.undelivered() and time.monotonic() < end:
+            self._wake.set()
+            time.sleep(0.02)
+            if self.problem:
+                return
+
+    def begin(self) -> None:
+        """Starts, unless it has."""
+        if self.ident is None:
+            self.start()
+
+    def close(self, seconds: float) -> list[Path]:
+        """Delivers the rest, for some seconds at most. Returns what is undelivered even so."""
+        self._closing.set()
+        self._wake.set()
+        if self.ident is not None:
+            self.join(seconds)
+        return self.undelivered()
+
+    def _round(self) -> None:
+        """Tries to deliver all that is new, and says so when the server goes, and comes back."""
+        problem, failures = "", 0
+        if self._earlier is None:
+            self._earlier = [folder for _, folder in pending(self.index, self.uri)]
+        earlier = [folder for folder in self._earlier if _has_news(folder, self.uri)]
+        for folder in [*self.undelivered(), *earlier]:
+            if failures == 2:  # in a row: it is not the run, it is the server
+                break
+            try:
+                if self._store is None:
+                    check_store(self.uri)  # where nobody answers, MLflow need not be imported
+                    self._store = Store(self.uri)
+                deliver(folder, self.index, self._store)
+                failures = 0
+            except NotYet as error:
+                problem = problem or str(error)
+            except Exception as error:  # whatever a network, a server or a database can raise
+                log.debug("not delivered: %s", folder, exc_info=error)
+                problem, failures = first_line(error), failures + 1
+        if problem and not self.problem:
+            self.say(
+                f"MLflow at {self.uri} does not take the record ({problem}). It is kept in the "
+                f"output folder, and delivered when MLflow answers"
+            )
+        elif self.problem and not problem:
+            self.say(f"MLflow at {self.uri} answers again")
+        self.problem = problem
+
+
+def _has_news(folder: Path, uri: str) -> bool:
+    return journal.size(folder) > Delivered.of(folder, uri).offset
+
+
+@contextmanager
+def _within(lock: threading.Lock, seconds: float) -> Iterator[None]:
+    taken = lock.acquire(timeout=seconds)
+    try:
+        yield
+    finally:
+        if taken:
+            lock.release()

@@ -1,0 +1,104 @@
+"""Runs and sweeps that stopped before their end: which one is meant, and going on with it."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from mnist_exp import journal, results, run, sweep
+from mnist_exp.console import Reporter
+from mnist_exp.errors import ConfigError
+from mnist_exp.job import prepare, remembering
+from mnist_exp.journal import Index
+from mnist_exp.record import Result
+from mnist_exp.sweep import Swept
+from mnist_exp.tracker import Story
+from mnist_exp.tracking import Delivered, Store, has_runs
+
+
+def find(word: str, uri: str, index: Index) -> Path:
+    """The folder of the run or sweep that a person means: `last`, an id, its beginning, a folder.
+
+    First among those that MLflow does not have whole, for which no server is needed.
+    Raises ConfigError.
+    """
+    if (Path(word) / journal.NAME).exists():
+        return Path(word).resolve()
+    waiting = {entry.folder: Story.of(entry.folder) for entry in index.entries()}
+    if word != "last":
+        names = {f: (story.key, Delivered.of(f).run_id) for f, story in waiting.items()}
+        matching = [f for f, ids in names.items() if any(i.startswith(word) for i in ids if i)]
+        if len(matching) > 1:
+            raise ConfigError(f"{word}: {len(matching)} runs begin like this; give more of it")
+        if matching:
+            return _whole(matching[0])
+    here = [f for f, story in waiting.items() if not story.parent]
+    newest = max(here, key=lambda folder: waiting[folder].began, default=None)
+    if has_runs(uri):
+        try:
+            found = Store(uri).find(word, sweep=None)
+        except ConfigError:
+            if word != "last" or newest is None:
+                raise
+        else:
+            if newest is None or found.info.start_time > waiting[newest].began:
+                return _whole(_folder_of(found))
+    if word == "last" and newest is not None:
+        return newest
+    raise ConfigError(f"{word}: there is no such run, neither in {uri} nor in {index.folder}")
+
+
+def _folder_of(found: Any) -> Path:
+    folder = Path(found.data.tags.get("output_dir", ""))
+    if not (folder / journal.NAME).exists():
+        raise ConfigError(
+            f"run {found.info.run_id}: its folder is not on this machine ({folder}), so there is "
+            f"nothing to go on from"
+        )
+    return folder
+
+
+def _whole(folder: Path) -> Path:
+    parent = Story.of(folder).parent
+    if parent:
+        name = Delivered.of(Path(parent)).run_id[:8] or parent
+        raise ConfigError(f"{folder}: this is a job of a sweep. To go on: mnist-exp resume {name}")
+    return folder
+
+
+def resume(folder: Path, failed: bool, reporter: Reporter) -> Result | Swept | None:
+    """Goes on with a run, or a sweep, to the end it would have had. None: it has reached it.
+
+    failed: of a sweep, also the jobs that failed. Raises ConfigError with nothing changed where it
+    cannot be.
+    """
+    if (folder / results.MANIFEST).exists():
+        return sweep.resume_sweep(folder, failed, reporter)
+    story = Story.of(folder)
+    name = f"run {Delivered.of(folder).run_id[:8] or story.key[:8]}  {story.name}"
+    if story.status == "FINISHED":
+        reporter.line(f"{name}: it is finished; there is nothing to go on with")
+        return None
+    if story.reason.startswith("diverged"):
+        raise ConfigError(f"{name}: it {story.reason}. It would again: train with other numbers")
+    job = prepare(thaw(folder), remembering())
+    epochs = max((step for step, _ in story.history("train/loss")), default=0)
+    reporter.line(
+        f"{name}: goes on in {folder}; {epochs} of {job.config.training.epochs} epochs are recorded"
+    )
+    return run.conduct(job, folder, reporter, resume=True)
+
+
+def thaw(folder: Path) -> DictConfig:
+    """The composed config of a run, as it was when it began. Raises ConfigError."""
+    try:
+        config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+        own = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
+        assert isinstance(config, DictConfig) and isinstance(own, DictConfig)
+        with open_dict(config):
+            config.hydra = own.hydra
+    except Exception as error:  # whatever a file can hold
+        raise ConfigError(
+            f"{folder / '.hydra'}: the run's config cannot be read ({error})"
+        ) from error
+    return config

@@ -1,0 +1,191 @@
+"""Runs that are stopped at random moments, resumed, and compared with one that was not."""
+
+import logging
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch._dynamo  # an optimizer imports it, which a forked process need not do again
+
+from mnist_exp import checkpoint, cli, journal, plots, record, run
+from mnist_exp import config as configs
+from mnist_exp.tracker import Story
+
+BASE = [
+    *("dataset.train_size=320", "dataset.val_size=200", "training.epochs=40"),
+    *("training.device=cpu", "training.threads=1", "training.compile=never"),
+    *("model.hidden=[16]", "optimizer=adam", "schedule=cosine", "tracking.flush_seconds=0"),
+]
+TIMED = ("epoch_seconds", "images_per_second")  # what no two runs have alike
+# nobody answers there, which leaves MLflow out: it takes seconds to import
+NOBODY = "http://127.0.0.1:9"
+
+
+class Forked:
+    """`mnist-exp WORD ...` as a process that is forked from this one, which has torch at hand.
+
+    It saves no MLflow model and draws no pictures, which take longer than all else in a small run.
+    Its index of runs is in its folder.
+    """
+
+    def __init__(self, words: Sequence[str], folder: Path) -> None:
+        self.text = folder / "said.txt"
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                self._be(words, folder)
+            finally:
+                os._exit(99)
+        self.status: int | None = None
+
+    def _be(self, words: Sequence[str], folder: Path) -> None:
+        file = self.text.open("w", buffering=1)
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        sys.stdout = sys.stderr = file
+        os.chdir(folder)
+        torch.set_num_threads(1)  # those of OpenMP are not there after a fork
+        logging.getLogger().handlers.clear()
+        configs.output_root = lambda: folder  # where the index of runs is
+        figures = [(plots, name) for name in ("grid", "confusion", "curves", "sweep_curves")]
+        models = [(module, "record_model") for module in (record, run)]
+        for owner, name in (*figures, *models):
+            setattr(owner, name, lambda *arguments, **more: None)
+        plots.save = lambda figure, path: path.write_bytes(b"a picture")
+        plots.pixels = lambda figure: np.zeros((8, 8, 3), np.uint8)
+        status = 99
+        try:
+            cli.main(list(words))
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        except BaseException:
+            traceback.print_exc(file=file)
+        file.flush()
+        os._exit(status)
+
+    def poll(self) -> int | None:
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+        return self.status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Its exit status, negative for a signal."""
+        self.until(lambda: False)
+        assert self.status is not None
+        return self.status
+
+    def until(self, happened: Callable[[], bool]) -> None:
+        """Returns once something has happened, or it has ended."""
+        end = time.monotonic() + 60
+        while self.poll() is None and not happened():
+            if time.monotonic() > end:
+                self.send_signal(signal.SIGKILL)
+                raise AssertionError(f"it hangs: {self.text.read_text()}")
+            time.sleep(0.002)
+
+
+@dataclass
+class Fault:
+    """A signal, at a random moment of a run's life."""
+
+    name: str
+    random: random.Random
+    epochs: int | None = None  # recorded when it comes; None: any moment from the first on
+    status: int = 0  # as the process has ended
+    seconds: float = field(default=0.0)  # that it took to end
+
+
+def words_of(folder: Path, *words: str) -> list[str]:
+    return [*BASE, f"tracking.uri={NOBODY}", f"hydra.run.dir={folder}/the run", *words]
+
+
+def reference(folder: Path) -> Path:
+    """The run that nothing happens to."""
+    process = Forked(["train", *words_of(folder)], folder)
+    assert process.wait() == 0, process.text.read_text()
+    return folder / "the run"
+
+
+def interrupted_run(folder: Path, fault: Fault) -> Path:
+    """The same run, with a fault. Where that comes too late, it has ended well, which is fine."""
+    own = folder / "the run"
+    process = Forked(["train", *words_of(folder)], folder)
+    process.until((own / "journal.jsonl").exists)
+    if fault.epochs is None:
+        time.sleep(fault.random.uniform(0, 1.5))
+    else:
+        wanted = fault.epochs
+        process.until(lambda: _epochs(own) >= wanted)
+        assert process.poll() is None, "it was over too soon"
+    began = time.monotonic()
+    process.send_signal(getattr(signal, fault.name))
+    fault.status = process.wait()
+    fault.seconds = time.monotonic() - began
+    return own
+
+
+def _epochs(own: Path) -> int:
+    return len(Story.of(own).metrics.get("train/loss", {}))
+
+
+def resume(folder: Path) -> str:
+    """What it says."""
+    process = Forked(["resume", str(folder)], folder.parent)
+    assert process.wait() == 0, process.text.read_text()
+    return process.text.read_text()
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    places = [folder, *sorted((folder.parent / ".stacks").glob("*"))]
+    for place in places:
+        state, problems = checkpoint.newest(place, lambda found: "")
+        if state is not None:
+            assert problems == []
+            return state
+    raise AssertionError(f"{folder}: no state")
+
+
+def differences(folder: Path, other: Path) -> list[str]:
+    """In what two records, and all that training leaves, are not the same to the last bit."""
+    a, b = Story.of(folder), Story.of(other)
+    found = [] if a.status == b.status == "FINISHED" else [f"status {a.status} {b.status}"]
+    for key in sorted({*a.metrics, *b.metrics} - {*TIMED}):
+        if a.history(key) != b.history(key):
+            found.append(f"{key}: {a.history(key)} and {b.history(key)}")
+    for key in TIMED:
+        if a.metrics.get(key, {}).keys() != b.metrics.get(key, {}).keys():
+            found.append(f"{key}: other epochs")
+    if doubled := list(_doubled(folder)):
+        found.append(f"recorded twice: {doubled}")
+    x, y = (checkpoint.load(f / "checkpoint.pt")["model"] for f in (folder, other))
+    found += [f"weights {key}" for key in x if not torch.equal(x[key], y[key])]
+    states = [state_of(f)["core"]["step"]["carried"] for f in (folder, other)]
+    if len(states[0]) != len(states[1]) or not all(map(torch.equal, *states)):
+        found.append("parameters, buffers or the optimizer's memory")
+    return found
+
+
+def _doubled(folder: Path) -> Iterator[tuple[str, int]]:
+    seen = set()
+    for entry in journal.read(folder)[0]:
+        if entry.kind == "metrics":
+            for key in entry.fields["values"]:
+                point = key, entry.fields["step"]
+                if point in seen:
+                    yield point
+                seen.add(point)
