@@ -65,7 +65,7 @@ class Courier(threading.Thread):
         self.problem = ""  # why the newest try has failed
         self._store: Store | None = None
         self._earlier: list[Path] | None = None
-        self._closing = threading.Event()
+        self._closing, self._late = threading.Event(), threading.Event()
         self._wake = threading.Event()
         self._working = threading.Lock()
 
@@ -83,7 +83,7 @@ class Courier(threading.Thread):
             with self._working:
                 self._round()
             wait = PAUSE if not self.problem else min(2 * wait, 30.0)
-            if last and not (self.problem or self.undelivered()):
+            if self._late.is_set() or (last and not (self.problem or self.undelivered())):
                 return
             self._wake.wait(wait if not last else min(wait, 1.0))
             self._wake.clear()
@@ -117,6 +117,8 @@ class Courier(threading.Thread):
         self._wake.set()
         if self.ident is not None:
             self.join(seconds)
+        self._late.set()
+        self._wake.set()
         return self.undelivered()
 
     def _round(self) -> None:
