@@ -1,5 +1,5 @@
 # Everything runs in .venv, which `make setup` makes from requirements.lock.
-.PHONY: setup train test bench lock clean
+.PHONY: setup train test bench torture lock clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,6 +15,9 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench --output benchmarks/RESULTS.md
+
+torture: setup
+	$(BIN)/python -m benchmarks.torture
 
 setup: .venv/ready
 

@@ -16,7 +16,7 @@ from mnist_exp.tracking import Delivered, NotYet, Store, check_store, deliver, f
 
 log = logging.getLogger(__name__)
 
-PAUSE = 2.0  # seconds between two looks at the journals
+PAUSE = 5.0  # seconds between two looks at the journals: each costs 10 ms a run that has news
 SWITCH_SECONDS = 2e-4  # between threads that want Python's lock
 FORK_SECONDS = 5.0  # at most, that a fork waits for a delivery to end
 

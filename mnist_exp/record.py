@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -119,6 +119,15 @@ class Record:
         self.is_open = True
         self.outcome: Result | Exception = RunFailed("not trained")
 
+    @classmethod
+    def of_ended(cls, job: Job, folder: Path, *_: Any, **more: Any) -> Self:
+        """Of a run that had ended before its stack was interrupted: nothing more comes."""
+        record = cls.__new__(cls)
+        record.job, record.folder, record.is_open = job, folder, False
+        record.history, record.best = [], {}
+        record.outcome = RunFailed("it had ended before")
+        return record
+
     def __enter__(self) -> None:
         pass
 
@@ -148,6 +157,8 @@ class Record:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint; what the journal has lost of its epochs is written again."""
         self.history, self.best = list(state["history"]), dict(state["best"])
+        if not self.is_open:
+            return
         self.log.write(f"resumed after epoch {len(self.history)}\n")
         for values in self.history:
             own = {key: value for key, value in values.items() if key != "epoch"}

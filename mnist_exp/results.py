@@ -104,6 +104,14 @@ def open_parent(first: Job, manifest: Manifest, folder: Path) -> Tracker:
     return parent
 
 
+def outcome_in(folder: Path) -> Outcome:
+    """What the record of a job says that it has come to."""
+    story = Story.of(folder)
+    if not story.status:
+        return Outcome("FAILED", "its record has no end")
+    return Outcome(story.status, story.reason)
+
+
 def mark_killed(folder: Path, reason: str) -> Outcome:
     """Ends the record of a job whose process died without a word, unless it had ended before."""
     story = Story.of(folder)

@@ -117,7 +117,11 @@ def execute(
         with signals.deferred():
             for job, folder, own in zip(jobs, folders, tags, strict=True):
                 told = facts | dict(own)
-                record = Record(job, folder, told, diff, parent=parent, finished=finished)
+                story = Story.of(folder) if resume and len(jobs) > 1 else Story()
+                # one that had ended before the others of its stack were interrupted stays as it is
+                ended = story.status in ("FINISHED", "FAILED")
+                make = Record.of_ended if ended else Record
+                record = make(job, folder, told, diff, parent=parent, finished=finished)
                 records.append(record)
             stack = Stack(first.build, [job.config.seed for job in jobs], first.device)
             _train(stack, dataset, records, reporter, place, state)
@@ -169,11 +173,13 @@ def _train(
     jobs = [record.job for record in records]
     own = jobs[0].config.training
     every = configs.checkpoint_every(own.checkpoint_every)
-    for k, record in _open(records):
+    for _, record in _open(records):
         with record:
             record.start(dataset)
-            if state is not None:
-                record.restore(state["records"][k])
+    if state is not None:
+        for record, own_state in zip(records, state["records"], strict=True):
+            with record:
+                record.restore(own_state)
 
     def save(event: training.Progress | training.Epoch, steps: int) -> None:
         core = event.state()
@@ -222,8 +228,9 @@ def _train(
             reporter.line(event.text)
             continue
         reporter.epoch(event)
-        last = event.epoch == own.epochs or not _open(records)
-        if last or signals.asked() or (every.epochs and event.epoch % every.epochs == 0):
+        due = event.epoch == own.epochs or (every.epochs and event.epoch % every.epochs == 0)
+        # where all have failed, a later try begins with the epoch that they failed in
+        if _open(records) and (due or signals.asked()):
             saved = event.epoch * in_an_epoch
             save(event, saved)
         signals.check()

@@ -233,7 +233,7 @@ def _train_stack(
         half = len(stack) // 2
         first = _train_stack(task, stack[:half], reporter, threads)
         return first | _train_stack(task, stack[half:], reporter, threads)
-    outcomes = {number: outcome_of(result) for number, result in zip(numbers, found, strict=True)}
+    outcomes = {p.number: results.outcome_in(p.folder) for p in stack}
     for p in stack:
         if outcomes[p.number].reason:
             reporter.line(f"{p.said}: {outcomes[p.number].reason}")

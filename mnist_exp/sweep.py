@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -256,7 +256,7 @@ def resume_sweep(folder: Path, failed: bool, reporter: Reporter) -> Swept:
         isolated=False,
         jobs=planned,
         command_line=list(sys.argv),
-        stacks=[own for stack in stacks if (own := _unfinished(stack, waiting, found))],
+        stacks=list(_unfinished(stacks, found, failed)),
         resume=True,
     )
     (folder / STOP).unlink(missing_ok=True)
@@ -272,13 +272,15 @@ def resume_sweep(folder: Path, failed: bool, reporter: Reporter) -> Swept:
     return _conduct(task, first, manifest, launch, reporter)
 
 
-def _unfinished(stack: Sequence[int], waiting: Set[int], found: Mapping[int, Story]) -> list[int]:
-    """What of a stack to train: all of it as long as it is the same stack, what failed included."""
-    if not waiting & set(stack):
-        return []
-    together = [number for number in stack if found[number].status != "FINISHED"]
-    same = len(together) == len(stack)
-    return list(stack) if same else [number for number in stack if number in waiting]
+def _unfinished(
+    stacks: Sequence[Sequence[int]], found: Mapping[int, Story], failed: bool
+) -> Iterator[list[int]]:
+    """The stacks to train: as they were, where a job has not ended; and jobs that failed, alone."""
+    for stack in stacks:
+        if any(found[number].status not in ("FINISHED", "FAILED") for number in stack):
+            yield list(stack)
+        if failed:
+            yield from ([number] for number in stack if found[number].status == "FAILED")
 
 
 def _conduct(

@@ -303,6 +303,25 @@ def test_a_sweep_goes_on_where_it_stopped(how: str, whole_sweep: Path, tmp_path:
     assert "0 to run" in resume(folder)
 
 
+def test_a_job_that_failed_stays_so_in_a_stack_that_goes_on(tmp_path: Path) -> None:
+    words = [*GRID[:-2], "optimizer.lr=0.01,1e30", "optimizer=sgd", "training.epochs=4000"]
+    process = Forked(["train", "-m", *words, f"hydra.sweep.dir={tmp_path}/cut"], tmp_path)
+    good, bad = (tmp_path / "cut" / str(n) for n in range(2))
+    process.until(lambda: len(Story.of(good).history("train/loss")) > 20)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert (Story.of(good).status, Story.of(bad).status) == ("KILLED", "FAILED")
+    before = (bad / journal.NAME).read_bytes()
+    again = Forked(["resume", str(tmp_path / "cut")], tmp_path)
+    epochs = len(Story.of(good).history("train/loss"))
+    again.until(lambda: len(Story.of(good).history("train/loss")) > epochs + 20)
+    again.send_signal(signal.SIGINT)
+    assert again.wait() == 130
+    assert (bad / journal.NAME).read_bytes() == before
+    steps = [step for step, _ in Story.of(good).history("train/loss")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > epochs + 20
+
+
 def test_full_disk(tmp_path: Path) -> None:
     """It ends at once and loudly; the checkpoint before is whole."""
     disk = tmp_path / "disk"
