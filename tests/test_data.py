@@ -667,28 +667,62 @@ def test_eight_processes_download_once(
     assert sorted(mirror.requests) == sorted(f"{file}.gz" for file in FILES)
 
 
-def test_a_killed_download_is_done_again(
-    mirror: Mirror, processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    contents = arrays(2500, classes=10)
-    mirror.publish(monkeypatch, contents)
-    asked = sources.SPECS["kmnist"], mirror.url, tmp_path / "cache"
-    home = tmp_path / "cache" / "KMNIST" / "raw"
+@contextlib.contextmanager
+def killed_halfway(mirror: Mirror, processes: Any, cache: Path) -> Iterator[None]:
+    """Where another process is in the middle of a download. At the end it is killed there."""
+    home = cache / "KMNIST" / "raw"
     mirror.whole.clear()
-    process = processes.Process(target=fetch, args=asked)
+    process = processes.Process(target=fetch, args=(sources.SPECS["kmnist"], mirror.url, cache))
     process.start()
     try:
         wait_until(lambda: any(path.stat().st_size for path in home.glob(".download-*/*")))
+        yield
     finally:
         process.kill()
         process.join()
+        mirror.whole.set()
     assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_killed_download_is_done_again(
+    mirror: Mirror, processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = arrays(2500, classes=10)  # more than is written at once
+    mirror.publish(monkeypatch, contents)
+    home = tmp_path / "cache" / "KMNIST" / "raw"
+    with killed_halfway(mirror, processes, tmp_path / "cache"):
+        pass
     assert {path.name[:10] for path in home.iterdir()} == {".download.", ".download-"}
 
-    mirror.whole.set()
     assert holds(read("kmnist", None, cache=tmp_path / "cache"), contents)
     assert list(home.glob(".download-*")) == []
     assert mirror.requests == [f"{file}.gz" for file in (FILES[0], *FILES)]
+
+
+def test_who_waits_for_a_killed_download_does_it(
+    mirror: Mirror,
+    processes: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    contents = arrays(2500, classes=10)
+    mirror.publish(monkeypatch, contents)
+    monkeypatch.setattr(sources, "WAIT_SECONDS", 0.1)
+    caplog.set_level(logging.INFO, "mnist_exp")
+    home = tmp_path / "cache" / "KMNIST" / "raw"
+    with ThreadPoolExecutor() as pool:
+        with killed_halfway(mirror, processes, tmp_path / "cache"):
+            waiting = pool.submit(read, "kmnist", None, cache=tmp_path / "cache")
+            wait_until(lambda: bool(caplog.messages))
+            time.sleep(0.3)  # time enough to say it again, or to download as well
+            assert mirror.requests == [f"{FILES[0]}.gz"]
+        assert holds(waiting.result(timeout=30), contents)
+    assert caplog.messages == [
+        f"waiting for {FILES[0]}.gz: another process is downloading to {home}",
+        *(f"downloading {mirror.url}{file}.gz to {home}" for file in FILES),
+    ]
+    assert list(home.glob(".download-*")) == []
 
 
 def test_waiting_for_another_process_is_said_once(
@@ -742,6 +776,36 @@ def test_altered_download_leaves_nothing(
     with pytest.raises(ConfigError, match=r"train-images.*404"):
         read("kmnist", None, cache=tmp_path / "cache")
     assert list(home.iterdir()) == [home / ".download.lock"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"nonsense",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n99\r\nthe first bytes",
+    ],
+    ids=["not HTTP", "cut in a chunk"],
+)
+def test_broken_answer_leaves_nothing(
+    answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def reply(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+        server.settimeout(30)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        monkeypatch.setattr(sources, "_url", lambda spec, archive: url + archive)
+        replied = pool.submit(reply, server)
+        with pytest.raises(ConfigError, match=r"train-images.*cannot be downloaded from.*by hand"):
+            read("kmnist", None, cache=tmp_path)
+        replied.result()
+    assert everything_below(tmp_path) == [tmp_path / "KMNIST" / "raw" / ".download.lock"]
 
 
 @pytest.mark.parametrize(
