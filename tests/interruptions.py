@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch._dynamo  # an optimizer imports it, which a forked process need not do again
 
-from mnist_exp import checkpoint, cli, journal, plots, record, run
+from mnist_exp import checkpoint, cli, courier, journal, plots, record, run
 from mnist_exp import config as configs
 from mnist_exp.tracker import Story
 
@@ -56,6 +56,7 @@ class Forked:
         torch.set_num_threads(1)  # those of OpenMP are not there after a fork
         logging.getLogger().handlers.clear()
         configs.output_root = lambda: folder  # where the index of runs is
+        courier.PAUSE = 0.1  # seconds: such a run is over before the usual pause
         figures = [(plots, name) for name in ("grid", "confusion", "curves", "sweep_curves")]
         models = [(module, "record_model") for module in (record, run)]
         for owner, name in (*figures, *models):
