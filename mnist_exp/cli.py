@@ -271,18 +271,28 @@ def _show(words: list[str]) -> int:
     return 0
 
 
-def _open_store(overrides: Sequence[str]) -> Any:
-    """The store that a verb looks into. Raises ConfigError; creates none."""
+def _store_uri(overrides: Sequence[str], required: bool = True) -> str:
+    """The store that a verb looks into. Raises ConfigError; `required`: also where no server
+    answers."""
     from mnist_exp import config as configs
-    from mnist_exp import courier, tracking
-    from mnist_exp.tracker import index_at
+    from mnist_exp import tracking
 
     config = configs.validate(configs.task_config(configs.compose(overrides)))
     uri = tracking.store_uri(config.tracking.uri, configs.output_root())
-    tracking.check_store(uri)
+    tracking.check_store(uri, required=required)
+    return uri
+
+
+def _open_store(overrides: Sequence[str]) -> Any:
+    """That store, opened, with what is waiting for it. Raises ConfigError; creates none."""
+    from mnist_exp import courier, tracking
+    from mnist_exp.config import output_root
+    from mnist_exp.tracker import index_at
+
+    uri = _store_uri(overrides)
     if not tracking.has_runs(uri):
         raise ConfigError(f"{uri}: there are no runs yet. To make one: mnist-exp train")
-    store, index = tracking.Store(uri), index_at(configs.output_root())
+    store, index = tracking.Store(uri), index_at(output_root())
     for _, folder in courier.pending(index, uri):
         tracking.deliver(folder, index, store)
     return store
@@ -336,19 +346,15 @@ def _resume(words: list[str]) -> int:
     parser.add_argument("--failed", action="store_true", help="of a sweep, also jobs that failed")
     asked = parser.parse_intermixed_args(words)
 
-    from mnist_exp import config as configs
-    from mnist_exp import tracking
-    from mnist_exp.tracker import index_at
-
-    config = configs.validate(configs.task_config(configs.compose(asked.overrides)))
-    uri = tracking.store_uri(config.tracking.uri, configs.output_root())
-    tracking.check_store(uri, required=False)
+    uri = _store_uri(asked.overrides, required=False)  # before torch's seconds of import
 
     from mnist_exp import resume
+    from mnist_exp.config import output_root
     from mnist_exp.console import Terminal
     from mnist_exp.sweep import Swept
+    from mnist_exp.tracker import index_at
 
-    folder = resume.find(asked.run, uri, index_at(configs.output_root()))
+    folder = resume.find(asked.run, uri, index_at(output_root()))
     ended = resume.resume(folder, asked.failed, Terminal())
     if ended is None:
         return 0

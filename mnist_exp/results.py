@@ -46,8 +46,15 @@ class Manifest:
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{folder / MANIFEST}: cannot be read: {error}") from error
 
-    def with_stacks(self, stacks: Sequence[Sequence[int]]) -> "Manifest":
-        return replace(self, stacks=stacks)
+    @property
+    def valid(self) -> list[Mapping[str, Any]]:
+        """The jobs that can be run, by their number."""
+        return [job for job in self.jobs if not job["problem"]]
+
+    @property
+    def invalid(self) -> list[Mapping[str, Any]]:
+        """The other jobs, which are numbered after those."""
+        return [job for job in self.jobs if job["problem"]]
 
     def save(self, folder: Path) -> None:
         part = folder / f"{MANIFEST}.part"
@@ -167,9 +174,8 @@ def _from_store(store: Store, parent: str, manifest: Manifest) -> list[JobRecord
 
 def _from_journals(manifest: Manifest, outcomes: Mapping[int, Outcome]) -> list[JobRecord]:
     """`outcomes`: what the launcher says of jobs, by their number."""
-    valid = [job for job in manifest.jobs if not job["problem"]]
     found = {}
-    for number, job in enumerate(valid):
+    for number, job in enumerate(manifest.valid):
         folder = Path(job["folder"])
         story = Story.of(folder)
         if story.key:
@@ -188,14 +194,12 @@ def _from_journals(manifest: Manifest, outcomes: Mapping[int, Outcome]) -> list[
 
 def _records(manifest: Manifest, found: Mapping[int, JobRecord]) -> list[JobRecord]:
     """Every job of a sweep. `found`: what is known of those that were run, by their number."""
-    valid = [job for job in manifest.jobs if not job["problem"]]
-    invalid = [job for job in manifest.jobs if job["problem"]]
     records = []
-    for number, job in enumerate(valid):
+    for number, job in enumerate(manifest.valid):
         unknown = JobRecord(number, {}, job.get("status", "NOT RUN"), job.get("reason", ""))
         records.append(replace(found.get(number, unknown), values=job["values"]))
-    for i, job in enumerate(invalid):
-        records.append(JobRecord(len(valid) + i, job["values"], "INVALID", job["problem"]))
+    for number, job in enumerate(manifest.invalid, start=len(records)):
+        records.append(JobRecord(number, job["values"], "INVALID", job["problem"]))
     return records
 
 
@@ -217,9 +221,8 @@ def conclude(
     reporter.stop()
     folder = parent.folder
     if ended:
-        for job in manifest.jobs:
-            if not job["problem"]:
-                mark_killed(Path(job["folder"]), ended)
+        for job in manifest.valid:
+            mark_killed(Path(job["folder"]), ended)
     known = dict(enumerate(outcomes))
     jobs = _from_journals(manifest, known)
     chosen = report.choose(report.cells(jobs))

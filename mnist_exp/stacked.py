@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.connection
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -101,9 +102,8 @@ def train_stacks(task: Any, max_stack: int | None) -> list[JobReturn]:
     reporter = Terminal()
     if task.stacks is None:
         stacks = plan(task.jobs, max_stack)
-        results.Manifest.of(task.folder).with_stacks(
-            [[p.number for p in stack] for stack in stacks]
-        ).save(task.folder)
+        numbers = [[p.number for p in stack] for stack in stacks]
+        replace(results.Manifest.of(task.folder), stacks=numbers).save(task.folder)
     else:
         by_number = {p.number: p for p in task.jobs}
         stacks = [[by_number[number] for number in stack] for stack in task.stacks]

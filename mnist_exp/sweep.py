@@ -294,7 +294,7 @@ def _conduct(
     folder = task.folder
     parent = results.open_parent(first, manifest, folder)
     courier = Courier(first.store_uri, index_at(configs.output_root()), reporter.line)
-    courier.watch([folder, *(Path(job["folder"]) for job in manifest.jobs if not job["problem"])])
+    courier.watch([folder, *(Path(job["folder"]) for job in manifest.valid)])
     task.courier = courier
 
     def conclude(outcomes: Sequence[Outcome], ended: str = "") -> results.Report:

@@ -57,11 +57,10 @@ class Story:
     metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     status: str = ""  # '' while it runs
     reason: str = ""
-    problems: tuple[str, ...] = ()  # damaged lines
 
     @classmethod
     def of(cls, folder: Path) -> "Story":
-        entries, problems = journal.read(folder)
+        entries, _ = journal.read(folder)  # of a damaged line, who delivers it says so
         begin: Mapping[str, Any] = {}
         found: dict[str, Any] = {"status": "", "reason": ""}
         tags: dict[str, str] = {}
@@ -82,7 +81,7 @@ class Story:
                 found |= {"status": fields["status"], "reason": fields["reason"]}
         for name in ("key", "name", "uri", "experiment", "parent"):
             found[name] = begin.get(name, "")
-        return cls(**found, tags=tags, metrics=metrics, problems=tuple(problems))
+        return cls(**found, tags=tags, metrics=metrics)
 
     def newest(self) -> dict[str, float]:
         """The newest value of each metric."""
@@ -196,10 +195,6 @@ class Tracker:
     def model(self, path: Path) -> None:
         """A model that was saved as MLflow does, in a folder of the run's."""
         self.journal.write("model", path=str(path.resolve().relative_to(self.folder.resolve())))
-
-    def sync(self) -> None:
-        """Returns once all of it is on the disk."""
-        self.journal.sync()
 
     def end(self, status: str, reason: str = "") -> None:
         """FINISHED, FAILED or KILLED, for the record to be closed."""

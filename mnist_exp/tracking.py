@@ -341,6 +341,7 @@ class Delivered:
     run_id: str = ""
     offset: int = 0  # bytes of the journal
     creating: bool = False  # the run was being made: it may be there, if the answer was lost
+    ended: bool = False  # what has been delivered comes to the run's end
 
     @classmethod
     def of(cls, folder: Path, uri: str = "") -> "Delivered":
@@ -377,9 +378,8 @@ def deliver(folder: Path, index: Index, store: Store) -> Delivered:
         letter.end = max(letter.end, end)  # a damaged line may be the last one
         told = letter.send()
         with journal.lock(folder):
-            story = Story.of(folder)
-            if story.status and told.offset >= journal.size(folder):
-                index.remove(story.key)
+            if told.ended and told.offset >= journal.size(folder):
+                index.remove(Story.of(folder).key)
     return told
 
 
@@ -392,6 +392,7 @@ class _Letter:
         self.params: list[Any] = []
         self.tags: dict[str, str] = {}
         self.end = told.offset  # behind the last entry that was added
+        self.ended = told.ended
 
     def add(self, entry: Entry) -> None:
         from mlflow.entities import Metric, Param
@@ -411,6 +412,8 @@ class _Letter:
         else:
             self.send()
             self._call(entry)
+        if entry.kind in ("begin", "resume", "end"):
+            self.ended = entry.kind == "end"
         self.end = entry.end
 
     def send(self) -> Delivered:
@@ -428,7 +431,8 @@ class _Letter:
             del self.metrics[: len(metrics)], self.params[: len(params)], tags[: len(some)]
         self.tags = {}
         if self.end > self.told.offset:
-            self.told = replace(self.told, offset=self.end).save(self.folder)
+            told = replace(self.told, offset=self.end, ended=self.ended)
+            self.told = told.save(self.folder)
         return self.told
 
     def _begin(self, entry: Entry) -> None:

@@ -178,18 +178,16 @@ class _Course:
     seen: list[_Validation]  # one a run
     ended: set[int]  # runs that have failed or stopped
     best: Tensors  # [all runs, ...]
+    sums: Sums  # of the steps that are done of the next epoch
+    steps: int = 0  # their number
+    failed: dict[int, str] = field(default_factory=dict)  # in them: run -> reason
     epoch: int = 0  # done
-    steps: int = 0  # done of the next epoch, and what they have brought:
-    sums: Sums = field(default_factory=lambda: Sums(0))
-    failed: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def start(cls, step: TrainStep) -> "_Course":
         size = step.stack.size
-        course = cls(step, [*range(size)], [_Validation() for _ in range(size)], set(),
-                     step.stack.snapshot())  # fmt: skip
-        course.sums = Sums(size)
-        return course
+        seen = [_Validation() for _ in range(size)]
+        return cls(step, [*range(size)], seen, set(), step.stack.snapshot(), Sums(size))
 
     def end_epoch(self) -> None:
         self.epoch, self.steps, self.failed = self.epoch + 1, 0, {}

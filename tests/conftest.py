@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from faulty_server import FaultyServer, Upstream
 from torch import Tensor
 
 from mnist_exp.data import Dataset, Split
@@ -49,3 +50,19 @@ def make_dataset() -> Callable[..., Dataset]:
         )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
+    """A real MLflow server."""
+    with Upstream(tmp_path_factory.mktemp("upstream")) as server:
+        yield server
+
+
+@pytest.fixture
+def faulty(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
+    """What stands before it and misbehaves, asked once and for a second at most."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with FaultyServer(upstream.uri) as server:
+        yield server

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,10 @@ from mnist_exp.tracking import Delivered, Store, deliver
 EPOCHS = 6
 
 
-@pytest.fixture(scope="module")
-def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
-    with Upstream(tmp_path_factory.mktemp("upstream")) as server:
-        yield server
-
-
 @pytest.fixture
-def server(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+def server(faulty: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> FaultyServer:
     monkeypatch.setattr(courier, "PAUSE", 0.05)
-    with FaultyServer(upstream.uri) as faulty:
-        yield faulty
+    return faulty
 
 
 @pytest.fixture
@@ -62,6 +52,15 @@ def epoch(tracker: Tracker, number: int) -> None:
 def last_part(tracker: Tracker) -> None:
     tracker.tags({"late": "yes"})
     tracker.end("FINISHED")
+
+
+def whole(folder: Path, index: Index, uri: str) -> None:
+    """The record of a run from its beginning to its end."""
+    tracker = begin(folder, index, uri)
+    first_part(tracker)
+    for number in range(1, EPOCHS + 1):
+        epoch(tracker, number)
+    last_part(tracker)
 
 
 def check(folder: Path, uri: str) -> None:
@@ -153,11 +152,7 @@ def test_any_answer_may_be_lost(
 ) -> None:
     """Each call in turn is committed, and its answer dropped: the next try finds it."""
     folder = tmp_path / "run"
-    tracker = begin(folder, index, server.uri)
-    first_part(tracker)
-    for number in range(1, EPOCHS + 1):
-        epoch(tracker, number)
-    last_part(tracker)
+    whole(folder, index, server.uri)
     faults = 0
     store = Store(server.uri)
     while index.entries():
@@ -212,11 +207,7 @@ def test_a_damaged_line_is_passed_over(
 ) -> None:
     store = Store(fresh_store(tmp_path))
     folder = tmp_path / "run"
-    tracker = begin(folder, index, store.uri)
-    first_part(tracker)
-    for number in range(1, EPOCHS + 1):
-        epoch(tracker, number)
-    last_part(tracker)
+    whole(folder, index, store.uri)
     path = folder / journal.NAME
     lines = path.read_bytes().splitlines(keepends=True)
     (at,) = [i for i, line in enumerate(lines) if b'"step": 3, "values": {"train' in line]

@@ -17,18 +17,10 @@ CREATE_RUN = ("POST", "/api/2.0/mlflow/runs/create")
 LOG_BATCH = ("POST", "/api/2.0/mlflow/runs/log-batch")
 
 
-@pytest.fixture(scope="module")
-def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
-    with Upstream(tmp_path_factory.mktemp("upstream")) as server:
-        yield server
-
-
 @pytest.fixture
-def proxy(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    with FaultyServer(upstream.uri) as server:
-        yield server
+def proxy(faulty: FaultyServer) -> Iterator[FaultyServer]:
+    yield faulty
+    faulty.close()
     assert threads() == []
 
 
