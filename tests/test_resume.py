@@ -163,7 +163,9 @@ def test_kills_at_random_moments(whole: Path, tmp_path: Path) -> None:
     def killed(number: int) -> list[str]:
         place = tmp_path / str(number)
         place.mkdir()
-        folder = interrupted_run(place, Fault("SIGKILL", random.Random(number)))
+        fault = Fault("SIGKILL", random.Random(number))
+        folder = interrupted_run(place, fault)
+        assert fault.status == -signal.SIGKILL
         resume(folder)
         return differences(folder, whole)
 
