@@ -62,6 +62,7 @@ def program() -> NoReturn:
         main()
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
+        signals.ignore()  # all is written
         raise
 
 
@@ -162,8 +163,11 @@ def _sweep(asked: argparse.Namespace) -> int:
     from mnist_exp import config as configs
     from mnist_exp import grid
 
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     context, master = configs.compose_sweep(asked.overrides, asked.config_name, asked.config_dir)
-    jobs = grid.jobs(context, master)  # before torch's seconds of import
+    jobs = grid.jobs(context, master, say)  # before torch's seconds of import
 
     from mnist_exp import sweep
 
@@ -290,18 +294,20 @@ def _open_store(overrides: Sequence[str]) -> Any:
     from mnist_exp.tracker import index_at
 
     uri = _store_uri(overrides)
+    _, problems = courier.sync(index_at(output_root()), uri)
+    for folder, why in problems.items():
+        print(f"mnist-exp: {folder}: not in MLflow yet: {why}", file=sys.stderr)
     if not tracking.has_runs(uri):
         raise ConfigError(f"{uri}: there are no runs yet. To make one: mnist-exp train")
-    store, index = tracking.Store(uri), index_at(output_root())
-    for _, folder in courier.pending(index, uri):
-        tracking.deliver(folder, index, store)
-    return store
+    return tracking.Store(uri)
 
 
 def _evaluate(words: list[str]) -> int:
     parser = _parser("evaluate", "The saved model of a run on the official test set.")
     parser.add_argument("run", metavar="RUN", help="a run id, its beginning, or last")
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="tracking.uri=...")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="OVERRIDE", help="tracking.uri=..."
+    )
     asked = parser.parse_intermixed_args(words)
 
     store = _open_store(asked.overrides)
@@ -322,7 +328,9 @@ def _evaluate(words: list[str]) -> int:
 def _report(words: list[str]) -> int:
     parser = _parser("report", "Leaderboard, heat maps, curves and best recipe of a sweep, again.")
     parser.add_argument("sweep", metavar="SWEEP", help="the id of its parent run, or last")
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="tracking.uri=...")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="OVERRIDE", help="tracking.uri=..."
+    )
     parser.add_argument("--output", "-o", type=Path, help="a folder for the files, as well")
     asked = parser.parse_intermixed_args(words)
 
@@ -342,7 +350,9 @@ def _report(words: list[str]) -> int:
 def _resume(words: list[str]) -> int:
     parser = _parser("resume", "Goes on with a run or a sweep where it stopped.")
     parser.add_argument("run", metavar="RUN_OR_SWEEP", help="an id, its beginning, last, a folder")
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="tracking.uri=...")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="OVERRIDE", help="tracking.uri=..."
+    )
     parser.add_argument("--failed", action="store_true", help="of a sweep, also jobs that failed")
     asked = parser.parse_intermixed_args(words)
 
@@ -381,7 +391,9 @@ def _sync(words: list[str]) -> int:
 def _ui(words: list[str]) -> int:
     parser = _parser("ui", "The MLflow UI on the project's store, on this machine only.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="open it on this run")
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="tracking.uri=...")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="OVERRIDE", help="tracking.uri=..."
+    )
     parser.add_argument("--port", type=int, default=5000)
     asked = parser.parse_intermixed_args(words)
     if asked.run is not None and "=" in asked.run:

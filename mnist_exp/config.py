@@ -5,6 +5,7 @@ are theirs, ranges are in `validate`. Open parts (`model`, `optimizer`, `schedul
 `_target_`, whose own signature is their schema.
 """
 
+import contextlib
 import difflib
 import hashlib
 import inspect
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.types import HydraContext, RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mnist_exp.errors import ConfigError
 
@@ -109,6 +111,7 @@ OPEN_PARTS = ("model", "optimizer", "schedule")
 OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")
 _PACKAGE = Path(__file__).resolve().parent
 IS_CHECKOUT = not (_PACKAGE / "conf").exists()
+_recipes: dict[str, str] = {}  # recipe files by the name that Hydra knows them by
 
 
 def project_root() -> Path:
@@ -157,26 +160,49 @@ def _words(overrides: Sequence[str], config_dir: str | None) -> list[str]:
 
 
 def _as_choice(word: str) -> str:
-    """experiments=PATH/best.yaml, as the name of a choice that Hydra can find."""
+    """experiments=PATH/best.yaml, or several of them, as names of choices that Hydra can find."""
     key, _, value = word.partition("=")
-    path = Path(value.strip("'\"")).expanduser()
-    if key.lstrip("+") != "experiments" or path.suffix not in (".yaml", ".yml"):
+    if key.lstrip("+") != "experiments":
         return word
-    if not path.is_file():
-        raise ConfigError(f"{word}: there is no such file")
-    text = path.read_text(encoding="utf-8")
+    paths = [value] if Path(_unquoted(value)).exists() else value.split(",")
+    return f"{key}={','.join(map(_recipe_named, paths))}"
+
+
+def _unquoted(value: str) -> Path:
+    return Path(value.strip("'\"")).expanduser()
+
+
+def _recipe_named(value: str) -> str:
+    """A recipe file, as a choice that is made known to Hydra; anything else as it is."""
+    path = _unquoted(value)
+    if path.suffix not in (".yaml", ".yml"):
+        return value
+    fault = f"experiments={path}"
+    if path.is_dir():
+        raise ConfigError(f"{fault}: it is a folder, not a file")
+    if not path.exists():
+        raise ConfigError(f"{fault}: there is no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = OmegaConf.create(text)
+    except OSError as error:
+        raise ConfigError(f"{fault}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{fault}: cannot be read, as it is no text (UTF-8)") from error
+    except Exception as error:  # whatever the parser of YAML raises
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or _last_line(error)
+        raise ConfigError(f"{fault}{line}: cannot be read as YAML, {reason}") from error
     package = re.search(r"^# @package (\S+)", text, re.MULTILINE)
     # a name that Hydra's grammar allows, whatever the path is called
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
     name = re.sub(r"\W+", "_", path.stem, flags=re.ASCII) + "-" + digest
-    try:
-        node = OmegaConf.create(text)
-    except Exception as error:  # whatever the parser of YAML raises
-        raise ConfigError(f"{word}: cannot be read as YAML. {_last_line(error)}") from error
+    _recipes[name] = str(path)
     ConfigStore.instance().store(
         group="experiments", name=name, node=node, package=package[1] if package else None
     )
-    return f"{key}={name}"
+    return name
 
 
 def _compose(words: Sequence[str], config_name: str = "config") -> DictConfig:
@@ -208,56 +234,120 @@ def compose_sweep(
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     """One of Hydra's or OmegaConf's errors, as the one message that a person needs."""
-    text = str(error)
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    message = _explanation(error, overrides)
+    if file := re.match(r"In '(\S+)/(\S+)': ", str(error)):
+        message = f"{_recipes.get(file[2], f'{file[1]}/{file[2]}.yaml')}: {message}"
+    elif isinstance(error, MissingConfigException):
+        group = str(error.missing_cfg_file).rpartition("/")[0]
+        typed = {key.lstrip("+"): value for key, _, value in (o.partition("=") for o in overrides)}
+        if group not in typed and "experiments" in typed:
+            message = f"{typed['experiments']}: {message}"
+    return ConfigError(message)
+
+
+def _explanation(error: Exception, overrides: Sequence[str]) -> str:
+    text = str(error).replace("Integer", "a whole number").replace("Float", "a number")
+    # what a file leads to is raised in the place of its cause
+    cause = next(
+        (e for e in (error.__cause__, error.__context__) if isinstance(e, OmegaConfBaseException)),
+        error,
+    )
     if isinstance(error, MissingConfigException) and error.options is not None:
         wanted = str(error.missing_cfg_file)
         group, _, option = wanted.rpartition("/")
-        return ConfigError(
+        if group.startswith("experiments/"):
+            own = group.removeprefix("experiments/")
+            return f"in its defaults, {own}: {option} has to be: override /{own}: {option}"
+        return (
             f"{group}={option}: there is no such choice. "
             f"{_suggest(option, error.options)}{group} can be: {', '.join(error.options)}"
         )
     key = getattr(cause, "full_key", None) or ""
+    if key.split(".")[0] in ("experiments", "debug") and "not in" in str(cause):
+        return "a recipe has to begin with the line: # @package _global_"
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(key or found[1], overrides)
     if text.startswith("Config group override must be"):
         groups = [word for word in overrides if "." not in word.split("=")[0]]
-        return ConfigError(
-            f"{' '.join(groups)}: a group takes the name of one of its choices, as in model=cnn"
-        )
+        return f"{' '.join(groups)}: a group takes the name of one of its choices, as in model=cnn"
+    if found := re.match(r"Ambiguous value for argument '(.+)'", text):
+        name, _, values = found[1].partition("=")
+        return f"{found[1]}: several values are a sweep: add -m. As a list: '{name}=[{values}]'"
+    if isinstance(cause, MissingMandatoryValue) and key:
+        return f"{key} has no value: add {key}=VALUE"
     if key and "not in" in str(cause):
         return _unknown_key(key, overrides)
+    fault = str(cause).splitlines()[0]
+    fault = fault.replace("Integer", "a whole number").replace("Float", "a number")
+    if fault.startswith("Cannot merge DictConfig with ListConfig"):
+        return f"{key or 'the file'}: holds keys with their values, and is given a list"
+    if key.startswith("tracking.tags."):
+        return f"{key}: a tag's value is text. A name with dots: '+tracking.tags={{a.b: TEXT}}'"
+    if key and fault.startswith("Invalid type assigned"):
+        return f"{key}: takes no value itself. {_siblings(key, _known([]))}"
     if key:
-        fault = str(cause).splitlines()[0].replace("Integer", "a whole number")
-        return ConfigError(f"{key}: {fault.replace('Float', 'a number')}")
-    lines = [line for line in text.splitlines() if line and not line.startswith("See https")]
+        return f"{key}: {fault}"
     if isinstance(error, OverrideParseException):
-        fault = next(line for line in lines if not line.startswith("Error parsing"))
-        return ConfigError(f"{error.override}: {fault}. An override is KEY=VALUE")
-    return ConfigError("\n".join(lines))
+        return _unreadable(error)
+    lines = [line for line in text.splitlines() if line and not line.startswith("See https")]
+    return "\n".join(lines)
 
 
-def _unknown_key(key: str, overrides: Sequence[str]) -> ConfigError:
-    try:
-        config = _compose([o for o in overrides if not o.lstrip("+~").startswith(key)])
-    except COMPOSITION_ERRORS:  # it is in a {...}, or another override is wrong as well
-        config = _compose([])
+def _unreadable(error: OverrideParseException) -> str:
+    """An override that Hydra's grammar does not allow."""
+    word = str(error.override)
+    if fault := re.search(".* while evaluating .*", str(error)):  # as choice() without a value
+        return f"{word}: {fault[0]}"
+    key, equals, value = word.partition("=")
+    if not equals:
+        return f"{word}: cannot be read. An override is KEY=VALUE"
+    if "" in value.split(","):
+        return f"{word}: a value is missing beside a comma"
+    quoted = shlex.quote(f'{key}="{value}"' if '"' not in value else f"{key}='{value}'")
+    return (
+        f"{word}: cannot be read. Brackets have to be closed, and a text with signs of its own "
+        f"needs quotes: {quoted}"
+    )
+
+
+def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     if key.startswith("hydra."):
-        return ConfigError(f"{key}: Hydra has no such key")
-    known = [name for name, _ in leaves(task_config(config))]
-    groups = [str(g) for g in config.hydra.runtime.choices if "/" not in str(g)]
+        siblings = _siblings(key.rpartition(".")[0], _known(overrides, key, hydra=True))
+        return f"{key}: Hydra has no such key" + (f". {siblings}" if siblings else "")
+    known = _known(overrides, key)
+    groups = [str(g) for g in _compose([]).hydra.runtime.choices if "/" not in str(g)]
     parent, _, name = key.rpartition(".")
+    if parent == "tracking.tags":
+        return f"{key}: there is no such tag yet. To add it: +{key}=VALUE"
     message = f"{key}: there is no such key. {_suggest(key, known + groups)}"
-    siblings = [k.removeprefix(parent + ".") for k in known if k.startswith(parent + ".")]
-    if parent and siblings:
-        message += f"{parent} has: {', '.join(dict.fromkeys(s.split('.')[0] for s in siblings))}"
+    if siblings := _siblings(parent, known):
+        message += siblings
         if parent.split(".")[0] in OPEN_PARTS:
             message += f". To pass {name} to the target all the same: +{key}=VALUE"
-    elif parent == "tracking.tags":
-        message = f"{key}: there is no such tag yet. To add it: +{key}=VALUE"
-    else:
-        message += f"The keys and groups are: {', '.join(sorted({*groups, 'seed'}))}"
-    return ConfigError(message)
+        return message
+    top = {*groups, *(name.split(".")[0] for name in known)}
+    return f"{message}The keys and groups are: {', '.join(sorted(top))}"
+
+
+def _known(overrides: Sequence[str], but: str = "", hydra: bool = False) -> list[str]:
+    """The keys that can be set once the overrides are, without what begins with `but`."""
+    others = [o for o in overrides if not but or not o.lstrip("+~").startswith(but)]
+    choices = [o for o in others if "." not in o and "," not in o]
+    for words in (others, choices, []):  # another override may be wrong as well, or swept
+        with contextlib.suppress(*COMPOSITION_ERRORS):
+            config = _compose(_words(words, None))
+            break
+    if hydra:
+        return [f"hydra.launcher.{key}" for key in config.hydra.launcher if key != "_target_"]
+    kept = [str(key) for key in config if key != "hydra"]
+    return [name for name, _ in leaves(OmegaConf.masked_copy(config, kept))]
+
+
+def _siblings(parent: str, known: Sequence[str]) -> str:
+    """As in "optimizer has: lr, momentum"; '' where that is nothing."""
+    inside = [k.removeprefix(parent + ".") for k in known if parent and k.startswith(parent + ".")]
+    names = dict.fromkeys(name.split(".")[0] for name in inside)
+    return f"{parent} has: {', '.join(names)}" if names else ""
 
 
 def _suggest(word: str, known: Sequence[str]) -> str:

@@ -35,15 +35,16 @@ def pending(index: Index, uri: str = "") -> list[tuple[str, Path]]:
     return found
 
 
-def sync(index: Index) -> tuple[int, dict[Path, str]]:
-    """Delivers what every store lacks. How many runs, and why not, by the folder, for the rest."""
+def sync(index: Index, uri: str = "") -> tuple[int, dict[Path, str]]:
+    """Delivers what every store lacks, or the store `uri` alone. How many runs, and why not, by the
+    folder, for the rest."""
     stores: dict[str, Store] = {}
     count, problems = 0, {}
-    for uri, folder in pending(index):
+    for its_uri, folder in pending(index, uri):
         try:
-            if uri not in stores:
-                stores[uri] = Store(uri)
-            deliver(folder, index, stores[uri])
+            if its_uri not in stores:
+                stores[its_uri] = Store(its_uri)
+            deliver(folder, index, stores[its_uri])
             count += 1
         except Exception as error:  # whatever a network, a server or a database can raise
             problems[folder] = first_line(error)

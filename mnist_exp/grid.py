@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mnist_exp.errors import ConfigError
 
 FROZEN = "frozen.json"
 JOBS_WITHOUT_ASKING = 10_000
+CHECK_SECONDS = 0.035  # that a job takes to be composed, validated and built
 
 
 @dataclass
@@ -41,11 +42,13 @@ class Planned:
         return f"job {self.number} ({' '.join(f'{k}={v}' for k, v in self.values.items())})"
 
 
-def jobs(context: HydraContext, master: DictConfig) -> list[Planned]:
+def jobs(
+    context: HydraContext, master: DictConfig, say: Callable[[str], None] = lambda text: None
+) -> list[Planned]:
     """The jobs of a sweep, composed once and for all; a problem in one of them is noted there.
 
-    `master`: what they have in common, with what was typed in `hydra.overrides`. Raises ConfigError
-    where there is no sweep to speak of.
+    `master`: what they have in common, with what was typed in `hydra.overrides`. `say`: is told of
+    a wait. Raises ConfigError where there is no sweep to speak of.
     """
     settings = configs.validate_sweep(master)
     if not master.hydra.sweeper._target_.endswith(".BasicSweeper"):
@@ -54,28 +57,52 @@ def jobs(context: HydraContext, master: DictConfig) -> list[Planned]:
     words = [*(f"{key}={value}" for key, value in params.items()), *master.hydra.overrides.task]
     parser = OverridesParser.create(config_loader=context.config_loader)
     overrides = parser.parse_overrides(words)
+    _check_unique(parser.parse_overrides(list(master.hydra.overrides.task)))
     planned = expand(overrides, settings)
-    compose(context.config_loader, master, overrides, planned)
-    for p in planned:
+    seconds = CHECK_SECONDS * len(planned)
+    if seconds > 5:
+        wait = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+        say(f"checking {len(planned):,} jobs before the first one starts: about {wait}")
+    for p in compose(context.config_loader, master, overrides, planned):
         if p.composed is not None:
             with open_dict(p.composed):
                 p.composed.hydra.job.num = p.composed.hydra.job.id = p.number
             try:
-                configs.validate(configs.task_config(p.composed))
+                _validate(p.composed, params)
             except ConfigError as error:
                 p.problem = str(error)
-    refuse(planned, settings)
+        refuse(p, settings)
     return planned
 
 
-def refuse(planned: Sequence[Planned], settings: SweepConfig) -> None:
-    """Raises ConfigError for the first job that cannot be run, unless those are to be skipped."""
-    for p in planned:
-        if p.problem and not settings.skip_invalid:
+def _check_unique(typed: Sequence[Override]) -> None:
+    """Raises ConfigError for a key that is swept twice; a recipe's may be swept otherwise."""
+    swept: dict[str, Override] = {}
+    for o in typed:
+        if o.is_sweep_override() and swept.setdefault(o.get_key_element(), o) is not o:
             raise ConfigError(
-                f"{p.said}: {p.problem}\n"
-                f"Nothing was started. To run the rest without it: sweep.skip_invalid=true"
+                f"{swept[o.get_key_element()].input_line} {o.input_line}: it is swept twice. Give "
+                f"all of its values at once"
             )
+
+
+def _validate(composed: DictConfig, params: Mapping[str, Any]) -> None:
+    own = composed.hydra.sweeper.params or {}
+    if own != params:
+        raise ConfigError(
+            f"{' '.join(f'{key}={value}' for key, value in own.items())}: this recipe is a sweep "
+            f"of its own, which cannot be a job of another"
+        )
+    configs.validate(configs.task_config(composed))
+
+
+def refuse(planned: Planned, settings: SweepConfig) -> None:
+    """Raises ConfigError for a job that cannot be run, unless those are to be skipped."""
+    if planned.problem and not settings.skip_invalid:
+        raise ConfigError(
+            f"{planned.said}: {planned.problem}\n"
+            f"Nothing was started. To leave such jobs out: sweep.skip_invalid=true"
+        )
 
 
 def expand(overrides: Sequence[Override], settings: SweepConfig) -> list[Planned]:
@@ -115,8 +142,8 @@ def compose(
     master: DictConfig,
     overrides: Sequence[Override],
     planned: Sequence[Planned],
-) -> None:
-    """Composes each job's config, once and for all.
+) -> Iterator[Planned]:
+    """Composes each job's config, once and for all. The jobs, one after the other.
 
     Hydra takes 0.1 s for each. Jobs that differ only in values of keys that are there already are
     set in a copy of the first of them.
@@ -146,6 +173,7 @@ def compose(
                 _set_overrides(p.composed, parsed)
         except configs.COMPOSITION_ERRORS as error:
             p.problem = str(configs.explain(error, p.words))
+        yield p
 
 
 def _set_overrides(composed: DictConfig, overrides: Sequence[Override]) -> None:

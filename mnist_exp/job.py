@@ -18,6 +18,9 @@ from mnist_exp.step import Run
 from mnist_exp.tracking import check_store, store_uri
 
 Load = Callable[[DatasetConfig], data.Dataset]
+# the keys and groups that a run's name tells of
+NAMED = ("dataset", "dataset.name", "model", "model.hidden", "optimizer", "optimizer.lr",
+         "schedule", "training.batch_size", "seed")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,6 +55,7 @@ class Result:
 
 
 def write_configs(job: Job, folder: Path) -> None:
+    was_there = folder.exists()
     try:
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(job.asked, folder / ".hydra" / "config.yaml")
@@ -62,6 +65,8 @@ def write_configs(job: Job, folder: Path) -> None:
         OmegaConf.save(job.composed.hydra.overrides.task, folder / ".hydra" / "overrides.yaml")
         OmegaConf.save(job.asked, folder / "config.yaml", resolve=True)
     except OSError as error:
+        if not was_there:
+            shutil.rmtree(folder, ignore_errors=True)
         raise ConfigError(
             f"{folder}: the output folder cannot be written ({error.strerror}). "
             f"Choose another: hydra.run.dir=FOLDER"
@@ -71,11 +76,13 @@ def write_configs(job: Job, folder: Path) -> None:
 def check_folder(folder: Path, key: str = "hydra.run.dir") -> None:
     """Raises ConfigError for an output folder that cannot be made, as far as a look can tell."""
     place = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
+    try:
+        tempfile.TemporaryFile(dir=place).close()  # it has no name, and leaves no trace
+    except OSError as error:
         raise ConfigError(
-            f"{folder}: the output folder cannot be made, as {place} is not a folder that can be "
-            f"written. Choose another: {key}=FOLDER"
-        )
+            f"{folder}: the output folder cannot be made, as {place} cannot be written "
+            f"({error.strerror}). Choose another: {key}=FOLDER"
+        ) from error
 
 
 def check_vacant(folder: Path) -> None:

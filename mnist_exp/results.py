@@ -223,7 +223,9 @@ def conclude(
     if ended:
         for job in manifest.valid:
             mark_killed(Path(job["folder"]), ended)
-    known = dict(enumerate(outcomes))
+    unstarted = Outcome("NOT RUN", ended)
+    known = dict.fromkeys(range(len(manifest.valid)), unstarted) if ended else {}
+    known |= dict(enumerate(outcomes))
     jobs = _from_journals(manifest, known)
     chosen = report.choose(report.cells(jobs))
     failures: list[str] = []
@@ -279,7 +281,8 @@ def show(found: Report, reporter: Reporter) -> None:
                 "choose: dataset.val_size=5000"
             )
         return
-    text = f"chosen on validation: {found.chosen.label}"
+    is_choice = found.chosen.val_accuracy is not None
+    text = f"{'chosen on validation' if is_choice else 'the only cell'}: {found.chosen.label}"
     if val := found.chosen.val_accuracy:
         text += f"  validation accuracy {val.percent()}"
     if test := found.chosen.test_accuracy:

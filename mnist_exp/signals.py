@@ -15,15 +15,30 @@ ENDING = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PATIENCE = 3  # seconds until a step that does not end is interrupted
 
-_asked: list[int] = []  # signals that have come while they were deferred
+_asked: list[int] = []  # signals that have come
 _led = False  # this process is ended by its parent, which may ask more than once
 
 
 def handle() -> None:
-    """SIGTERM and SIGHUP raise Terminated in this process, as SIGINT raises KeyboardInterrupt."""
+    """SIGTERM and SIGHUP raise Terminated in this process, as SIGINT raises KeyboardInterrupt.
+
+    Python drops an exception that is raised in a destructor, or in a callback of the garbage
+    collector: `check` raises it again.
+    """
+    _asked.clear()
+    for number in _heard():
+        signal.signal(number, _come)
+
+
+def _heard() -> list[int]:
+    """One that is ignored, as SIGHUP is under nohup, stays so."""
+    return [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def ignore() -> None:
+    """From here on."""
     for number in ENDING:
-        if number != signal.SIGINT:
-            signal.signal(number, _raise)
+        signal.signal(number, signal.SIG_IGN)
 
 
 def follow_parent() -> None:
@@ -35,7 +50,12 @@ def follow_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _raise(number: int, frame: Any) -> NoReturn:
+def _come(number: int, frame: Any) -> NoReturn:
+    _asked.append(number)
+    _raise(number)
+
+
+def _raise(number: int) -> NoReturn:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise Terminated(128 + number)
@@ -50,10 +70,10 @@ def deferred() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are none of its business
         return
-    _asked.clear()
-    # one that is ignored, as under nohup, stays so
-    heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, _defer) for number in heard}
+    if signal.getsignal(signal.SIGTERM) not in (_come, _defer):
+        _asked.clear()  # of an earlier run in this process
+    check()
+    before = {number: signal.signal(number, _defer) for number in _heard()}
     alarm = signal.signal(signal.SIGALRM, _late) if hasattr(signal, "SIGALRM") else None
     try:
         yield
@@ -69,20 +89,21 @@ def _defer(number: int, frame: Any) -> None:
     if _asked and _led:
         return
     if _asked:
-        _raise(number, frame)
+        _raise(number)
     _asked.append(number)
     if hasattr(signal, "SIGALRM"):
         signal.alarm(PATIENCE)
 
 
 def _late(number: int, frame: Any) -> None:
+    signal.alarm(1)  # again, where the exception is dropped
     check()
 
 
 def check() -> None:
     """Raises KeyboardInterrupt or Terminated where a signal has come."""
     if _asked:
-        _raise(_asked[0], None)
+        _raise(_asked[0])
 
 
 def asked() -> bool:

@@ -164,6 +164,7 @@ def _side_by_side(task: Task, stacks: Sequence[Named], processes: int) -> Iterat
             while waiting and len(running) < processes and not (task.folder / STOP).exists():
                 name, stack = waiting.pop()
                 here, there = context.Pipe(duplex=False)
+                signals.check()
                 process = context.Process(
                     target=_train_there, args=(task, name, stack, threads, there)
                 )

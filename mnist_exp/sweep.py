@@ -8,11 +8,12 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp import config as configs
-from mnist_exp import grid, results, run, signals
+from mnist_exp import grid, report, results, run, signals
 from mnist_exp.config import SweepConfig
 from mnist_exp.console import Reporter, Terminal
 from mnist_exp.courier import Courier
 from mnist_exp.errors import ConfigError, RunFailed, reason_of
 from mnist_exp.grid import Planned, refuse
-from mnist_exp.job import Job, Load, prepare, remembering
+from mnist_exp.job import NAMED, Job, Load, prepare, remembering
 from mnist_exp.record import Result, check_folder, check_vacant
 from mnist_exp.results import Outcome
 from mnist_exp.tracker import Story, index_at
@@ -182,8 +183,9 @@ def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Plann
     max_stack = master.hydra.launcher.get("max_stack")
     if max_stack is not None and max_stack < 1:
         raise ConfigError(f"hydra.launcher.max_stack={max_stack}: must be 1 or more, or null")
-    check(planned)
-    refuse(planned, settings)
+    if master.hydra.launcher.get("n_jobs") == 0:
+        raise ConfigError("hydra.launcher.n_jobs=0: must be 1 or more, or -1 for all processors")
+    check(planned, settings)
     invalid = [p for p in planned if p.problem]
     valid = [p for p in planned if not p.problem]
     if not valid:
@@ -202,8 +204,7 @@ def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Plann
     )
     first = valid[0].job
     assert first is not None
-    _make_folder(master, folder)
-    grid.freeze(valid, folder)
+    _make_folder(master, folder, valid)
     task = Task(
         folder=folder,
         settings=settings,
@@ -244,8 +245,7 @@ def resume_sweep(folder: Path, failed: bool, reporter: Reporter) -> Swept:
         f"sweep in {folder}: {finished} of {count_of(len(planned), 'job')} finished; "
         f"{len(waiting)} to run, from where they stopped"
     )
-    check(planned)
-    refuse(planned, settings)
+    check(planned, settings)
     stacks = manifest.stacks or [[p.number] for p in planned]
     first = planned[0].job
     assert first is not None
@@ -292,10 +292,11 @@ def _conduct(
 ) -> Swept:
     """The sweep as one object: its record opened, its jobs run, its report made."""
     folder = task.folder
-    parent = results.open_parent(first, manifest, folder)
-    courier = Courier(first.store_uri, index_at(configs.output_root()), reporter.line)
-    courier.watch([folder, *(Path(job["folder"]) for job in manifest.valid)])
-    task.courier = courier
+    with signals.deferred():  # what is opened has to be closed again
+        parent = results.open_parent(first, manifest, folder)
+        courier = Courier(first.store_uri, index_at(configs.output_root()), reporter.line)
+        courier.watch([folder, *(Path(job["folder"]) for job in manifest.valid)])
+        task.courier = courier
 
     def conclude(outcomes: Sequence[Outcome], ended: str = "") -> results.Report:
         return results.conclude(
@@ -307,9 +308,11 @@ def _conduct(
     reason = ""
     try:
         try:
+            signals.check()
             outcomes = launch()
         except Exception as error:  # the launcher itself
             reason = f"the launcher failed: {reason_of(error)}"
+        signals.check()
         courier.begin()
         found = conclude(outcomes, reason)
         reason = reason or found.failure
@@ -360,13 +363,19 @@ def _folders(master: DictConfig, valid: Sequence[Planned]) -> Path:
     return folder
 
 
-def _make_folder(master: DictConfig, folder: Path) -> None:
+def _make_folder(master: DictConfig, folder: Path, valid: Sequence[Planned]) -> None:
+    was_there = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open_dict(master):
             master.hydra.sweep.dir = str(folder)  # a time in it is now
+            if (n_jobs := master.hydra.launcher.get("n_jobs")) is not None:
+                master.hydra.launcher.n_jobs = min(n_jobs, len(valid))  # no process for nothing
         OmegaConf.save(master, folder / "multirun.yaml")
+        grid.freeze(valid, folder)
     except OSError as error:
+        if not was_there:
+            shutil.rmtree(folder, ignore_errors=True)
         raise ConfigError(
             f"{folder}: the sweep's folder cannot be written ({error.strerror}). "
             f"Choose another: hydra.sweep.dir=FOLDER"
@@ -377,27 +386,39 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def check(planned: Sequence[Planned]) -> None:
-    """Builds what every job asks for, and notes the problem of those that cannot be run."""
+def check(planned: Sequence[Planned], settings: SweepConfig) -> None:
+    """Builds what every job asks for, and notes the problem of those that cannot be run.
+
+    Raises ConfigError for the first of those, unless they are to be skipped.
+    """
     seen: dict[str, Planned] = {}
-    places: set[tuple[str, str]] = set()
+    places = set()
     for p in planned:
-        if p.composed is None or p.problem:
-            continue
-        try:
-            p.job = prepare(p.composed, _load)
-        except ConfigError as error:
-            p.problem = str(error)
-            continue
-        twin = seen.setdefault(configs.identity(p.job.asked), p)
-        if twin is not p:
-            p.problem = f"the same as {twin.said}; its result would be the same as well"
-        places.add((p.job.store_uri, p.job.config.tracking.experiment))
-        if len(places) > 1:
-            raise ConfigError(
-                f"{p.said}: tracking.uri and tracking.experiment cannot be swept: a sweep is one "
-                f"object, in one experiment"
-            )
+        if p.composed is not None and not p.problem:
+            try:
+                p.job = _told_apart(prepare(p.composed, _load), p.values)
+            except ConfigError as error:
+                p.problem = str(error)
+            else:
+                places.add((p.job.store_uri, p.job.config.tracking.experiment))
+                if len(places) > 1:
+                    raise ConfigError(
+                        f"{p.said}: tracking.uri and tracking.experiment cannot be swept: a sweep "
+                        f"is one object, in one experiment"
+                    )
+                twin = seen.setdefault(configs.identity(p.job.asked), p)
+                if twin is not p:
+                    p.problem = f"the same as {twin.said}; its result would be the same as well"
+        refuse(p, settings)
+
+
+def _told_apart(job: Job, values: Mapping[str, str]) -> Job:
+    """With what is swept in the run's name, unless that was chosen."""
+    if job.config.tracking.run_name is not None:
+        return job
+    short = report.short_names(list(values))
+    parts = [f"{short[key]}={value}" for key, value in values.items() if key not in NAMED]
+    return replace(job, name=" ".join([job.name, *parts]))
 
 
 def receive(connection: Connection, process: Any) -> Any:

@@ -1,5 +1,6 @@
 """A run's record in MLflow. The only module that imports mlflow."""
 
+import functools
 import http.client
 import importlib.util
 import json
@@ -38,6 +39,7 @@ _SQLITE = "sqlite:///"
 _METRICS_A_BATCH = 1000  # MLflow's limit, for all that is in a call
 _PARAMS_A_BATCH = 100  # MLflow's limit, for tags as well
 _PARAM_LENGTH = 6000  # MLflow's limit
+_LOCK_SECONDS = 30.0  # that a process waits for another one, which makes the tables of a database
 _SETTINGS = {  # of MLflow's own, unless the user has some
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # a connection to SQLite must not be used on both sides of a fork: none is kept open
@@ -96,9 +98,11 @@ def _check_sqlite(uri: str, path: Path, experiment: str | None) -> None:
 
     if not path.parent.is_dir():
         fail(f"there is no folder {path.parent}")
+    try:  # SQLite needs its journal beside the database; this file has no name, and leaves no trace
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        fail(f"the folder {path.parent} cannot be written ({error.strerror})")
     if not path.exists():
-        if not os.access(path.parent, os.W_OK):
-            fail(f"the folder {path.parent} cannot be written")
         return
     if path.is_dir():
         fail("it is a folder")
@@ -125,6 +129,7 @@ def _check_sqlite(uri: str, path: Path, experiment: str | None) -> None:
         raise _deleted(uri, str(experiment), deleted[0])
 
 
+@functools.cache
 def _schema() -> str:
     """The version of the tables that the installed MLflow makes: of its migrations, the last one.
 
@@ -182,17 +187,17 @@ class Store:
         else:
             os.environ[_ENVIRONMENT] = asked
         try:
-            with self._lock():
+            with self.lock():
                 self.client = mlflow.MlflowClient(uri)
                 self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever the driver of this kind of store raises
             raise ConfigError(f"{_said(uri)}: cannot be opened, {first_line(error)}") from error
 
-    def _lock(self) -> AbstractContextManager[object]:
-        """One process at a time: MLflow does not guard its making of a new database's tables."""
+    def lock(self) -> AbstractContextManager[object]:
+        """One process at a time, where MLflow does not see to it in a database that is a file."""
         if not self.uri.startswith(_SQLITE):
             return nullcontext()
-        return FileLock(self.uri.removeprefix(_SQLITE) + ".lock")
+        return FileLock(self.uri.removeprefix(_SQLITE) + ".lock", timeout=_LOCK_SECONDS)
 
     def experiment(self, name: str) -> str:
         """The id of the experiment of this name, made if it is not there."""
@@ -270,11 +275,11 @@ class Store:
         matching = [r for r in runs if r.info.run_id.startswith(word)]
         if word == "last":
             matching = runs[:1]
-        if not matching:
+        if not word or not matching:
             newest = ", ".join(r.info.run_id[:8] for r in runs[:5])
             raise ConfigError(
-                f"{word}: there is no such {kind} in {self.uri}. {kind.upper()} is last, a run id "
-                f"or its beginning; the newest: {newest}"
+                f"{word or repr(word)}: there is no such {kind} in {self.uri}. {kind.upper()} is "
+                f"last, a run id or its beginning; the newest: {newest}"
             )
         if len(matching) > 1:
             ids = ", ".join(r.info.run_id[:12] for r in matching[:5])
@@ -488,7 +493,8 @@ class _Letter:
             profile=json.dumps({"image": fields["shape"], **fields["sizes"]}),
         )
         tags = [InputTag("mlflow.data.context", "training"), InputTag("sha256", fields["digest"])]
-        self.client.log_inputs(self.told.run_id, [DatasetInput(entity, tags)])
+        with self.store.lock():  # of two that record one dataset for the first time, one would fail
+            self.client.log_inputs(self.told.run_id, [DatasetInput(entity, tags)])
 
     def _model(self, saved: Path) -> None:
         """As `mlflow.pytorch.log_model` does, from what it would have saved; needs no torch."""

@@ -1,6 +1,7 @@
 """Every choice composes and trains, and every wrong word is named in a message; no run is made."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -324,7 +325,7 @@ UNKNOWN = [
     bad("tracking.tags.team=a", "tracking.tags.team", "+tracking.tags.team=VALUE",
         good="+tracking.tags.team=a"),
     bad("sed=1", "sed:", "Did you mean seed?", good="seed=1"),
-    bad("+nonsense=1", "nonsense", "schedule, seed, tracking, training", good="seed=1"),
+    bad("+nonsense=1", "nonsense", "schedule, seed, sweep, tracking, training", good="seed=1"),
     bad("modle=cnn", "modle", "Did you mean model?", good="model=cnn"),
     bad("model=cn", "model=cn:", "Did you mean cnn?", "cnn, lenet5, linear, mlp", good="model=cnn"),
     bad("optimizer=sgdd", "sgdd", "Did you mean sgd?", "adagrad, adam, adamw, momentum, nesterov",
@@ -337,8 +338,8 @@ UNKNOWN = [
     bad("~training.rate", "training.rate", good="~debug"),
 ]  # fmt: skip
 WORDS = [
-    bad("optimizer.lr=0.1,0.2", "optimizer.lr=0.1,0.2", "--multirun", good="model.hidden=[8,9]"),
-    bad("seed", "seed", "EQUAL", good="seed=1"),
+    bad("optimizer.lr=0.1,0.2", "optimizer.lr=0.1,0.2", "add -m", good="model.hidden=[8,9]"),
+    bad("seed", "seed", "KEY=VALUE", good="seed=1"),
     bad("optimizer.lr=[0.1", "optimizer.lr=[0.1", good="model.hidden=[8]"),
     bad("model=3", "model=3", "choices", good="model=mlp"),
     bad("model=null", "model=null", "choices", good="model=cnn"),
@@ -476,6 +477,34 @@ TARGETS = [
 
 
 BAD = [*UNKNOWN, *WORDS, *TYPES, *RANGES, *TARGETS]
+
+
+PACKAGE = "# @package _global_\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (PACKAGE + "training: {epochz: 2}", ["training.epochz", "training.epochs?"]),
+        (PACKAGE + "training: {epochs: many}", ["training.epochs", "'many'", "whole number"]),
+        (PACKAGE + "defaults: [override /model: mlpp]", ["model=mlpp", "Did you mean mlp?"]),
+        (PACKAGE + "defaults: [override /modell: mlp]", ["modell", "Did you mean model?"]),
+        (PACKAGE + "defaults: [model: cnn]", ["override /model: cnn"]),
+        (PACKAGE + "- 1", ["the file", "list"]),
+        (PACKAGE + "training: {epochs: 2\nseed: 1\n", [", line 3", "YAML"]),
+        ("training: {epochs: 2}", ["# @package _global_"]),
+        ("", ["# @package _global_"]),
+        (b"\xff\xfe\x00", ["UTF-8"]),
+    ],
+)
+def test_bad_recipe_is_named(content: str | bytes, parts: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "my recipe.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as caught:
+        configs.compose([f"experiments={file}"])
+    text = str(caught.value)
+    assert [part for part in (str(file), *parts) if part not in text] == [], text
+    assert len(text.splitlines()) == 1 and re.search("-[0-9a-f]{8}", text) is None
 
 
 @pytest.mark.parametrize("case", BAD)

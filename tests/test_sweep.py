@@ -215,7 +215,7 @@ def test_stacked_equals_alone(name: str, request: pytest.FixtureRequest, tmp_pat
         client = mlflow.MlflowClient(uri)
         record = client.get_run(result.run_id)
         assert child.info.status == record.info.status == "FINISHED"
-        assert child.info.run_name == record.info.run_name
+        assert child.info.run_name.startswith(record.info.run_name)
         assert child.data.tags["config_hash"] == record.data.tags["config_hash"]
         params = {k: v for k, v in child.data.params.items() if k != "tracking.uri"}
         assert params == {k: v for k, v in record.data.params.items() if k != "tracking.uri"}
@@ -378,8 +378,9 @@ def composed(*words: str) -> tuple[Any, Any, list[Any], list[grid.Planned]]:
 
 def planned(*words: str) -> list[grid.Planned]:
     """Jobs that are checked."""
-    jobs = grid.jobs(*configs.compose_sweep(list(words)))
-    sweep.check(jobs)
+    context, master = configs.compose_sweep(list(words))
+    jobs = grid.jobs(context, master)
+    sweep.check(jobs, configs.validate_sweep(master))
     assert [p.problem for p in jobs if p.problem] == []
     return jobs
 
@@ -500,7 +501,7 @@ def test_the_fast_way_composes_as_hydra_does(words: list[str], tmp_path: Path) -
     (tmp_path / "own.yaml").write_text(RECIPE)
     words = [f"experiments={tmp_path}/own.yaml" if w == "RECIPE" else w for w in words]
     loader, master, overrides, jobs = composed(*words)
-    grid.compose(loader, master, overrides, jobs)
+    assert list(grid.compose(loader, master, overrides, jobs)) == jobs
     assert len(jobs) > 1
     for p in jobs:
         assert p.problem == "" and p.composed is not None
@@ -516,7 +517,7 @@ def test_the_fast_way_composes_as_hydra_does(words: list[str], tmp_path: Path) -
 
 def test_name_of_a_folder_after_the_overrides() -> None:
     loader, master, overrides, jobs = composed("optimizer.lr=0.1,0.2,0.3", "model=linear")
-    grid.compose(loader, master, overrides, jobs)
+    jobs = list(grid.compose(loader, master, overrides, jobs))
     names = [p.composed.hydra.job.override_dirname for p in jobs if p.composed]
     assert names == [f"model=linear,optimizer.lr={lr}" for lr in ("0.1", "0.2", "0.3")]
 
@@ -533,7 +534,7 @@ def test_recipe_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "own.yaml").write_text(RECIPE)
     told: list[list[dict[str, str]]] = []
 
-    def stop(jobs: Sequence[grid.Planned]) -> None:
+    def stop(jobs: Sequence[grid.Planned], settings: configs.SweepConfig) -> None:
         told.append([p.values for p in jobs])
         raise configs.ConfigError("enough")
 
@@ -609,6 +610,15 @@ def test_later_edits_do_not_reach_queued_jobs(
         (["seed=0,1", "sweep.test=foo"], ["sweep.test=foo", "chosen or all"]),
         (["seed=0,1", "sweep.skipinvalid=true"], ["sweep.skipinvalid"]),
         (["seed=0,1", "hydra/launcher=foo"], ["hydra/launcher=foo", "stacked"]),
+        (["seed=0,1", "hydra.launcher.max_stak=3"], ["max_stak", "hydra.launcher has: max_stack"]),
+        (["seed=0,1", "hydra/launcher=joblib", "hydra.launcher.max_stack=3"], ["has: n_jobs"]),
+        (["seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"],
+         ["hydra.launcher.n_jobs=0", "1 or more"]),
+        (["seed=0,1", "sweep=2"], ["sweep: takes no value", "sweep has: on_error"]),
+        (["seed=0,1", "seed=2,3"], ["seed=0,1 seed=2,3", "swept twice"]),
+        (["experiments=lr_batch_grid,seed_mlp"], ["job 0", "seed=0,1,2", "a sweep of its own"]),
+        (["experiments=a.yaml,b.yaml"], ["experiments=a.yaml: there is no such file"]),
+        (["optimizer.lr=0.1,"], ["optimizer.lr=0.1,: a value is missing"]),
         (["optimizer.lr=-1,-2", "sweep.skip_invalid=true"], ["no job is left", "optimizer.lr=-1"]),
     ],
 )  # fmt: skip
@@ -629,6 +639,33 @@ def refused(folder: Path, words: Sequence[str], parts: Sequence[str]) -> None:
     assert [part for part in parts if part not in err] == [], err
     assert sorted(folder.rglob("*")) == before
     assert time.monotonic() - began < 10
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    words = [*BASE, "seed=0,1", f"tracking.uri=sqlite:///{tmp_path}/store.db"]
+    status, _, err = call("train", "-m", *words, "hydra.sweep.dir=/proc/sweep")
+    assert status == 2 and "/proc/sweep" in err and "hydra.sweep.dir=FOLDER" in err, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_jobs_are_told_apart_by_their_names(seeds: Done) -> None:
+    names = [child.info.run_name for child in seeds.children.values()]
+    assert len(set(names)) == 8
+    assert names[0] == "mlp-16 momentum lr=0.02 bs=64 seed=0 momentum=0"
+
+
+def test_a_fault_in_the_first_of_many_jobs_is_told_at_once() -> None:
+    began = time.monotonic()
+    status, _, err = call("train", "-m", *BASE, "optimizer.lr=-1,0.1", "seed=range(5000)")
+    assert status == 2 and "job 0" in err and "optimizer.lr=-1" in err, err
+    assert time.monotonic() - began < 20  # all of them would take minutes
+
+
+def test_who_sweeps_many_jobs_is_told_of_the_wait() -> None:
+    said: list[str] = []
+    context, master = configs.compose_sweep([*SMALL, "seed=range(150)"])
+    assert len(grid.jobs(context, master, said.append)) == 150
+    assert said == ["checking 150 jobs before the first one starts: about 5 s"]
 
 
 def test_more_than_10000_jobs_where_they_are_meant() -> None:
