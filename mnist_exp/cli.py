@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mnist_exp import __version__, signals
-from mnist_exp.errors import ConfigError, RunFailed, Terminated
+from mnist_exp.errors import BROKEN_PIPE, ConfigError, RunFailed, Terminated
 
 HELP = """\
 usage: mnist-exp VERB [ARGUMENT ...]
@@ -86,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if folders := getattr(ended, "__notes__", []):
             text += f". To go on with it:\n{_command('resume', folders[0])}"
         _complain(text, int(ended.code or 1) if isinstance(ended, Terminated) else 130)
+    except BrokenPipeError:  # nobody reads the last lines, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
 
 
 def _complain(text: str, status: int) -> NoReturn:

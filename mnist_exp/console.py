@@ -10,8 +10,18 @@ from rich.table import Table
 from rich.text import Text
 
 from mnist_exp import training
+from mnist_exp.errors import BROKEN_PIPE, Terminated
 
 NAMED = 16  # runs of a stack that get a line
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more, as after `| head`: the run ends, as other programs do."""
+        try:
+            super().on_broken_pipe()
+        except SystemExit:
+            raise Terminated(BROKEN_PIPE) from None
 
 
 class Reporter:
@@ -44,7 +54,7 @@ class Terminal(Reporter):
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix = prefix
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = _Console(highlight=False, soft_wrap=True)
         if not self.console.is_terminal:
             self.console.width = 200  # nobody watches: a table is as wide as it needs to be
         self.bar = Progress(

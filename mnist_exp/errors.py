@@ -18,6 +18,9 @@ class RunFailed(RuntimeError):
     """
 
 
+BROKEN_PIPE = 128 + 13  # the exit status of a program whose output nobody reads: SIGPIPE's
+
+
 class Terminated(SystemExit):
     """A signal asks the program to end. Exit status 128 plus its number."""
 

@@ -275,6 +275,8 @@ class Store:
         matching = [r for r in runs if r.info.run_id.startswith(word)]
         if word == "last":
             matching = runs[:1]
+        if word and not matching:
+            self._refuse_other_kind(word, sweep)
         if not word or not matching:
             newest = ", ".join(r.info.run_id[:8] for r in runs[:5])
             raise ConfigError(
@@ -285,6 +287,21 @@ class Store:
             ids = ", ".join(r.info.run_id[:12] for r in matching[:5])
             raise ConfigError(f"{word}: {len(matching)} {kind}s begin like this: {ids}")
         return matching[0]
+
+    def _refuse_other_kind(self, word: str, sweep: bool | None) -> None:
+        """Raises ConfigError where a sweep is meant and it is a run, or the other way round."""
+        others = [r for r in self._search() if r.info.run_id.startswith(word)]
+        if len(others) != 1 or sweep is None:
+            return
+        parent = others[0].data.tags.get("mlflow.parentRunId")
+        if not sweep:
+            children = [r.info.run_id[:8] for r in self.children(others[0].info.run_id)]
+            what = f"it is a sweep, not a run. Its runs: {', '.join(children[:5])}"
+        elif parent:
+            what = f"it is a run of the sweep {parent[:8]}"
+        else:
+            what = "it is a run, not a sweep"
+        raise ConfigError(f"{word}: {what}")
 
     def fetch(self, run_id: str, artifact: str, folder: Path) -> Path:
         """A copy of a run's artifact. Raises ConfigError if the run has none of this name."""
