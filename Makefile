@@ -17,7 +17,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench --output benchmarks/RESULTS.md
 
 torture: setup
-	$(BIN)/python -m benchmarks.torture
+	$(BIN)/python -m benchmarks.torture --output benchmarks/RESULTS.md
 
 setup: .venv/ready
 

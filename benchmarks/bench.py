@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
+from benchmarks.page import write_measurements
 from mnist_exp import data, sources, training
 from mnist_exp.models import MLP
 from mnist_exp.optim import Constant
@@ -357,7 +358,7 @@ def main() -> None:
         print("\n".join([*part, ""]), flush=True)
         lines += [*part, ""]
     if asked.output is not None:
-        asked.output.write_text("\n".join(lines).rstrip() + "\n")
+        write_measurements(asked.output, "\n".join(lines))
 
 
 if __name__ == "__main__":

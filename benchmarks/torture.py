@@ -1,40 +1,93 @@
 """`make torture`: faults injected into real runs by the hundred, and what they have cost.
 
-The same as the tests do, with ten times the counts: processes killed and asked to end at random
-moments, checkpoints and journals damaged at random places. Each run is then resumed and compared,
-to the last bit, with one that nothing happened to.
+What the tests do, with ten times the counts. Each run that is interrupted is resumed and compared,
+to the last bit, with one that nothing happened to; each record that a failing server has not taken
+is synced and compared with what MLflow has in the end.
 """
 
 import argparse
+import multiprocessing
+import os
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
+from benchmarks.bench import machine
+from benchmarks.page import write_torture
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from interruptions import Fault, differences, interrupted_run, reference, resume
+from delivering import MODES, MOMENTS, eight_writers, faults_in, recorded_through
+from faulty_server import FaultyServer, Upstream
+from interruptions import KINDS, Fault, differences, interrupted_run, reference, resume
+from test_checkpoint import damaged_is_refused, killed_anywhere
+from test_journal import test_damage
 
-COUNTS = {"SIGKILL": 200, "SIGINT": 50, "SIGTERM": 50, "damage": 200}
+from mnist_exp import courier
+from mnist_exp.journal import Index
+
+PROCESSES = 2
+Injected = Callable[[int, Path], list[str]]  # the fault of this number, in this folder: its costs
 
 
-def faults(counts: dict[str, int]) -> Iterator[tuple[str, int]]:
-    for name, count in counts.items():
-        yield from ((name, number) for number in range(count))
+def faults(whole: Path, server: Upstream) -> Mapping[str, tuple[int, Injected]]:
+    """What is injected, and how often."""
 
+    def stopped(name: str, damaged: bool = False) -> Injected:
+        def inject(number: int, folder: Path) -> list[str]:
+            rng = random.Random(f"{name} {damaged} {number}")
+            own = interrupted_run(folder, Fault(name, rng))
+            if damaged:
+                damage(own, rng)
+            resume(own)
+            return differences(own, whole)
 
-def injected(name: str, number: int, folder: Path) -> Path:
-    """A run with a fault, resumed. Returns its folder."""
-    rng = random.Random(f"{name} {number}")
-    own = interrupted_run(folder, Fault("SIGKILL" if name == "damage" else name, rng))
-    if name == "damage":
-        damage(own, rng)
-    resume(own)
-    return own
+        return inject
+
+    def server_fault(number: int, folder: Path) -> list[str]:
+        mode, moment = MODES[number % len(MODES)], MOMENTS[number // len(MODES) % len(MOMENTS)]
+        with FaultyServer(server.uri) as faulty:
+            recorded_through(mode, moment, faulty, Index(folder / "index"), folder / "run")
+        return faults_in(folder / "run", server.uri)
+
+    def checked(test: Callable[[Path, int], object]) -> Injected:
+        def inject(number: int, folder: Path) -> list[str]:
+            test(folder, number)
+            return []
+
+        return inject
+
+    return {
+        "kill -9 at a random moment": (200, stopped("SIGKILL")),
+        "kill -9 in an operation on files, a write half done": (200, stopped("file operation")),
+        "Ctrl-C at a random moment": (50, stopped("SIGINT")),
+        "SIGTERM at a random moment": (50, stopped("SIGTERM")),
+        "exception in a random step": (50, stopped("exception")),
+        "kill -9, and the newest checkpoint or the journal's end damaged": (
+            200,
+            stopped("SIGKILL", damaged=True),
+        ),
+        "checkpoint cut off, or a bit of it flipped": (2000, checked(damaged_is_refused)),
+        "journal cut off, or bytes of it changed": (2000, checked(test_damage)),
+        "every operation of a checkpoint's writing killed, and the power cut": (
+            10,
+            checked(lambda folder, number: killed_anywhere(folder, [1, 2])),
+        ),
+        "server refuses, hangs, answers 503 or loses its answer, at start, middle or end": (
+            120,
+            server_fault,
+        ),
+        "8 writers at once on one fresh store": (
+            10,
+            lambda number, folder: eight_writers(folder, f"sqlite:///{folder}/fresh.db"),
+        ),
+    }
 
 
 def damage(own: Path, rng: random.Random) -> None:
@@ -48,46 +101,63 @@ def damage(own: Path, rng: random.Random) -> None:
     elif rng.random() < 0.5:
         del content[rng.randrange(len(content)) :]
     else:
-        content[rng.randrange(min(len(content), 64) if path.suffix != ".pt" else len(content))] ^= (
-            1 << rng.randrange(8)
-        )
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
 
 
-def kinds(found: list[str]) -> Iterator[str]:
-    """What each difference means: a point or a status that is lost, doubled, or not the same."""
-    for text in found:
-        if text.startswith("recorded twice"):
-            yield "doubled"
-        elif text.startswith("status") or "[]" in text:
-            yield "lost"
-        else:
-            yield "differing"
+_faults: Mapping[str, tuple[int, Injected]] = {}  # in each process that injects them
 
 
-def main(say: Callable[[str], None] = print) -> None:
+def _begin(faults: Mapping[str, tuple[int, Injected]]) -> None:
+    global _faults
+    _faults = faults
+
+
+def _inject(name: str, number: int) -> list[str]:
+    with TemporaryDirectory() as folder:
+        try:
+            return _faults[name][1](number, Path(folder))
+        except AssertionError as error:
+            return [f"differing: {error}"]
+
+
+def rows(share: float, say: Callable[[str], None]) -> Iterator[tuple[str, int, Counter[str]]]:
+    fork = multiprocessing.get_context("fork")  # each has torch at hand, and inherits the faults
+    with TemporaryDirectory() as temporary, Upstream(Path(temporary)) as server:
+        table = faults(reference(Path(temporary)), server)
+        with ProcessPoolExecutor(PROCESSES, fork, _begin, (table,)) as pool:
+            for name, (count, _) in table.items():
+                count, costs, began = max(1, round(count * share)), Counter[str](), time.monotonic()
+                answers = pool.map(_inject, [name] * count, range(count))
+                for number, found in enumerate(answers):
+                    costs.update({text.split(":")[0] for text in found})
+                    for text in found:
+                        say(f"{name}, {number}: {text}")
+                say(f"{name}: {count} in {time.monotonic() - began:.0f} s")
+                yield name, count, costs
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of the counts, as in 0.1")
+    parser.add_argument("--output", type=Path, help="the Markdown file to write the table into")
     asked = parser.parse_args()
+    lines = [*machine(), "", f"| fault | times injected | {' | '.join(KINDS)} |"]
     torch.set_num_threads(1)
-    counts = {name: max(1, round(count * asked.share)) for name, count in COUNTS.items()}
-    found = {name: Counter[str]() for name in counts}
+    # the courier looks often, and asks a server for a second at most
+    courier.PAUSE = 0.05
+    os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     began = time.monotonic()
-    with TemporaryDirectory() as temporary:
-        whole = reference(Path(temporary))
-        for name, number in faults(counts):
-            with TemporaryDirectory(dir=temporary) as folder:
-                what = differences(injected(name, number, Path(folder)), whole)
-            found[name].update(set(kinds(what)))
-            if what:
-                say(f"{name} {number}: {what}")
-    say("| fault | times injected | lost | doubled | differing |")
-    say("| --- | ---: | ---: | ---: | ---: |")
-    for name, count in counts.items():
-        costs = " | ".join(str(found[name][kind]) for kind in ("lost", "doubled", "differing"))
-        say(f"| {name} | {count} | {costs} |")
-    say(f"\n{time.monotonic() - began:.0f} s")
-    sys.exit(any(sum(each.values()) for each in found.values()))
+    found = list(rows(asked.share, lambda text: print(text, flush=True)))
+    seconds = time.monotonic() - began
+    lines.append("| --- |" + " ---: |" * 4)
+    for name, count, costs in found:
+        lines.append(f"| {name} | {count:,} | {' | '.join(str(costs[k]) for k in KINDS)} |")
+    text = "\n".join([*lines, "", f"Written by `make torture`, in {seconds / 60:.0f} minutes."])
+    print(text)
+    if asked.output is not None:
+        write_torture(asked.output, text)
+    sys.exit(any(costs.total() for *_, costs in found))
 
 
 if __name__ == "__main__":

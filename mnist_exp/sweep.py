@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp import config as configs
-from mnist_exp import grid, report, results, run, signals
+from mnist_exp import grid, journal, report, results, run, signals
 from mnist_exp.config import SweepConfig
 from mnist_exp.console import Reporter, Terminal
 from mnist_exp.courier import Courier
@@ -36,7 +36,7 @@ from mnist_exp.job import NAMED, Job, Load, prepare, remembering
 from mnist_exp.record import Result, check_folder, check_vacant
 from mnist_exp.results import Outcome
 from mnist_exp.tracker import Story, index_at
-from mnist_exp.tracking import Delivered
+from mnist_exp.tracking import Delivered, first_line
 
 END_SECONDS = 4.0  # that a process has to write its checkpoint and its records
 STOP = "stop"  # a file in the sweep's folder: no more jobs are to be started
@@ -73,7 +73,8 @@ class Task:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        configs.register()  # in the other process, before Hydra composes there
+        signals.follow_parent()  # in the other process
+        configs.register()  # before Hydra composes there
 
     def __call__(self, config: DictConfig) -> Outcome:
         """Runs the job that Hydra has composed in this process."""
@@ -303,6 +304,9 @@ def _conduct(
             parent, manifest, outcomes, task.settings, reporter, _load, courier, ended
         )
 
+    def end_jobs() -> None:
+        _end_workers([Path(job["folder"]) for job in manifest.valid])
+
     outcomes: list[Outcome] = []
     patience = run.INTERRUPTED_SECONDS
     reason = ""
@@ -311,7 +315,8 @@ def _conduct(
             signals.check()
             outcomes = launch()
         except Exception as error:  # the launcher itself
-            reason = f"the launcher failed: {reason_of(error)}"
+            reason = f"the launcher failed: {first_line(error)}"
+            end_jobs()
         signals.check()
         courier.begin()
         found = conclude(outcomes, reason)
@@ -321,6 +326,7 @@ def _conduct(
     except (KeyboardInterrupt, SystemExit) as error:
         error.add_note(str(folder))  # that can be resumed
         try:
+            end_jobs()
             conclude(outcomes, "interrupted")
         finally:
             parent.end("KILLED", "interrupted")
@@ -340,6 +346,20 @@ def _conduct(
         reason,
         bool(run_id) and not undelivered,
     )
+
+
+def _end_workers(folders: Sequence[Path]) -> None:
+    """Ends joblib's processes, which may outlive their launcher, and waits for their jobs."""
+    loky = sys.modules.get("joblib.externals.loky")
+    if loky is None:
+        return
+    loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
+    late = time.monotonic() + END_SECONDS
+    for folder in folders:
+        while not (story := Story.of(folder)).status and time.monotonic() < late:
+            if not story.key or not journal.is_alive(story.owner):
+                break
+            time.sleep(0.05)
 
 
 def _folders(master: DictConfig, valid: Sequence[Planned]) -> Path:

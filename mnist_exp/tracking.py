@@ -389,20 +389,33 @@ def deliver(folder: Path, index: Index, store: Store) -> Delivered:
     What has been delivered already is the same when it is delivered again. Raises whatever MLflow
     raises; what it has taken until then is remembered.
     """
+    from mlflow.exceptions import MlflowException
+
     with FileLock(folder / ".delivery.lock"):
-        told, end = Delivered.of(folder, store.uri), journal.size(folder)
-        entries, problems = journal.read(folder, told.offset)
-        for problem in problems:
-            log.warning("%s", problem)
-        letter = _Letter(store, folder, told)
-        for entry in entries:
-            letter.add(entry)
-        letter.end = max(letter.end, end)  # a damaged line may be the last one
-        told = letter.send()
+        told = Delivered.of(folder, store.uri)
+        try:
+            told = _send(folder, store, told)
+        except MlflowException as error:
+            if not told.run_id or error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            # the store has been made anew since
+            told = _send(folder, store, Delivered(store.uri, creating=True).save(folder))
         with journal.lock(folder):
             if told.ended and told.offset >= journal.size(folder):
                 index.remove(Story.of(folder).key)
     return told
+
+
+def _send(folder: Path, store: Store, told: Delivered) -> Delivered:
+    end = journal.size(folder)
+    entries, problems = journal.read(folder, told.offset)
+    for problem in problems:
+        log.warning("%s", problem)
+    letter = _Letter(store, folder, told)
+    for entry in entries:
+        letter.add(entry)
+    letter.end = max(letter.end, end)  # a damaged line may be the last one
+    return letter.send()
 
 
 class _Letter:

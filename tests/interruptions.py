@@ -1,5 +1,6 @@
 """Runs that are stopped at random moments, resumed, and compared with one that was not."""
 
+import itertools
 import logging
 import os
 import random
@@ -18,6 +19,7 @@ import torch._dynamo  # an optimizer imports it, which a forked process need not
 
 from mnist_exp import checkpoint, cli, courier, journal, plots, record, run
 from mnist_exp import config as configs
+from mnist_exp.step import TrainStep
 from mnist_exp.tracker import Story
 
 BASE = [
@@ -27,6 +29,9 @@ BASE = [
 ]
 TIMED = ("epoch_seconds", "images_per_second")  # what no two runs have alike
 # nobody answers there, which leaves MLflow out: it takes seconds to import
+KINDS = ("lost", "doubled", "differing")  # what a fault can do to a record
+# of a run of BASE: its training steps; its operations on files, once its record has begun
+RANGES = {"exception": (1, 201), "file operation": (10, 400)}
 NOBODY = "http://127.0.0.1:9"
 
 
@@ -37,11 +42,15 @@ class Forked:
     Its index of runs is in its folder.
     """
 
-    def __init__(self, words: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self, words: Sequence[str], folder: Path, meddle: Callable[[], None] = lambda: None
+    ) -> None:
+        """`meddle`: is called in the process, before all else."""
         self.text = folder / "said.txt"
         self.pid = os.fork()
         if self.pid == 0:
             try:
+                meddle()
                 self._be(words, folder)
             finally:
                 os._exit(99)
@@ -57,6 +66,7 @@ class Forked:
         logging.getLogger().handlers.clear()
         configs.output_root = lambda: folder  # where the index of runs is
         courier.PAUSE = 0.1  # seconds: such a run is over before the usual pause
+        run.INTERRUPTED_SECONDS = 0.2  # for a server that is not there
         figures = [(plots, name) for name in ("grid", "confusion", "curves", "sweep_curves")]
         models = [(module, "record_model") for module in (record, run)]
         for owner, name in (*figures, *models):
@@ -102,7 +112,10 @@ class Forked:
 
 @dataclass
 class Fault:
-    """A signal, at a random moment of a run's life."""
+    """What happens to a run, at a random moment of its life.
+
+    name: of a signal; "exception", in a training step; "file operation", in which it is killed.
+    """
 
     name: str
     random: random.Random
@@ -125,6 +138,12 @@ def reference(folder: Path) -> Path:
 def interrupted_run(folder: Path, fault: Fault) -> Path:
     """The same run, with a fault."""
     own = folder / "the run"
+    within = {"exception": raise_in_step, "file operation": kill_in_file_operation}
+    if fault.name in within:
+        number = fault.random.randrange(*RANGES[fault.name])
+        process = Forked(["train", *words_of(folder)], folder, lambda: within[fault.name](number))
+        fault.status = process.wait()
+        return own
     process = Forked(["train", *words_of(folder)], folder)
     process.until((own / "journal.jsonl").exists)
     # of the run's own time, as a machine that is quick would else have ended it before
@@ -138,6 +157,37 @@ def interrupted_run(folder: Path, fault: Fault) -> Path:
     fault.status = process.wait()
     fault.seconds = time.monotonic() - began
     return own
+
+
+def raise_in_step(number: int) -> None:
+    """The training step of this number raises."""
+    step, numbers = TrainStep._step, itertools.count(1)
+
+    def raising(*arguments: Any, **more: Any) -> Any:
+        if next(numbers) == number:
+            raise RuntimeError("an injected fault")
+        return step(*arguments, **more)
+
+    TrainStep._step = raising  # type: ignore[method-assign]
+
+
+def kill_in_file_operation(number: int) -> None:
+    """The process is killed at its operation on files of this number; a write is half done then."""
+    numbers = itertools.count(1)
+
+    def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            if next(numbers) == number:
+                if operation is write:
+                    write(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*arguments, **more)
+
+        return call
+
+    write = os.write
+    for owner, name in ((os, "write"), (os, "fsync"), (os, "replace"), (Path, "unlink")):
+        setattr(owner, name, counted(getattr(owner, name)))
 
 
 def _epochs(own: Path) -> int:
@@ -162,22 +212,23 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 
 def differences(folder: Path, other: Path) -> list[str]:
-    """In what two records, and all that training leaves, are not the same to the last bit."""
+    """In what a record, and all that training leaves, is not to the last bit that of another run.
+
+    Each begins with one of KINDS.
+    """
     a, b = Story.of(folder), Story.of(other)
-    found = [] if a.status == b.status == "FINISHED" else [f"status {a.status} {b.status}"]
-    for key in sorted({*a.metrics, *b.metrics} - {*TIMED}):
-        if a.history(key) != b.history(key):
-            found.append(f"{key}: {a.history(key)} and {b.history(key)}")
-    for key in TIMED:
+    found = [] if a.status == b.status == "FINISHED" else [f"lost: status {a.status} {b.status}"]
+    for key in sorted({*a.metrics, *b.metrics}):
         if a.metrics.get(key, {}).keys() != b.metrics.get(key, {}).keys():
-            found.append(f"{key}: other epochs")
-    if doubled := list(_doubled(folder)):
-        found.append(f"recorded twice: {doubled}")
+            found.append(f"lost: {key}, {a.history(key)} and {b.history(key)}")
+        elif key not in TIMED and a.history(key) != b.history(key):
+            found.append(f"differing: {key}, {a.history(key)} and {b.history(key)}")
+    found += [f"doubled: {point}" for point in _doubled(folder)]
     x, y = (checkpoint.load(f / "checkpoint.pt")["model"] for f in (folder, other))
-    found += [f"weights {key}" for key in x if not torch.equal(x[key], y[key])]
+    found += [f"differing: weights {key}" for key in x if not torch.equal(x[key], y[key])]
     states = [state_of(f)["core"]["step"]["carried"] for f in (folder, other)]
     if len(states[0]) != len(states[1]) or not all(map(torch.equal, *states)):
-        found.append("parameters, buffers or the optimizer's memory")
+        found.append("differing: parameters, buffers or the optimizer's memory")
     return found
 
 

@@ -5,19 +5,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-import mlflow
-import numpy as np
 import pytest
-from faulty_server import FaultyServer, Upstream
+from delivering import (
+    EPOCHS,
+    MODES,
+    MOMENTS,
+    begin,
+    eight_writers,
+    epoch,
+    faults_in,
+    first_part,
+    last_part,
+    recorded_through,
+    whole,
+)
+from faulty_server import FaultyServer, Mode, Upstream
 from helpers import fresh_store
 
 from mnist_exp import courier, journal, tracking
 from mnist_exp.courier import Courier
 from mnist_exp.journal import Index, Journal
-from mnist_exp.tracker import Beginning, DatasetFacts, Story, Tracker, bury_the_dead
+from mnist_exp.tracker import bury_the_dead
 from mnist_exp.tracking import Delivered, Store, deliver
-
-EPOCHS = 6
 
 
 @pytest.fixture
@@ -31,99 +40,14 @@ def index(tmp_path: Path) -> Index:
     return Index(tmp_path / "index")
 
 
-def begin(folder: Path, index: Index, uri: str, parent: Path | None = None) -> Tracker:
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = "sweep" if folder.name == "sweep" else "run"
-    beginning = Beginning(folder.name, uri, "delivery", {"who": "a test"}, parent, kind)
-    return Tracker(folder, index, beginning)
-
-
-def first_part(tracker: Tracker) -> None:
-    tracker.params({f"key{i}": i for i in range(130)})
-    tracker.dataset(DatasetFacts("tiny", "a test", "0" * 64, (1, 2, 2), {"train": 3}))
-    tracker.text("a text", "text.txt")
-    tracker.image("train/first", np.zeros((4, 8, 3), np.uint8), 0)
-
-
-def epoch(tracker: Tracker, number: int) -> None:
-    tracker.metrics({"train/loss": 1 / number, "val/loss": 2 / number}, number)
-
-
-def last_part(tracker: Tracker) -> None:
-    tracker.tags({"late": "yes"})
-    tracker.end("FINISHED")
-
-
-def whole(folder: Path, index: Index, uri: str) -> None:
-    """The record of a run from its beginning to its end."""
-    tracker = begin(folder, index, uri)
-    first_part(tracker)
-    for number in range(1, EPOCHS + 1):
-        epoch(tracker, number)
-    last_part(tracker)
-
-
-def check(folder: Path, uri: str) -> None:
-    """All of it is there, once."""
-    client = mlflow.MlflowClient(uri)
-    experiment = client.get_experiment_by_name("delivery")
-    key = Story.of(folder).key
-    (run,) = client.search_runs([experiment.experiment_id], f"tags.run_key = '{key}'")
-    assert run.info.status == "FINISHED"
-    entries = journal.read(folder)[0]
-    assert run.info.start_time == entries[0].time and run.info.end_time == entries[-1].time
-    assert {k: v for k, v in run.data.params.items() if k.startswith("key")} == {
-        f"key{i}": str(i) for i in range(130)
-    }
-    assert run.data.tags["late"] == "yes" and run.data.tags["who"] == "a test"
-    points = [e for e in entries if e.kind == "metrics"]
-    for name in ("train/loss", "val/loss"):
-        found = client.get_metric_history(run.info.run_id, name)
-        assert [(m.step, m.value, m.timestamp) for m in found] == [
-            (p.fields["step"], p.fields["values"][name], p.time) for p in points
-        ]
-    assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"text.txt", "images"}
-    assert len(client.list_artifacts(run.info.run_id, "images")) == 2
-    assert len(run.inputs.dataset_inputs) == 1
-
-
-@pytest.mark.parametrize("mode", ["refuse", "hang", "503", "drop"])
-@pytest.mark.parametrize("when", ["start", "middle", "end"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_server_that_fails(
-    mode: str, when: str, server: FaultyServer, upstream: Upstream, index: Index, tmp_path: Path
+    mode: Mode, moment: str, server: FaultyServer, upstream: Upstream, index: Index, tmp_path: Path
 ) -> None:
     """Neither stops nor slows who records; what it has not taken is brought by `sync`."""
-    said: list[str] = []
-    thread = Courier(server.uri, index, said.append)
-    folder = tmp_path / "run"
-    thread.watch([folder])
-    thread.start()
-    if when == "start":
-        server.mode = mode
-    began = time.monotonic()
-    tracker = begin(folder, index, server.uri)
-    first_part(tracker)
-    for number in range(1, EPOCHS + 1):
-        if number == EPOCHS // 2 and when == "middle":
-            server.mode = mode
-        epoch(tracker, number)
-    if when == "end":
-        thread.flush(20)
-        server.mode = mode
-    last_part(tracker)
-    if when != "end":
-        assert time.monotonic() - began < 2
-    time.sleep(0.3)
-    undelivered = thread.close(0.5)
-    if undelivered:
-        assert any("does not take the record" in text for text in said) or mode == "hang"
-        assert [entry.folder for entry in index.entries()] == [folder]
-    thread.join(10)  # it is in the middle of a call
-    server.mode = "ok"
-    for _ in range(2):  # a second time changes nothing
-        assert courier.sync(index)[1] == {}
-    assert index.entries() == []
-    check(folder, upstream.uri)
+    recorded_through(mode, moment, server, index, tmp_path / "run")
+    assert faults_in(tmp_path / "run", upstream.uri) == []
 
 
 def test_it_comes_back(
@@ -144,7 +68,7 @@ def test_it_comes_back(
     assert thread.close(20) == []
     assert ["does not take" in said[0], "answers again" in said[-1]] == [True, True]
     assert len(said) == 2  # once each
-    check(tmp_path / "run", upstream.uri)
+    assert faults_in(tmp_path / "run", upstream.uri) == []
 
 
 def test_any_answer_may_be_lost(
@@ -167,7 +91,7 @@ def test_any_answer_may_be_lost(
         if faults % 4 == 3:
             deliver(folder, index, store)
     assert faults >= 3
-    check(folder, upstream.uri)
+    assert faults_in(folder, upstream.uri) == []
 
 
 def test_delivered_at_every_line(index: Index, tmp_path: Path) -> None:
@@ -185,7 +109,22 @@ def test_delivered_at_every_line(index: Index, tmp_path: Path) -> None:
     last_part(tracker)
     Delivered(store.uri, creating=True).save(folder)  # and nothing is known but that it was made
     deliver(folder, index, store)
-    check(folder, store.uri)
+    assert faults_in(folder, store.uri) == []
+
+
+def test_a_store_that_was_made_anew(index: Index, tmp_path: Path) -> None:
+    """It has nothing of the run, and gets all of it."""
+    folder = tmp_path / "run"
+    store = Store(fresh_store(tmp_path))
+    tracker = begin(folder, index, store.uri)
+    first_part(tracker)
+    deliver(folder, index, store)
+    fresh_store(tmp_path)
+    for number in range(1, EPOCHS + 1):
+        epoch(tracker, number)
+    last_part(tracker)
+    assert courier.sync(index) == (1, {})
+    assert faults_in(folder, store.uri) == []
 
 
 def test_jobs_wait_for_their_sweep(index: Index, tmp_path: Path) -> None:
@@ -223,34 +162,7 @@ def test_a_damaged_line_is_passed_over(
 
 def test_eight_writers_on_one_fresh_store(tmp_path: Path) -> None:
     """At once and cold: every point, no lock error, nothing in Default."""
-    import multiprocessing
-
-    uri = f"sqlite:///{tmp_path / 'fresh.db'}"
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_writer, args=(tmp_path, uri, n)) for n in range(8)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(120)
-    assert [writer.exitcode for writer in writers] == [0] * 8
-    for number in range(8):
-        check(tmp_path / f"run{number}", uri)
-    client = mlflow.MlflowClient(uri)
-    assert client.search_runs(["0"]) == []
-
-
-def _writer(place: Path, uri: str, number: int) -> None:
-    index, folder = Index(place / "index"), place / f"run{number}"
-    thread = Courier(uri, index, lambda text: None)
-    thread.watch([folder])
-    thread.start()
-    tracker = begin(folder, index, uri)
-    first_part(tracker)
-    for n in range(1, EPOCHS + 1):
-        epoch(tracker, n)
-        time.sleep(0.01)
-    last_part(tracker)
-    assert thread.close(100) == []
+    assert eight_writers(tmp_path, f"sqlite:///{tmp_path / 'fresh.db'}") == []
 
 
 def test_the_dead_are_buried_once_and_delivered(index: Index, tmp_path: Path) -> None:

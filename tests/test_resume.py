@@ -172,6 +172,22 @@ def test_kills_at_random_moments(whole: Path, tmp_path: Path) -> None:
     assert [killed(number) for number in range(20)] == [[]] * 20
 
 
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("name", ["exception", "file operation"])
+def test_fault_within_a_step_or_a_write(
+    name: str, number: int, whole: Path, tmp_path: Path
+) -> None:
+    fault = Fault(name, random.Random(number))
+    folder = interrupted_run(tmp_path, fault)
+    story = Story.of(folder)
+    if name == "exception":
+        assert (story.status, story.reason) == ("FAILED", "RuntimeError: an injected fault")
+    else:
+        assert fault.status == -signal.SIGKILL and not story.status
+    resume(folder)
+    assert differences(folder, whole) == []
+
+
 @pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_signal_at_a_random_moment(name: str, status: int, whole: Path, tmp_path: Path) -> None:
     fault = Fault(name, random.Random(7))
