@@ -62,6 +62,7 @@ class Forked:
             os.dup2(file.fileno(), descriptor)
         sys.stdout = sys.stderr = file
         os.chdir(folder)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
         torch.set_num_threads(1)  # those of OpenMP are not there after a fork
         logging.getLogger().handlers.clear()
         configs.output_root = lambda: folder  # where the index of runs is
