@@ -43,6 +43,7 @@ def sync(index: Index, uri: str = "") -> tuple[int, dict[Path, str]]:
     for its_uri, folder in pending(index, uri):
         try:
             if its_uri not in stores:
+                check_store(its_uri)
                 stores[its_uri] = Store(its_uri)
             deliver(folder, index, stores[its_uri])
             count += 1

@@ -224,6 +224,7 @@ class Record:
         why = reason_of(error)
         bare = isinstance(error, RunFailed) and error.__cause__ is None
         try:
+            self.tracker.make_room()
             if not self.log.closed:
                 self.log.write(why + "\n" if bare else "".join(traceback.format_exception(error)))
             self.close("FAILED", why)

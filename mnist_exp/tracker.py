@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # every verb looks for runs that were killed, and most have n
     import numpy as np
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
+_RESERVE = ".reserve"  # a file whose removal makes room for the last lines, on a full disk
+_RESERVE_BYTES = 16_384
 _THUMBNAIL = 256  # pixels of the longer side of what the UI shows in a list; MLflow's own
 
 
@@ -107,6 +109,7 @@ class Tracker:
                     f"{folder}: this run is not over: process {story.owner['pid']} on "
                     f"{story.owner['host']} trains it"
                 )
+            (folder / _RESERVE).write_bytes(bytes(_RESERVE_BYTES))
             key = story.key or uuid.uuid4().hex
             index.add(key, folder, owner, beginning.kind)  # first: what has begun can be found
             self.journal = Journal(folder)
@@ -196,9 +199,14 @@ class Tracker:
         """A model that was saved as MLflow does, in a folder of the run's."""
         self.journal.write("model", path=str(path.resolve().relative_to(self.folder.resolve())))
 
+    def make_room(self) -> None:
+        """For what is still to be said where the disk may be full: why the run ends."""
+        (self.folder / _RESERVE).unlink(missing_ok=True)
+
     def end(self, status: str, reason: str = "") -> None:
         """FINISHED, FAILED or KILLED, for the record to be closed."""
         assert status in STATUSES, status
+        self.make_room()
         self.journal.write("end", status=status, reason=reason[:5000])
         self.journal.sync()
         self.journal.close()
@@ -233,5 +241,6 @@ def bury_the_dead(index: Index) -> list[tuple[Path, Story]]:
         if not Story.of(entry.folder).key:  # killed before it began, or removed since
             index.remove(entry.key)
         elif journal.bury(entry.folder, entry.owner, reason):
+            (entry.folder / _RESERVE).unlink(missing_ok=True)
             buried.append((entry.folder, Story.of(entry.folder)))
     return buried

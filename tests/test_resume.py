@@ -344,7 +344,7 @@ def test_full_disk(tmp_path: Path) -> None:
     """It ends at once and loudly; the checkpoint before is whole."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "none", disk], check=False,
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2000k", "none", disk], check=False,
                       capture_output=True).returncode:  # fmt: skip
         pytest.skip("mounting needs the superuser")
     try:
@@ -355,7 +355,9 @@ def test_full_disk(tmp_path: Path) -> None:
         err = process.text.read_text()
         assert "No space left" in err and "Traceback" not in err
         state, problems = checkpoint.newest(disk / "run", lambda found: "")
-        assert state is not None or problems == []
+        assert state is not None and problems == []
+        story = Story.of(disk / "run")
+        assert story.status == "FAILED" and "No space left" in story.reason
     finally:
         subprocess.run(["umount", disk], check=True)
 
