@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -261,10 +261,23 @@ class Record:
         for values in self.history:
             for key, value in values.items():
                 curves.setdefault(key, []).append((int(values["epoch"]), value))
-        best_epoch = int(self.best["best/epoch"]) if self.best else None
-        path = self.folder / "curves.png"
-        plots.save(plots.curves(curves, best_epoch, self.job.name, test_accuracy), path)
-        self.tracker.artifact(path)
+        record_curves(
+            curves, self.best.get("best/epoch"), self.job.name, test_accuracy, self.tracker
+        )
+
+
+def record_curves(
+    history: Mapping[str, Sequence[tuple[int, float]]],
+    best_epoch: float | None,
+    name: str,
+    test_accuracy: float | None,
+    tracker: Tracker,
+) -> None:
+    """Loss and accuracy over the epochs. history: metric -> (epoch, value)."""
+    path = tracker.folder / "curves.png"
+    best = None if best_epoch is None else int(best_epoch)
+    plots.save(plots.curves(history, best, name, test_accuracy), path)
+    tracker.artifact(path)
 
 
 def record_model(served: torch.nn.Module, dataset: data.Dataset, tracker: Tracker) -> None:

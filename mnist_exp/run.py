@@ -24,6 +24,7 @@ from mnist_exp.record import (
     check_vacant,
     common_tags,
     first_images,
+    record_curves,
     record_first,
     record_model,
     record_predictions,
@@ -321,10 +322,7 @@ def finish(folder: Path, load: Load) -> dict[str, float]:
     best = story.newest().get("best/epoch")
     if dataset.val is not None:  # the weights are those of the best epoch
         record_predictions(stack, dataset, tracker, int(best or epoch))
-    path = folder / "curves.png"
-    best_epoch = None if best is None else int(best)
-    plots.save(plots.curves(history, best_epoch, story.name, test["test/accuracy"]), path)
-    tracker.artifact(path)
+    record_curves(history, best, story.name, test["test/accuracy"], tracker)
     record_model(Served(stack.model(0), dataset.mean, dataset.std).eval(), dataset, tracker)
     tracker.journal.close()
     return test

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import multiprocessing
 import multiprocessing.connection
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from mnist_exp.optim import RULES
 from mnist_exp.results import Outcome
 from mnist_exp.stack import Stack
 from mnist_exp.step import warm_up_compiler
-from mnist_exp.sweep import STOP, Task, count_of, end, outcome_of, receive
+from mnist_exp.sweep import STOP, Task, count_of, end, fork, outcome_of, receive
 
 # Bytes of parameters up to which a stack is fastest on a CPU: what the caches of two cores hold.
 # Measured with the seed MLP, seconds an epoch and model: 0.26 for 1, 0.14 for 4, 0.10 for 16 and
@@ -158,19 +157,13 @@ def _side_by_side(task: Task, stacks: Sequence[Named], processes: int) -> Iterat
         warm_up_compiler()
     waiting = sorted(stacks, key=lambda named: _cost(named[1]))  # the longest first
     running: dict[Connection, tuple[Any, Sequence[Planned]]] = {}
-    context = multiprocessing.get_context("fork")
     try:
         while waiting or running:
             while waiting and len(running) < processes and not (task.folder / STOP).exists():
                 name, stack = waiting.pop()
-                here, there = context.Pipe(duplex=False)
                 signals.check()
-                process = context.Process(
-                    target=_train_there, args=(task, name, stack, threads, there)
-                )
                 with courier.quiet():
-                    process.start()
-                there.close()
+                    here, process = fork(_train_there, task, name, stack, threads)
                 running[here] = process, stack
             if not running:
                 return

@@ -134,11 +134,7 @@ class Task:
 
         A fork, as this process trains nothing itself and has imported what takes seconds.
         """
-        context = multiprocessing.get_context("fork")
-        here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_run_there, args=(self, config, there))
-        process.start()
-        there.close()
+        here, process = fork(_run_there, self, config)
         try:
             found = receive(here, process)
         finally:  # where a signal has ended the waiting
@@ -439,6 +435,17 @@ def _told_apart(job: Job, values: Mapping[str, str]) -> Job:
     short = report.short_names(list(values))
     parts = [f"{short[key]}={value}" for key, value in values.items() if key not in NAMED]
     return replace(job, name=" ".join([job.name, *parts]))
+
+
+def fork(function: Callable[..., None], *arguments: Any) -> tuple[Connection, Any]:
+    """Calls a function in a process of its own. It gets, as its last argument, what it can `send`
+    an answer by, which arrives at the connection that is returned beside the process."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=function, args=(*arguments, there))
+    process.start()
+    there.close()
+    return here, process
 
 
 def receive(connection: Connection, process: Any) -> Any:
