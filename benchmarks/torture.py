@@ -25,7 +25,17 @@ from benchmarks.page import write_torture
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from delivering import MODES, MOMENTS, eight_writers, faults_in, recorded_through
 from faulty_server import FaultyServer, Upstream
-from interruptions import KINDS, Fault, differences, interrupted_run, reference, resume
+from interruptions import (
+    JOBS,
+    KINDS,
+    Fault,
+    differences,
+    interrupted_run,
+    interrupted_sweep,
+    reference,
+    reference_sweep,
+    resume,
+)
 from test_checkpoint import damaged_is_refused, killed_anywhere
 from test_journal import test_damage
 
@@ -36,7 +46,7 @@ PROCESSES = 2
 Injected = Callable[[int, Path], list[str]]  # the fault of this number, in this folder: its costs
 
 
-def faults(whole: Path, server: Upstream) -> Mapping[str, tuple[int, Injected]]:
+def faults(whole: Path, whole_sweep: Path, server: Upstream) -> Mapping[str, tuple[int, Injected]]:
     """What is injected, and how often."""
 
     def stopped(name: str, damaged: bool = False) -> Injected:
@@ -49,6 +59,13 @@ def faults(whole: Path, server: Upstream) -> Mapping[str, tuple[int, Injected]]:
             return differences(own, whole)
 
         return inject
+
+    def stopped_sweep(number: int, folder: Path) -> list[str]:
+        rng = random.Random(f"sweep {number}")
+        own = interrupted_sweep(folder, Fault(rng.choice(["SIGKILL", "SIGINT"]), rng))
+        resume(own)
+        jobs = [differences(own / str(n), whole_sweep / str(n)) for n in range(JOBS)]
+        return [text for found in jobs for text in found]
 
     def server_fault(number: int, folder: Path) -> list[str]:
         mode, moment = MODES[number % len(MODES)], MOMENTS[number // len(MODES) % len(MOMENTS)]
@@ -73,6 +90,7 @@ def faults(whole: Path, server: Upstream) -> Mapping[str, tuple[int, Injected]]:
             200,
             stopped("SIGKILL", damaged=True),
         ),
+        "sweep of two stacks: kill -9 or Ctrl-C at a random moment": (20, stopped_sweep),
         "checkpoint cut off, or a bit of it flipped": (2000, checked(damaged_is_refused)),
         "journal cut off, or bytes of it changed": (2000, checked(test_damage)),
         "every operation of a checkpoint's writing killed, and the power cut": (
@@ -117,14 +135,15 @@ def _inject(name: str, number: int) -> list[str]:
     with TemporaryDirectory() as folder:
         try:
             return _faults[name][1](number, Path(folder))
-        except AssertionError as error:
-            return [f"differing: {error}"]
+        except Exception as error:  # whatever a fault can lead to
+            return [f"differing: {type(error).__name__}: {error}"]
 
 
 def rows(share: float, say: Callable[[str], None]) -> Iterator[tuple[str, int, Counter[str]]]:
     fork = multiprocessing.get_context("fork")  # each has torch at hand, and inherits the faults
     with TemporaryDirectory() as temporary, Upstream(Path(temporary)) as server:
-        table = faults(reference(Path(temporary)), server)
+        place = Path(temporary)
+        table = faults(reference(place), reference_sweep(place), server)
         with ProcessPoolExecutor(PROCESSES, fork, _begin, (table,)) as pool:
             for name, (count, _) in table.items():
                 count, costs, began = max(1, round(count * share)), Counter[str](), time.monotonic()

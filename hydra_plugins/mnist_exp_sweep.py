@@ -38,6 +38,6 @@ class StackedLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from mnist_exp.stacked import train_stacks
+        from mnist_exp import stacked
 
-        return train_stacks(self.task, self.max_stack)
+        return stacked.launch(self.task, self.max_stack)

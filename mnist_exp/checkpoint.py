@@ -7,7 +7,6 @@ the new one while the file changes: a kill or a power failure never leaves a who
 sidecar does not vouch for.
 """
 
-import errno
 import hashlib
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from mnist_exp.errors import ConfigError
+from mnist_exp.files import sync_folder
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -79,14 +79,14 @@ def save_numbered(folder: Path, number: int, state: dict[str, Any], keep: int = 
     """
     if not folder.exists():
         folder.mkdir()
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     path = folder / f"state-{number:09d}.pt"
     save(path, state)
     removed = [old for old in _numbered(folder) if _number(old) <= number][keep:]
     for old in removed:
         old.unlink()
     if removed:
-        _sync_folder(folder)  # no checkpoint comes back without its sidecar
+        sync_folder(folder)  # no checkpoint comes back without its sidecar
     for left in folder.glob("state-*.pt.*"):  # theirs, and what earlier kills left
         if left.suffix == ".part" or not left.with_suffix("").exists():
             left.unlink()
@@ -167,18 +167,7 @@ def _write(part: Path, content: Callable[[BinaryIO], object]) -> None:
 
 def _replace(part: Path, path: Path) -> None:
     os.replace(part, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync a folder, see fsync(2)
-            raise
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def _sha256(path: Path) -> str:

@@ -158,7 +158,8 @@ def _train(words: list[str]) -> int:
         composed = configs.compose(asked.overrides, asked.config_name, asked.config_dir)
     if composed is None or composed.hydra.mode == RunMode.MULTIRUN:
         return _sweep(asked)
-    configs.validate(configs.task_config(composed))  # before torch's seconds of import
+    # before torch's seconds of import
+    _say_store(configs.validate(configs.task_config(composed)).tracking.uri)
     return _train_one(composed)
 
 
@@ -171,10 +172,23 @@ def _sweep(asked: argparse.Namespace) -> int:
 
     context, master = configs.compose_sweep(asked.overrides, asked.config_name, asked.config_dir)
     jobs = grid.jobs(context, master, say)  # before torch's seconds of import
+    _say_store(master.tracking.uri)
 
     from mnist_exp import sweep
 
     return _after_sweep(sweep.run_sweep(context, master, jobs))
+
+
+def _say_store(asked: str | None) -> None:
+    """Where the environment decides, and not what was typed."""
+    from mnist_exp.tracking import ENVIRONMENT
+
+    decided = os.environ.get(ENVIRONMENT)
+    if asked is not None and decided and decided != asked:
+        print(
+            f"mnist-exp: {ENVIRONMENT}={decided} is used, and not tracking.uri={asked}",
+            file=sys.stderr,
+        )
 
 
 def _after_sweep(swept: Any) -> int:
@@ -368,7 +382,12 @@ def _resume(words: list[str]) -> int:
     from mnist_exp.tracker import index_at
 
     folder = resume.find(asked.run, uri, index_at(output_root()))
-    ended = resume.resume(folder, asked.failed, Terminal())
+    try:
+        ended = resume.resume(folder, asked.failed, Terminal())
+    except (KeyboardInterrupt, Terminated) as error:
+        if not getattr(error, "__notes__", []):  # before it had begun
+            error.add_note(str(folder))
+        raise
     if ended is None:
         return 0
     return _after_sweep(ended) if isinstance(ended, Swept) else _after_run(ended)

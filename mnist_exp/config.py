@@ -101,9 +101,10 @@ class Schema(Config):
     sweep: SweepConfig = MISSING
 
 
-# ValueError: a group that is given something else than a name
+# ValueError: a group that is given something else than a name; AssertionError: a key that is added
+# to nothing
 COMPOSITION_ERRORS = (
-    HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError
+    HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError
 )  # fmt: skip
 FLOAT32_MAX = 3.4e38
 _EVERY = re.compile(r"[1-9]\d{0,8}( ?steps)?")
@@ -262,7 +263,8 @@ def _explanation(error: Exception, overrides: Sequence[str]) -> str:
             f"{group}={option}: there is no such choice. "
             f"{_suggest(option, error.options)}{group} can be: {', '.join(error.options)}"
         )
-    key = getattr(cause, "full_key", None) or ""
+    said = re.search(r"^ +full_key: (\S+)$", text, re.MULTILINE)
+    key = getattr(cause, "full_key", None) or (said[1] if said else "")
     if key.split(".")[0] in ("experiments", "debug") and "not in" in str(cause):
         return "a recipe has to begin with the line: # @package _global_"
     if found := re.search(r"Could not override '([^']+)'", text):
@@ -289,6 +291,8 @@ def _explanation(error: Exception, overrides: Sequence[str]) -> str:
         return f"{key}: {fault}"
     if isinstance(error, OverrideParseException):
         return _unreadable(error)
+    if isinstance(error, AssertionError):
+        return f"{' '.join(overrides)}: cannot be composed ({text})"
     lines = [line for line in text.splitlines() if line and not line.startswith("See https")]
     return "\n".join(lines)
 

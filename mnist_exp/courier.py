@@ -4,6 +4,7 @@ import logging
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 from mnist_exp import journal
 from mnist_exp.journal import Index
-from mnist_exp.tracker import Story
+from mnist_exp.tracker import stories
 from mnist_exp.tracking import Delivered, NotYet, Store, check_store, deliver, first_line
 
 log = logging.getLogger(__name__)
 
 PAUSE = 5.0  # seconds between two looks at the journals: each costs 10 ms a run that has news
 SWITCH_SECONDS = 2e-4  # between threads that want Python's lock
+MOST_FAILURES = 2  # in a row: it is not the run, it is the server
 FORK_SECONDS = 5.0  # at most, that a fork waits for a delivery to end
 
 
@@ -27,8 +29,7 @@ def pending(index: Index, uri: str = "") -> list[tuple[str, Path]]:
     `uri`: of this store alone, and only what no process is at work on.
     """
     found = []
-    for entry in sorted(index.entries(), key=lambda entry: entry.kind != "sweep"):
-        story = Story.of(entry.folder)
+    for entry, story in sorted(stories(index), key=lambda found: found[0].kind != "sweep"):
         idle = bool(story.status) or journal.is_alive(entry.owner) is False
         if story.key and (not uri or (story.uri == uri and idle)):
             found.append((story.uri, entry.folder))
@@ -39,16 +40,24 @@ def sync(index: Index, uri: str = "") -> tuple[int, dict[Path, str]]:
     """Delivers what every store lacks, or the store `uri` alone. How many runs, and why not, by the
     folder, for the rest."""
     stores: dict[str, Store] = {}
-    count, problems = 0, {}
+    failures: Counter[str] = Counter()  # of a store, in a row
+    count, problems, problem = 0, {}, ""
     for its_uri, folder in pending(index, uri):
         try:
+            if failures[its_uri] == MOST_FAILURES:
+                raise NotYet(problem)
             if its_uri not in stores:
+                failures[its_uri] = MOST_FAILURES - 1
                 check_store(its_uri)
                 stores[its_uri] = Store(its_uri)
             deliver(folder, index, stores[its_uri])
             count += 1
+            failures[its_uri] = 0
+        except NotYet as error:
+            problems[folder] = str(error)
         except Exception as error:  # whatever a network, a server or a database can raise
-            problems[folder] = first_line(error)
+            problem = problems[folder] = first_line(error)
+            failures[its_uri] += 1
     return count, problems
 
 
@@ -85,7 +94,7 @@ class Courier(threading.Thread):
             with self._working:
                 self._round()
             wait = PAUSE if not self.problem else min(2 * wait, 30.0)
-            if self._late.is_set() or (last and not (self.problem or self.undelivered())):
+            if self._late.is_set() or (last and not self.undelivered()):
                 return
             self._wake.wait(wait if not last else min(wait, 1.0))
             self._wake.clear()
@@ -130,7 +139,7 @@ class Courier(threading.Thread):
             self._earlier = [folder for _, folder in pending(self.index, self.uri)]
         earlier = [folder for folder in self._earlier if _has_news(folder, self.uri)]
         for folder in [*self.undelivered(), *earlier]:
-            if failures == 2:  # in a row: it is not the run, it is the server
+            if failures == MOST_FAILURES:
                 break
             try:
                 if self._store is None:
@@ -142,7 +151,9 @@ class Courier(threading.Thread):
                 problem = problem or str(error)
             except Exception as error:  # whatever a network, a server or a database can raise
                 log.debug("not delivered: %s", folder, exc_info=error)
-                problem, failures = first_line(error), failures + 1
+                failures += 1
+                if folder in self.folders:  # of the others, an earlier command has told
+                    problem = first_line(error)
         if problem and not self.problem:
             self.say(
                 f"MLflow at {self.uri} does not take the record ({problem}). It is kept in the "

@@ -14,7 +14,7 @@ class ConfigError(ValueError):
 class RunFailed(RuntimeError):
     """A run was started and did not reach its end. Exit status 1.
 
-    The message says why; the record of the run, with the same reason, is in MLflow.
+    The message says why; the record of the run has the same reason.
     """
 
 

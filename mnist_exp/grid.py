@@ -16,6 +16,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mnist_exp import config as configs
+from mnist_exp import files
 from mnist_exp.config import SweepConfig
 from mnist_exp.errors import ConfigError
 
@@ -54,6 +55,12 @@ def jobs(
     if not master.hydra.sweeper._target_.endswith(".BasicSweeper"):
         raise ConfigError("hydra/sweeper: only basic works here, which tries every combination")
     params = master.hydra.sweeper.params or {}
+    for key, value in params.items():
+        if OmegaConf.is_list(value):
+            raise ConfigError(
+                f"hydra.sweeper.params.{key}={list(value)}: a list is one value. Several are a "
+                f"text: {key}: {','.join(map(str, value))}"
+            )
     words = [*(f"{key}={value}" for key, value in params.items()), *master.hydra.overrides.task]
     parser = OverridesParser.create(config_loader=context.config_loader)
     overrides = parser.parse_overrides(words)
@@ -196,7 +203,7 @@ def freeze(planned: Sequence[Planned], folder: Path) -> None:
         }
         for p in planned
     ]
-    (folder / FROZEN).write_text(json.dumps(frozen), encoding="utf-8")
+    files.write(folder / FROZEN, json.dumps(frozen))
 
 
 def thaw(folder: Path) -> list[Planned]:

@@ -15,7 +15,8 @@ from mnist_exp.config import Config, DatasetConfig
 from mnist_exp.errors import ConfigError
 from mnist_exp.optim import Schedule
 from mnist_exp.step import Run
-from mnist_exp.tracking import check_store, store_uri
+from mnist_exp.tracker import Story
+from mnist_exp.tracking import store_uri
 
 Load = Callable[[DatasetConfig], data.Dataset]
 # the keys and groups that a run's name tells of
@@ -63,7 +64,8 @@ class Job:
 
 
 def prepare(composed: DictConfig, load: Load | None = None) -> Job:
-    """Checks everything that a composed config asks for, by building it. Raises ConfigError.
+    """Checks everything that a composed config asks for, by building it; its store is not looked
+    at. Raises ConfigError.
 
     `load`: where the data set comes from, if not from `load_dataset`.
     """
@@ -71,8 +73,6 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
     typed = configs.validate(asked)
     if not str(composed.hydra.run.dir).strip():
         raise ConfigError("hydra.run.dir=: must be a folder of its own for the run's output")
-    uri = store_uri(typed.tracking.uri, configs.output_root())
-    check_store(uri, typed.tracking.experiment, typed.tracking.required)
     device = _device(typed.training.device)
     schedule = configs.build_schedule(typed)
     dummy = torch.nn.Parameter(torch.zeros(2, 2))
@@ -94,7 +94,7 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
         composed=composed,
         asked=asked,
         name=typed.tracking.run_name or _name(typed, composed.hydra.runtime.choices),
-        store_uri=uri,
+        store_uri=store_uri(typed.tracking.uri, configs.output_root()),
         device=device,
         load=load,
         build=build,
@@ -102,6 +102,15 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
         optimizer_arguments=arguments,
         schedule=schedule,
     )
+
+
+def check_unchanged(job: Job, story: Story) -> None:
+    """Raises ConfigError if a run that is to be resumed began with another config."""
+    before = story.tags.get("config_hash")
+    if before not in (None, configs.identity(job.asked)):
+        raise ConfigError(
+            "the run began with another config than this. Restore it, or train a new run"
+        )
 
 
 def _check_last_batch(

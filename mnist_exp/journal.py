@@ -2,7 +2,7 @@
 
 `FOLDER/journal.jsonl` only grows, by an entry a line:
 
-    {"time": 1795420241123, "kind": "epoch", "train/loss": 0.25, "crc": "e5b0ce31"}
+    {"time": 1795420241123, "kind": "end", "status": "FINISHED", "reason": "", "crc": "c87217c7"}
 
 time: ms since 1970. crc: the CRC-32 of the line's bytes without the crc and the newline, so that a
 flipped bit that still parses is seen: `zlib.crc32(line[:-21] + b"}")`. The line is UTF-8, and
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from filelock import FileLock
+
+from mnist_exp import files
 
 log = logging.getLogger(__name__)
 
@@ -271,19 +273,14 @@ class Index:
         """Adds a run, or replaces it. A reader finds all of it or nothing. Raises OSError."""
         assert kind in KINDS, kind
         self.folder.mkdir(parents=True, exist_ok=True)
-        # a name of its own, as two may add the same run
-        part = self.folder / f"{key}.{os.getpid()}-{threading.get_ident()}.part"
-        with part.open("w", encoding="utf-8") as file:
-            json.dump({"folder": str(folder.resolve()), "owner": dict(owner), "kind": kind}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, self._path(key))
+        entry = {"folder": str(folder.resolve()), "owner": dict(owner), "kind": kind}
+        files.write(self._path(key), json.dumps(entry))
 
     def remove(self, key: str) -> None:
         """Takes out a run; one that is not there is as good. Raises OSError."""
         self._path(key).unlink(missing_ok=True)
 
-    def get(self, key: str) -> IndexEntry | None:
+    def _read(self, key: str) -> IndexEntry | None:
         """The run of this key; None where it is not there, or, with a warning, not readable."""
         path = self._path(key)
         try:
@@ -302,7 +299,7 @@ class Index:
 
     def entries(self) -> list[IndexEntry]:
         """All runs by their key, but for those that, with a warning each, are not readable."""
-        found = [self.get(path.stem) for path in sorted(self.folder.glob("*.json"))]
+        found = [self._read(path.stem) for path in sorted(self.folder.glob("*.json"))]
         return [entry for entry in found if entry is not None]
 
     def _path(self, key: str) -> Path:

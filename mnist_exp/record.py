@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from mnist_exp import __version__, checkpoint, data, journal, metrics, plots, training
+from mnist_exp import __version__, checkpoint, data, files, journal, metrics, plots, training
 from mnist_exp import config as configs
 from mnist_exp.console import epoch_line
 from mnist_exp.errors import ConfigError, RunFailed, reason_of
@@ -58,10 +58,10 @@ def write_configs(job: Job, folder: Path) -> None:
     was_there = folder.exists()
     try:
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(job.asked, folder / ".hydra" / "config.yaml")
-        OmegaConf.save(
-            OmegaConf.masked_copy(job.composed, "hydra"), folder / ".hydra" / "hydra.yaml"
-        )
+        # the run is resumed from these two
+        files.write(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(job.asked))
+        own = OmegaConf.masked_copy(job.composed, "hydra")
+        files.write(folder / ".hydra" / "hydra.yaml", OmegaConf.to_yaml(own))
         OmegaConf.save(job.composed.hydra.overrides.task, folder / ".hydra" / "overrides.yaml")
         OmegaConf.save(job.asked, folder / "config.yaml", resolve=True)
     except OSError as error:
@@ -210,9 +210,11 @@ class Record:
         self.tracker.metrics(self.best, epoch)
         test, served = self.best, Served(stack.model(0), dataset.mean, dataset.std).eval()
         if self.finished:
-            test = record_test(stack, dataset, self.tracker, epoch) | self.best
-            self._curves(test["test/accuracy"])
+            found = record_test(stack, dataset, self.tracker, epoch)
+            self._curves(found["test/accuracy"])
             record_model(served, dataset, self.tracker)
+            self.tracker.metrics(found, epoch)
+            test = found | self.best
         self.log.write("  ".join(f"{key} {value:.6g}" for key, value in test.items()) + "\n")
         uri = self.job.store_uri
         self.outcome = Result("", self.history, test, served, path.parent, uri)
@@ -296,10 +298,12 @@ def record_first(dataset: data.Dataset, tracker: Tracker) -> None:
 def record_test(
     stack: Stack, dataset: data.Dataset, tracker: Tracker, epoch: int
 ) -> dict[str, float]:
-    """The official test set, once: its metrics, the mistakes, the confusion matrix."""
+    """The official test set, once: pictures of the mistakes and of the confusion matrix.
+
+    Returns the metrics, which are yet to be recorded: they say that all of this is done.
+    """
     (logits,) = training.predict(stack, dataset, dataset.test)
     (test,) = training.score(logits[None], dataset.test, "test")
-    tracker.metrics(test, epoch)
     shares, true = logits.softmax(-1), dataset.test.labels.cpu()
     confidence, predicted = shares.max(-1)
     wrong = (predicted != true).nonzero().flatten()

@@ -10,12 +10,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_exp import config as configs
-from mnist_exp import journal, plots, report, run
-from mnist_exp.config import SweepConfig
+from mnist_exp import files, journal, plots, report, run
+from mnist_exp.config import Config, SweepConfig
 from mnist_exp.console import Reporter
 from mnist_exp.courier import Courier
 from mnist_exp.errors import ConfigError, reason_of
-from mnist_exp.job import Job, Load
+from mnist_exp.job import Load
 from mnist_exp.record import provenance
 from mnist_exp.report import Cell, JobRecord
 from mnist_exp.tracker import Beginning, Story, Tracker, index_at
@@ -57,9 +57,7 @@ class Manifest:
         return [job for job in self.jobs if job["problem"]]
 
     def save(self, folder: Path) -> None:
-        part = folder / f"{MANIFEST}.part"
-        part.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        part.replace(folder / MANIFEST)
+        files.write(folder / MANIFEST, json.dumps(asdict(self), indent=1))
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Report:
         return [job for job in self.jobs if job.status not in ("FINISHED", "INVALID")]
 
 
-def open_parent(first: Job, manifest: Manifest, folder: Path) -> Tracker:
+def open_parent(config: Config, uri: str, manifest: Manifest, folder: Path) -> Tracker:
     """The record of the run that the jobs' runs are nested under."""
     jobs = manifest.jobs
     swept: dict[str, list[str]] = {}
@@ -98,13 +96,10 @@ def open_parent(first: Job, manifest: Manifest, folder: Path) -> Tracker:
         "sweep": "true",
         "launcher": manifest.launcher,
         "output_dir": str(folder),
-        "dataset": first.config.dataset.name,
+        "dataset": config.dataset.name,
     }
     name = f"sweep {' x '.join(report.short_names(list(swept)).values())} ({len(jobs)} jobs)"
-    beginning = Beginning(
-        name, first.store_uri, first.config.tracking.experiment, tags, kind="sweep"
-    )
-    manifest.save(folder)
+    beginning = Beginning(name, uri, config.tracking.experiment, tags, kind="sweep")
     parent = Tracker(folder, index_at(configs.output_root()), beginning)
     parent.params({f"sweep.{key}": ",".join(values) for key, values in swept.items()})
     parent.artifact(folder / MANIFEST)
@@ -122,13 +117,11 @@ def outcome_in(folder: Path) -> Outcome:
 def mark_killed(folder: Path, reason: str) -> Outcome:
     """Ends the record of a job whose process died without a word, unless it had ended before."""
     story = Story.of(folder)
-    if story.status:
-        return Outcome(story.status, story.reason)
-    if story.key:
-        journal.bury(folder, story.owner, reason)
+    if story.key and not story.status and journal.bury(folder, story.owner, reason):
         with (folder / "train.log").open("a", encoding="utf-8") as file:
             file.write(reason + "\n")
-    return Outcome("KILLED", reason)
+    story = Story.of(folder)
+    return Outcome(story.status, story.reason) if story.status else Outcome("KILLED", reason)
 
 
 def report_again(store: Store, parent: Any, output: Path | None, reporter: Reporter) -> list[str]:
@@ -206,7 +199,7 @@ def _records(manifest: Manifest, found: Mapping[int, JobRecord]) -> list[JobReco
 def conclude(
     parent: Tracker,
     manifest: Manifest,
-    outcomes: Sequence[Outcome],
+    outcomes: Mapping[int, Outcome],
     settings: SweepConfig,
     reporter: Reporter,
     load: Load,
@@ -215,8 +208,8 @@ def conclude(
 ) -> Report:
     """Tests the chosen cell, writes the report and shows it.
 
-    `load`: where the data sets come from.
-    `ended`: why the sweep has ended before its time, or ''; then nothing is tested.
+    `outcomes`: what the launcher says of jobs, by their number. `load`: where the data sets come
+    from. `ended`: why the sweep has ended before its time, or ''; then nothing is tested.
     """
     reporter.stop()
     folder = parent.folder
@@ -225,12 +218,14 @@ def conclude(
             mark_killed(Path(job["folder"]), ended)
     unstarted = Outcome("NOT RUN", ended)
     known = dict.fromkeys(range(len(manifest.valid)), unstarted) if ended else {}
-    known |= dict(enumerate(outcomes))
+    known |= outcomes
     jobs = _from_journals(manifest, known)
     chosen = report.choose(report.cells(jobs))
     failures: list[str] = []
     if chosen is not None and settings.test == "chosen" and not ended:
         for tested in chosen.finished:
+            if tested.metric("test/accuracy") is not None:
+                continue  # by an earlier try: the test set is read once
             try:
                 run.finish(Path(manifest.jobs[tested.number]["folder"]), load)
             except Exception as error:  # the report is made all the same
@@ -308,7 +303,9 @@ def _record(parent: Tracker, found: Report) -> None:
                 if spread.std is not None:
                     values[f"{key}_std"] = spread.std
         parent.tags({"chosen": found.chosen.label})
-    parent.metrics(values, 0)
+    # a sweep that is resumed comes to another end: its number is the step
+    tries = Story.of(parent.folder).history("jobs/finished")
+    parent.metrics(values, len(tries))
 
 
 def write(found: Report, recipe: str, folder: Path) -> list[Path]:

@@ -1,19 +1,20 @@
 """Runs and sweeps that stopped before their end: which one is meant, and going on with it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from mnist_exp import journal, results, run, sweep
+from mnist_exp import grid, journal, results, run, sweep
 from mnist_exp.console import Reporter
 from mnist_exp.errors import ConfigError
-from mnist_exp.job import prepare, remembering
+from mnist_exp.job import check_unchanged, prepare, remembering
 from mnist_exp.journal import Index
 from mnist_exp.record import Result
 from mnist_exp.sweep import Swept
-from mnist_exp.tracker import Story
-from mnist_exp.tracking import Delivered, Store, has_runs
+from mnist_exp.tracker import Story, stories
+from mnist_exp.tracking import Delivered, Store, check_store, has_runs
 
 
 def find(word: str, uri: str, index: Index) -> Path:
@@ -23,8 +24,12 @@ def find(word: str, uri: str, index: Index) -> Path:
     Raises ConfigError.
     """
     if (Path(word) / journal.NAME).exists():
-        return Path(word).resolve()
-    waiting = {entry.folder: Story.of(entry.folder) for entry in index.entries()}
+        return _whole(Path(word).resolve())
+    if Path(word).is_dir():
+        raise ConfigError(
+            f"{word or repr(word)}: it holds no record of a run ({journal.NAME}) to go on with"
+        )
+    waiting = {entry.folder: story for entry, story in stories(index)}
     if word != "last":
         names = {f: (story.key, Delivered.of(f).run_id) for f, story in waiting.items()}
         matching = [f for f, ids in names.items() if any(i.startswith(word) for i in ids if i)]
@@ -41,7 +46,7 @@ def find(word: str, uri: str, index: Index) -> Path:
             if word != "last" or newest is None:
                 raise
         else:
-            if newest is None or found.info.start_time > waiting[newest].began:
+            if word != "last" or newest is None or found.info.start_time > waiting[newest].began:
                 return _whole(_folder_of(found))
     if word == "last" and newest is not None:
         return newest
@@ -72,16 +77,26 @@ def resume(folder: Path, failed: bool, reporter: Reporter) -> Result | Swept | N
     failed: of a sweep, also the jobs that failed. Raises ConfigError with nothing changed where it
     cannot be.
     """
-    if (folder / results.MANIFEST).exists():
-        return sweep.resume_sweep(folder, failed, reporter)
     story = Story.of(folder)
+    if not story.key:
+        raise ConfigError(
+            f"{folder / journal.NAME}: its first line is damaged, so it cannot be gone on with"
+        )
+    if any((folder / name).exists() for name in (results.MANIFEST, grid.FROZEN)):
+        return sweep.resume_sweep(folder, failed, reporter)
     name = f"run {Delivered.of(folder).run_id[:8] or story.key[:8]}  {story.name}"
     if story.status == "FINISHED":
         reporter.line(f"{name}: it is finished; there is nothing to go on with")
         return None
     if story.reason.startswith("diverged"):
         raise ConfigError(f"{name}: it {story.reason}. It would again: train with other numbers")
-    job = prepare(thaw(folder), remembering())
+    check_store(story.uri, story.experiment, required=False)
+    try:
+        job = prepare(thaw(folder), remembering())
+        job = replace(job, store_uri=story.uri)
+        check_unchanged(job, story)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / '.hydra' / 'config.yaml'}: {error}") from error
     epochs = max((step for step, _ in story.history("train/loss")), default=0)
     reporter.line(
         f"{name}: goes on in {folder}; {epochs} of {job.config.training.epochs} epochs are recorded"
@@ -98,7 +113,5 @@ def thaw(folder: Path) -> DictConfig:
         with open_dict(config):
             config.hydra = own.hydra
     except Exception as error:  # whatever a file can hold
-        raise ConfigError(
-            f"{folder / '.hydra'}: the run's config cannot be read ({error})"
-        ) from error
+        raise ConfigError(f"the run's config cannot be read ({error})") from error
     return config

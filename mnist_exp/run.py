@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_exp import checkpoint, data, plots, signals, training
+from mnist_exp import checkpoint, data, journal, plots, signals, training
 from mnist_exp import config as configs
 from mnist_exp.console import Reporter
 from mnist_exp.courier import Courier
@@ -34,7 +34,7 @@ from mnist_exp.record import (
 from mnist_exp.stack import Stack
 from mnist_exp.step import compiling_pays
 from mnist_exp.tracker import Story, Tracker, index_at
-from mnist_exp.tracking import Delivered, Store
+from mnist_exp.tracking import Delivered, Store, check_store
 
 INTERRUPTED_SECONDS = 3.0  # that somebody who has asked a run to end waits for MLflow
 THREADS = torch.get_num_threads()  # torch's choice, before any run makes its own
@@ -53,6 +53,8 @@ def train(overrides: Sequence[str] = (), reporter: Reporter | None = None) -> Re
 def train_composed(composed: DictConfig, reporter: Reporter) -> Result:
     """`train`, from a config that is composed already."""
     job, folder = prepare(composed), Path(composed.hydra.run.dir)
+    own = job.config.tracking
+    check_store(job.store_uri, own.experiment, own.required)
     check_folder(folder)
     check_vacant(folder)
     return conduct(job, folder, reporter)
@@ -75,11 +77,12 @@ def conduct(job: Job, folder: Path, reporter: Reporter, resume: bool = False) ->
         undelivered = courier.close(patience)
     if isinstance(outcome, Exception):
         raise outcome
-    known = Delivered.of(folder)
-    run_id = known.run_id if known else ""
-    return replace(
-        outcome, run_id=run_id or Story.of(folder).key, delivered=bool(run_id) and not undelivered
-    )
+    return replace(outcome, run_id=name_of(folder), delivered=not undelivered)
+
+
+def name_of(folder: Path) -> str:
+    """MLflow's id of a run, or, until MLflow has it, the key of its record."""
+    return Delivered.of(folder).run_id or Story.of(folder).key
 
 
 def execute(
@@ -109,7 +112,8 @@ def execute(
     dataset = first.load(first.config.dataset).to(first.device)
     facts, diff = common_tags(first, len(jobs)), ask_git("diff", "HEAD")
     for job, folder in zip(jobs, folders, strict=True):
-        write_configs(job, folder)
+        if not (folder / journal.NAME).exists():  # else they are what the run is resumed from
+            write_configs(job, folder)
     state = _newest_state(jobs, place, reporter) if resume else None
     if state is not None:  # as many as before: they decide the order of sums
         torch.set_num_threads(state["threads"])
@@ -194,9 +198,9 @@ def _train(
         try:
             checkpoint.save_numbered(place, steps, kept)
         except OSError as error:
+            before = "the one before it is" if any(place.glob("state-*.pt")) else "no other is"
             raise RunFailed(
-                f"the checkpoint cannot be written to {place} ({error.strerror}); the one before "
-                f"it is there"
+                f"the checkpoint cannot be written to {place} ({error.strerror}); {before} there"
             ) from error
 
     reporter.start([job.name for job in jobs], str(stack.device), own.epochs)
@@ -324,6 +328,7 @@ def finish(folder: Path, load: Load) -> dict[str, float]:
         record_predictions(stack, dataset, tracker, int(best or epoch))
     record_curves(history, best, story.name, test["test/accuracy"], tracker)
     record_model(Served(stack.model(0), dataset.mean, dataset.std).eval(), dataset, tracker)
+    tracker.metrics(test, epoch)
     tracker.journal.close()
     return test
 

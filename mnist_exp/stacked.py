@@ -20,10 +20,11 @@ from mnist_exp.errors import reason_of
 from mnist_exp.grid import Planned
 from mnist_exp.job import Job
 from mnist_exp.optim import RULES
+from mnist_exp.processes import end, fork, receive
 from mnist_exp.results import Outcome
 from mnist_exp.stack import Stack
 from mnist_exp.step import warm_up_compiler
-from mnist_exp.sweep import STOP, Task, count_of, end, fork, outcome_of, receive
+from mnist_exp.sweep import STOP, Task, count_of, outcome_of
 
 # Bytes of parameters up to which a stack is fastest on a CPU: what the caches of two cores hold.
 # Measured with the seed MLP, seconds an epoch and model: 0.26 for 1, 0.14 for 4, 0.10 for 16 and
@@ -95,9 +96,19 @@ def _stack_limit(job: Job) -> int:
     return max(1, min(GPU_STACK_MOST, int(0.5 * free / each)))
 
 
-def train_stacks(task: Any, max_stack: int | None) -> list[JobReturn]:
-    """Trains a sweep's jobs, stack by stack; outcomes in the order of the jobs."""
+def launch(task: Any, max_stack: int | None) -> list[JobReturn]:
+    """As a launcher of Hydra's: trains all of a sweep's jobs, and returns in their order."""
     assert isinstance(task, Task)
+    outcomes = train_stacks(task, max_stack)
+    return [
+        JobReturn(p.words, status=JobStatus.COMPLETED, _return_value=outcomes[p.number])
+        for p in task.jobs
+    ]
+
+
+def train_stacks(task: Task, max_stack: int | None = None) -> dict[int, Outcome]:
+    """Trains a sweep's jobs, or those of `task.stacks`, stack by stack. Outcomes by the number of
+    the job."""
     reporter = Terminal()
     if task.stacks is None:
         stacks = plan(task.jobs, max_stack)
@@ -119,7 +130,7 @@ def train_stacks(task: Any, max_stack: int | None) -> list[JobReturn]:
         if failed and task.settings.on_error == "stop":
             (task.folder / STOP).touch()
     unstarted = Outcome("NOT RUN", "an earlier job failed (sweep.on_error=stop)")
-    return [_returned(p, outcomes.get(p.number, unstarted)) for p in jobs]
+    return {p.number: outcomes.get(p.number, unstarted) for p in jobs}
 
 
 Named = tuple[str, Sequence[Planned]]  # a stack and what it is called
@@ -170,8 +181,9 @@ def _side_by_side(task: Task, stacks: Sequence[Named], processes: int) -> Iterat
             courier.begin()  # after the first forks, which need not wait for its imports
             for connection in multiprocessing.connection.wait(list(running)):
                 assert isinstance(connection, Connection)
-                process, stack = running.pop(connection)
+                process, stack = running[connection]
                 found = receive(connection, process)
+                del running[connection]
                 if isinstance(found, str):
                     found = {p.number: results.mark_killed(p.folder, found) for p in stack}
                 yield stack, found
@@ -212,8 +224,9 @@ def _train_stack(
     task: Task, stack: Sequence[Planned], reporter: Reporter, threads: int
 ) -> dict[int, Outcome]:
     jobs, numbers = [p.job for p in stack], [p.number for p in stack]
+    failed = False
     try:
-        found = task.execute(jobs, [p.folder for p in stack], numbers, reporter, threads)
+        task.execute(jobs, [p.folder for p in stack], numbers, reporter, threads)
     except Exception as error:  # a model can raise anything; memory can run out
         if len(stack) == 1:
             reporter.line(f"{stack[0].said}: {reason_of(error)}")
@@ -222,8 +235,8 @@ def _train_stack(
             f"the stack failed ({reason_of(error)}); its jobs are trained again in two halves, "
             f"so that the fault stays where it belongs"
         )
-        found = None  # and not from in here, where the error holds on to the stack's memory
-    if found is None:
+        failed = True  # and not from in here, where the error holds on to the stack's memory
+    if failed:
         half = len(stack) // 2
         first = _train_stack(task, stack[:half], reporter, threads)
         return first | _train_stack(task, stack[half:], reporter, threads)
@@ -232,10 +245,6 @@ def _train_stack(
         if outcomes[p.number].reason:
             reporter.line(f"{p.said}: {outcomes[p.number].reason}")
     return outcomes
-
-
-def _returned(planned: Planned, outcome: Outcome) -> JobReturn:
-    return JobReturn(overrides=planned.words, status=JobStatus.COMPLETED, _return_value=outcome)
 
 
 def _said(stacks: Sequence[Sequence[Planned]]) -> str:

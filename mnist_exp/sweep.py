@@ -5,14 +5,11 @@ What the stacked launcher does with them is in stacked.py.
 
 import functools
 import json
-import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,19 +23,19 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp import config as configs
-from mnist_exp import grid, journal, report, results, run, signals
-from mnist_exp.config import SweepConfig
+from mnist_exp import grid, report, results, run, signals
+from mnist_exp.config import Config, SweepConfig
 from mnist_exp.console import Reporter, Terminal
 from mnist_exp.courier import Courier
 from mnist_exp.errors import ConfigError, RunFailed, reason_of
 from mnist_exp.grid import Planned, refuse
-from mnist_exp.job import NAMED, Job, Load, prepare, remembering
-from mnist_exp.record import Result, check_folder, check_vacant
+from mnist_exp.job import NAMED, Job, Load, check_unchanged, prepare, remembering
+from mnist_exp.processes import end, end_workers, fork, receive
+from mnist_exp.record import check_folder, check_vacant
 from mnist_exp.results import Outcome
 from mnist_exp.tracker import Story, index_at
-from mnist_exp.tracking import Delivered, first_line
+from mnist_exp.tracking import check_store, first_line
 
-END_SECONDS = 4.0  # that a process has to write its checkpoint and its records
 STOP = "stop"  # a file in the sweep's folder: no more jobs are to be started
 
 
@@ -94,10 +91,10 @@ class Task:
         reporter.line(f"job {number}: {shlex.join(config.hydra.overrides.task)}")
         try:
             job = prepare(config, _load)
-            (result,) = self.execute([job], [folder], [number], reporter)
+            self.execute([job], [folder], [number], reporter)
         except Exception as error:  # what was there at the start is there no more
             return outcome_of(error)
-        return outcome_of(result)
+        return results.outcome_in(folder)
 
     def execute(
         self,
@@ -106,8 +103,8 @@ class Task:
         numbers: Sequence[int],
         reporter: Reporter,
         threads: int = run.THREADS,
-    ) -> list[Result | Exception]:
-        """Jobs that can share a stack, as children of the sweep."""
+    ) -> None:
+        """Trains jobs that can share a stack, as children of the sweep."""
         tags = [
             {
                 "job": str(number),
@@ -117,13 +114,14 @@ class Task:
             for number in numbers
         ]
         alone = len(jobs) == 1
-        return run.execute(
+        name = f"{numbers[0]}-{numbers[-1]}"  # another one for each half of a stack that failed
+        run.execute(
             jobs,
             folders,
             reporter,
             tags=tags,
             parent=self.folder,
-            place=None if alone else self.folder / ".stacks" / str(numbers[0]),
+            place=None if alone else self.folder / ".stacks" / name,
             finished=self.settings.test == "all",
             threads=threads,
             resume=self.resume,
@@ -160,11 +158,9 @@ def _load(asked: configs.DatasetConfig) -> Any:
     return _remembered()(asked)
 
 
-def outcome_of(result: Result | Exception) -> Outcome:
-    """What `execute` says of a job, in a form that can be sent to another process."""
-    if isinstance(result, Exception):
-        return Outcome("FAILED", reason_of(result))
-    return Outcome("FINISHED")
+def outcome_of(error: Exception) -> Outcome:
+    """Of a job that had no record to fail in."""
+    return Outcome("FAILED", reason_of(error))
 
 
 def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Planned]) -> Swept:
@@ -189,6 +185,9 @@ def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Plann
         raise ConfigError(f"no job is left: {invalid[0].said}: {invalid[0].problem}")
     for number, p in enumerate(valid):  # as the launcher will number them
         p.number = number
+    first = valid[0].job
+    own = first.config.tracking
+    check_store(first.store_uri, own.experiment, own.required)
     folder = _folders(master, valid)
     check_vacant(folder)
     manifest = results.Manifest(
@@ -199,9 +198,7 @@ def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Plann
             for p in (*valid, *invalid)
         ],
     )
-    first = valid[0].job
-    assert first is not None
-    _make_folder(master, folder, valid)
+    _make_folder(master, folder, valid, manifest)
     task = Task(
         folder=folder,
         settings=settings,
@@ -216,94 +213,104 @@ def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Plann
     reporter = Terminal()
     reporter.line(f"sweep of {count_of(len(valid), 'job')}, in {folder}")
 
-    def launch() -> list[Outcome]:
+    def launch() -> dict[int, Outcome]:
         if name != "stacked":  # which forks first
             assert task.courier is not None
             task.courier.begin()
         returns = launcher.launch([p.words for p in valid], initial_job_idx=0)
-        return [r.return_value for r in returns]
+        return {p.number: r.return_value for p, r in zip(valid, returns, strict=True)}
 
-    return _conduct(task, first, manifest, launch, reporter)
+    return _conduct(task, first.config, first.store_uri, manifest, launch, reporter)
 
 
-def resume_sweep(folder: Path, failed: bool, reporter: Reporter) -> Swept:
+def resume_sweep(folder: Path, failed: bool, reporter: Reporter) -> Swept | None:
     """Goes on with a sweep from its folder alone: its jobs that are unfinished, and, if asked for,
-    those that failed. Raises ConfigError, with nothing changed, if it cannot be.
+    those that failed. None: there is nothing to go on with.
+
+    Raises ConfigError, with nothing changed, if it cannot be.
     """
-    manifest = results.Manifest.of(folder)
+    manifest, parent = results.Manifest.of(folder), Story.of(folder)
     settings = SweepConfig(**manifest.settings)
     torch.set_num_threads(1)
     planned = grid.thaw(folder)
     found = {p.number: Story.of(p.folder) for p in planned}
-    done = ("FINISHED", "FAILED") if not failed else ("FINISHED",)
-    waiting = {p.number for p in planned if found[p.number].status not in done}
-    finished = sum(story.status == "FINISHED" for story in found.values())
+    unfinished = {n for n, story in found.items() if story.status not in ("FINISHED", "FAILED")}
+    again = {n for n, story in found.items() if story.status == "FAILED"}
+    finished = len(planned) - len(unfinished) - len(again)
+    to_run = len(unfinished) + (len(again) if failed else 0)
     reporter.line(
         f"sweep in {folder}: {finished} of {count_of(len(planned), 'job')} finished; "
-        f"{len(waiting)} to run, from where they stopped"
+        f"{to_run} to run, from where they stopped"
     )
-    check(planned, settings)
+    if again and not failed:
+        reporter.line(f"{len(again)} that failed would be run again with --failed")
+    if not to_run and parent.status == "FINISHED":
+        reporter.line("it is finished; there is nothing to go on with")
+        return None
+    # as they were, where a job has not ended; then jobs that failed, each alone
     stacks = manifest.stacks or [[p.number] for p in planned]
-    first = planned[0].job
-    assert first is not None
+    going_on = [list(stack) for stack in stacks if unfinished & set(stack)]
+    alone = [[number] for number in sorted(again)] if failed else []
+    needed = {number for stack in (*going_on, *alone) for number in stack}
+    jobs = [p for p in planned if p.number in needed]
+    check(jobs, replace(settings, skip_invalid=True))
+    for p in jobs:
+        if p.problem:
+            raise ConfigError(f"{p.said}: {p.problem}")
+        p.job = replace(p.job, store_uri=parent.uri)
+        try:
+            check_unchanged(p.job, found[p.number])
+        except ConfigError as error:
+            raise ConfigError(f"{folder / grid.FROZEN}, {p.said}: {error}") from error
+    check_store(parent.uri, parent.experiment, required=False)
     task = Task(
         folder=folder,
         settings=settings,
         values={p.number: p.values for p in planned},
         isolated=False,
-        jobs=planned,
+        jobs=jobs,
         command_line=list(sys.argv),
-        stacks=list(_unfinished(stacks, found, failed)),
         resume=True,
     )
-    (folder / STOP).unlink(missing_ok=True)
 
-    def launch() -> list[Outcome]:
+    def launch() -> dict[int, Outcome]:
         from mnist_exp.stacked import train_stacks
 
-        if not task.stacks:
-            return []
-        returned = train_stacks(task, None)
-        return [r.return_value for r in returned]
+        outcomes: dict[int, Outcome] = {}
+        for task.stacks in filter(None, (going_on, alone)):
+            outcomes |= train_stacks(task)
+        return outcomes
 
-    return _conduct(task, first, manifest, launch, reporter)
-
-
-def _unfinished(
-    stacks: Sequence[Sequence[int]], found: Mapping[int, Story], failed: bool
-) -> Iterator[list[int]]:
-    """The stacks to train: as they were, where a job has not ended; and jobs that failed, alone."""
-    for stack in stacks:
-        if any(found[number].status not in ("FINISHED", "FAILED") for number in stack):
-            yield list(stack)
-        if failed:
-            yield from ([number] for number in stack if found[number].status == "FAILED")
+    config = configs.validate(configs.task_config(composed_of(planned[0])))
+    return _conduct(task, config, parent.uri, manifest, launch, reporter)
 
 
 def _conduct(
     task: Task,
-    first: Job,
+    config: Config,
+    uri: str,
     manifest: results.Manifest,
-    launch: Callable[[], list[Outcome]],
+    launch: Callable[[], dict[int, Outcome]],
     reporter: Reporter,
 ) -> Swept:
     """The sweep as one object: its record opened, its jobs run, its report made."""
     folder = task.folder
     with signals.deferred():  # what is opened has to be closed again
-        parent = results.open_parent(first, manifest, folder)
-        courier = Courier(first.store_uri, index_at(configs.output_root()), reporter.line)
+        parent = results.open_parent(config, uri, manifest, folder)
+        (folder / STOP).unlink(missing_ok=True)  # of an earlier try, which is over
+        courier = Courier(uri, index_at(configs.output_root()), reporter.line)
         courier.watch([folder, *(Path(job["folder"]) for job in manifest.valid)])
         task.courier = courier
 
-    def conclude(outcomes: Sequence[Outcome], ended: str = "") -> results.Report:
+    def conclude(outcomes: Mapping[int, Outcome], ended: str = "") -> results.Report:
         return results.conclude(
             parent, manifest, outcomes, task.settings, reporter, _load, courier, ended
         )
 
     def end_jobs() -> None:
-        _end_workers([Path(job["folder"]) for job in manifest.valid])
+        end_workers([Path(job["folder"]) for job in manifest.valid])
 
-    outcomes: list[Outcome] = []
+    outcomes: dict[int, Outcome] = {}
     patience = run.INTERRUPTED_SECONDS
     reason = ""
     try:
@@ -318,7 +325,7 @@ def _conduct(
         found = conclude(outcomes, reason)
         reason = reason or found.failure
         parent.end("FAILED" if reason else "FINISHED", reason)
-        patience = first.config.tracking.flush_seconds
+        patience = config.tracking.flush_seconds
     except (KeyboardInterrupt, SystemExit) as error:
         error.add_note(str(folder))  # that can be resumed
         try:
@@ -333,29 +340,8 @@ def _conduct(
     finally:
         courier.begin()
         undelivered = courier.close(patience)
-    run_id = Delivered.of(folder).run_id
-    return Swept(
-        run_id or Story.of(folder).key,
-        first.store_uri,
-        folder,
-        folder / results.BEST if found.chosen is not None else None,
-        reason,
-        bool(run_id) and not undelivered,
-    )
-
-
-def _end_workers(folders: Sequence[Path]) -> None:
-    """Ends joblib's processes, which may outlive their launcher, and waits for their jobs."""
-    loky = sys.modules.get("joblib.externals.loky")
-    if loky is None:
-        return
-    loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
-    late = time.monotonic() + END_SECONDS
-    for folder in folders:
-        while not (story := Story.of(folder)).status and time.monotonic() < late:
-            if not story.key or not journal.is_alive(story.owner):
-                break
-            time.sleep(0.05)
+    best = folder / results.BEST if found.chosen is not None else None
+    return Swept(run.name_of(folder), uri, folder, best, reason, not undelivered)
 
 
 def _folders(master: DictConfig, valid: Sequence[Planned]) -> Path:
@@ -379,7 +365,9 @@ def _folders(master: DictConfig, valid: Sequence[Planned]) -> Path:
     return folder
 
 
-def _make_folder(master: DictConfig, folder: Path, valid: Sequence[Planned]) -> None:
+def _make_folder(
+    master: DictConfig, folder: Path, valid: Sequence[Planned], manifest: results.Manifest
+) -> None:
     was_there = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -389,6 +377,7 @@ def _make_folder(master: DictConfig, folder: Path, valid: Sequence[Planned]) -> 
                 master.hydra.launcher.n_jobs = min(n_jobs, len(valid))  # no process for nothing
         OmegaConf.save(master, folder / "multirun.yaml")
         grid.freeze(valid, folder)
+        manifest.save(folder)
     except OSError as error:
         if not was_there:
             shutil.rmtree(folder, ignore_errors=True)
@@ -435,47 +424,6 @@ def _told_apart(job: Job, values: Mapping[str, str]) -> Job:
     short = report.short_names(list(values))
     parts = [f"{short[key]}={value}" for key, value in values.items() if key not in NAMED]
     return replace(job, name=" ".join([job.name, *parts]))
-
-
-def fork(function: Callable[..., None], *arguments: Any) -> tuple[Connection, Any]:
-    """Calls a function in a process of its own. It gets, as its last argument, what it can `send`
-    an answer by, which arrives at the connection that is returned beside the process."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=function, args=(*arguments, there))
-    process.start()
-    there.close()
-    return here, process
-
-
-def receive(connection: Connection, process: Any) -> Any:
-    """What a process has sent; or, where it died without a word, what became of it (str)."""
-    try:
-        found = connection.recv()
-    except EOFError:
-        process.join()
-        code = process.exitcode or 0
-        if code == 130:  # Ctrl-C, which ends the sweep
-            raise KeyboardInterrupt from None
-        if code < 0:
-            return f"its process was killed ({signal.Signals(-code).name})"
-        return f"its process ended with status {code}"
-    process.join()
-    return found
-
-
-def end(processes: Sequence[Any]) -> None:
-    """Ends processes: those that train write their checkpoints and records first."""
-    for process in processes:
-        process.terminate()
-    late = time.monotonic() + END_SECONDS
-    try:
-        for process in processes:
-            process.join(max(0.0, late - time.monotonic()))
-    finally:  # a second Ctrl-C does not wait
-        for process in processes:
-            process.kill()
-            process.join()
 
 
 def _folder(sweep: Path, planned: Planned) -> Path:

@@ -11,19 +11,22 @@ An entry of the journal is what is to be said to MLflow, in MLflow's own terms, 
     end       status, reason
 """
 
+import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from mnist_exp import journal
 from mnist_exp.errors import ConfigError
-from mnist_exp.journal import Index, Journal
+from mnist_exp.journal import Index, IndexEntry, Journal
 
 if TYPE_CHECKING:  # every verb looks for runs that were killed, and most have no other use for it
     import numpy as np
+
+log = logging.getLogger(__name__)
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 _RESERVE = ".reserve"  # a file whose removal makes room for the last lines, on a full disk
@@ -228,19 +231,31 @@ def index_at(root: Path) -> Index:
     return Index(root / "outputs" / ".open")
 
 
+def stories(index: Index) -> Iterator[tuple[IndexEntry, Story]]:
+    """The runs of an index with their records; of one that cannot be read there is a warning."""
+    for entry in index.entries():
+        try:
+            yield entry, Story.of(entry.folder)
+        except OSError as error:
+            log.warning("%s: its record is passed over: %s", entry.folder, error)
+
+
 def bury_the_dead(index: Index) -> list[tuple[Path, Story]]:
     """Ends the records of runs whose process died without a word: KILLED. Which, and their records.
 
     A run that is alive, or on another host, is left alone.
     """
     buried = []
-    for entry in index.entries():
+    for entry, story in stories(index):
         reason = f"its process ({entry.owner['pid']}) ended without a word"
-        if journal.is_alive(entry.owner) is not False:
+        if story.status or journal.is_alive(entry.owner) is not False:
             continue
-        if not Story.of(entry.folder).key:  # killed before it began, or removed since
-            index.remove(entry.key)
-        elif journal.bury(entry.folder, entry.owner, reason):
-            (entry.folder / _RESERVE).unlink(missing_ok=True)
-            buried.append((entry.folder, Story.of(entry.folder)))
+        try:
+            if story.key and journal.bury(entry.folder, entry.owner, reason):
+                (entry.folder / _RESERVE).unlink(missing_ok=True)
+                buried.append((entry.folder, Story.of(entry.folder)))
+            elif not Story.of(entry.folder).key and entry.folder.is_dir():
+                index.remove(entry.key)  # killed before it began; a folder may come back
+        except OSError as error:  # a disk that is full, or read-only by now
+            log.warning("%s: its run was killed, which cannot be recorded: %s", entry.folder, error)
     return buried

@@ -1,6 +1,7 @@
 """A run's record in MLflow. The only module that imports mlflow."""
 
 import functools
+import glob
 import http.client
 import importlib.util
 import json
@@ -12,6 +13,7 @@ import sqlite3
 import tempfile
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -34,8 +36,9 @@ log = logging.getLogger(__name__)
 
 RUN_KEY = "run_key"  # the tag that tells which journal a run is made from
 _DELIVERED = ".delivery.json"
-_ENVIRONMENT = "MLFLOW_TRACKING_URI"
+ENVIRONMENT = "MLFLOW_TRACKING_URI"
 _SQLITE = "sqlite:///"
+_SERVED = ("postgresql", "mysql", "mssql", "databricks")  # beginnings of other addresses
 _METRICS_A_BATCH = 1000  # MLflow's limit, for all that is in a call
 _PARAMS_A_BATCH = 100  # MLflow's limit, for tags as well
 _PARAM_LENGTH = 6000  # MLflow's limit
@@ -53,7 +56,7 @@ _SETTINGS = {  # of MLflow's own, unless the user has some
 
 def store_uri(asked: str | None, root: Path) -> str:
     """MLFLOW_TRACKING_URI if set, else what was asked for, else SQLite under `root`."""
-    return os.environ.get(_ENVIRONMENT) or asked or f"{_SQLITE}{root / 'mlflow.db'}"
+    return os.environ.get(ENVIRONMENT) or asked or f"{_SQLITE}{root / 'mlflow.db'}"
 
 
 def check_store(uri: str, experiment: str | None = None, required: bool = True) -> None:
@@ -80,10 +83,10 @@ def check_store(uri: str, experiment: str | None = None, required: bool = True) 
                 f"{_said(uri)}: no MLflow server answers there ({reason}). Start it, or "
                 f"choose another store: tracking.uri=sqlite:////ABSOLUTE/PATH.db"
             ) from error
-    elif "://" not in uri or uri.startswith("file:"):
+    elif not uri.startswith(_SERVED):
         raise ConfigError(
-            f"{_said(uri)}: MLflow no longer keeps runs in plain folders. Use "
-            f"sqlite:////ABSOLUTE/PATH.db, or the http(s) address of a server"
+            f"{_said(uri)}: must be sqlite:////ABSOLUTE/PATH.db, the http(s) address of a server, "
+            f"or one of {', '.join(_SERVED)}... (MLflow no longer keeps runs in plain folders)"
         )
     elif required:
         Store(uri)
@@ -160,11 +163,29 @@ def has_runs(uri: str) -> bool:
 
 def _said(uri: str) -> str:
     """How the store was chosen, for messages: what would have to be changed."""
-    return f"{_ENVIRONMENT if os.environ.get(_ENVIRONMENT) else 'tracking.uri'}={uri}"
+    return f"{ENVIRONMENT if os.environ.get(ENVIRONMENT) else 'tracking.uri'}={uri}"
 
 
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _make_database(path: Path) -> None:
+    """An SQLite database with MLflow's tables, unless it is there: whole, or not there at all.
+
+    MLflow makes its tables in fifty steps, some seconds in all, and a process that ends between two
+    of them would leave a database that no MLflow can open.
+    """
+    import mlflow
+
+    if path.exists() and path.stat().st_size > 0:
+        return
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part*"):  # a killed process left it
+        left.unlink()
+    # another name each time, as MLflow remembers in which databases it has made tables
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    mlflow.MlflowClient(f"{_SQLITE}{part}").search_experiments(max_results=1)
+    part.replace(path)
 
 
 class Store:
@@ -179,15 +200,17 @@ class Store:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.uri = uri
         self._experiments: dict[str, str] = {}  # name -> id
-        asked = os.environ.get(_ENVIRONMENT)
+        asked = os.environ.get(ENVIRONMENT)
         mlflow.set_tracking_uri(uri)
         # which also sets the variable, and store_uri() would take this store for the next run's
         if asked is None:
-            os.environ.pop(_ENVIRONMENT, None)
+            os.environ.pop(ENVIRONMENT, None)
         else:
-            os.environ[_ENVIRONMENT] = asked
+            os.environ[ENVIRONMENT] = asked
         try:
             with self.lock():
+                if uri.startswith(_SQLITE):
+                    _make_database(Path(uri.removeprefix(_SQLITE)))
                 self.client = mlflow.MlflowClient(uri)
                 self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever the driver of this kind of store raises
@@ -248,7 +271,8 @@ class Store:
     def children(self, parent: str) -> list[Any]:
         """The runs of a sweep, as MLflow has them, by the number of their job."""
         runs = self._search(f"tags.`mlflow.parentRunId` = '{parent}'")
-        return sorted(runs, key=lambda r: int(r.data.tags.get("job", 0)))
+        jobs = [r for r in runs if "job" in r.data.tags]  # what somebody else has nested is not
+        return sorted(jobs, key=lambda r: int(r.data.tags["job"]))
 
     def history(self, run_id: str, key: str) -> list[tuple[int, float]]:
         """The points of a metric: (step, value)."""
@@ -310,7 +334,10 @@ class Store:
         try:
             return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
         except (MlflowException, OSError) as error:
-            raise ConfigError(f"run {run_id}: it has no artifact {artifact}") from error
+            run = self.get(run_id)
+            raise ConfigError(
+                f"run {run_id}: it has no artifact {artifact}; the run is {run.info.status}"
+            ) from error
 
 
 def save_model(
@@ -396,10 +423,16 @@ def deliver(folder: Path, index: Index, store: Store) -> Delivered:
         try:
             told = _send(folder, store, told)
         except MlflowException as error:
-            if not told.run_id or error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if not told.run_id:
                 raise
-            # the store has been made anew since
-            told = _send(folder, store, Delivered(store.uri, creating=True).save(folder))
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # the store has been made anew since
+                told = _send(folder, store, Delivered(store.uri, creating=True).save(folder))
+            elif store.get(told.run_id).info.lifecycle_stage == "deleted":
+                log.warning("%s: its run was deleted in MLflow, and gets no more", folder)
+                end, ended = journal.size(folder), bool(Story.of(folder).status)
+                told = replace(told, offset=end, ended=ended).save(folder)
+            else:
+                raise
         with journal.lock(folder):
             if told.ended and told.offset >= journal.size(folder):
                 index.remove(Story.of(folder).key)
@@ -471,14 +504,14 @@ class _Letter:
         return self.told
 
     def _begin(self, entry: Entry) -> None:
+        if self.told.run_id:
+            return
         fields, tags = entry.fields, dict(entry.fields["tags"])
         if fields["parent"]:
             parent = Delivered.of(Path(fields["parent"]), self.store.uri)
             if not parent.run_id:
                 raise NotYet(f"the sweep of {self.folder} is not in MLflow yet")
             tags["mlflow.parentRunId"] = parent.run_id
-        if self.told.run_id:
-            return
         experiment = self.store.experiment(fields["experiment"])
         run_id = ""
         if self.told.creating:

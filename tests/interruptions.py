@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,13 @@ BASE = [
 ]
 TIMED = ("epoch_seconds", "images_per_second")  # what no two runs have alike
 # nobody answers there, which leaves MLflow out: it takes seconds to import
+NOBODY = "http://127.0.0.1:9"
+# two stacks of two
+GRID = [*BASE, f"tracking.uri={NOBODY}", "optimizer.lr=0.05,0.1", "training.batch_size=32,64"]
+JOBS = 4
 KINDS = ("lost", "doubled", "differing")  # what a fault can do to a record
 # of a run of BASE: its training steps; its operations on files, once its record has begun
 RANGES = {"exception": (1, 201), "file operation": (10, 400)}
-NOBODY = "http://127.0.0.1:9"
 
 
 class Forked:
@@ -122,7 +125,7 @@ class Fault:
     random: random.Random
     epochs: int | None = None  # recorded when it comes; None: any moment of three quarters of it
     status: int = 0  # as the process has ended
-    seconds: float = field(default=0.0)  # that it took to end
+    seconds: float = 0.0  # that it took to end
 
 
 def words_of(folder: Path, *words: str) -> list[str]:
@@ -157,6 +160,29 @@ def interrupted_run(folder: Path, fault: Fault) -> Path:
     process.send_signal(getattr(signal, fault.name))
     fault.status = process.wait()
     fault.seconds = time.monotonic() - began
+    return own
+
+
+def reference_sweep(folder: Path) -> Path:
+    """The sweep that nothing happens to."""
+    process = Forked(["train", "-m", *GRID, f"hydra.sweep.dir={folder}/sweep"], folder)
+    assert process.wait() == 0, process.text.read_text()
+    return folder / "sweep"
+
+
+def interrupted_sweep(folder: Path, fault: Fault) -> Path:
+    """The same sweep, with a signal to its first process; those that it has forked end as well."""
+    own = folder / "cut"
+    process = Forked(["train", "-m", *GRID, f"hydra.sweep.dir={own}"], folder)
+    jobs = [own / str(n) for n in range(JOBS)]
+    wanted = fault.random.randrange(35) if fault.epochs is None else fault.epochs
+    process.until(lambda: any(_epochs(job) > wanted for job in jobs))
+    process.send_signal(getattr(signal, fault.name))
+    fault.status = process.wait()
+    end = time.monotonic() + 10
+    for owner in [owner for job in jobs if (owner := Story.of(job).owner)]:
+        while journal.is_alive(owner) and time.monotonic() < end:
+            time.sleep(0.05)
     return own
 
 

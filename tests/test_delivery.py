@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from delivering import (
     EPOCHS,
@@ -125,6 +126,70 @@ def test_a_store_that_was_made_anew(index: Index, tmp_path: Path) -> None:
     last_part(tracker)
     assert courier.sync(index) == (1, {})
     assert faults_in(folder, store.uri) == []
+
+
+def test_a_run_that_was_deleted_in_mlflow(index: Index, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    store = Store(fresh_store(tmp_path))
+    tracker = begin(folder, index, store.uri)
+    first_part(tracker)
+    told = deliver(folder, index, store)
+    store.client.delete_run(told.run_id)
+    last_part(tracker)
+    assert courier.sync(index) == (1, {}) and index.entries() == []
+
+
+def test_an_earlier_run_does_not_hold_up(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that cannot be delivered; what it is now about is, and nobody waits or is told."""
+    store = Store(fresh_store(tmp_path))
+    whole(tmp_path / "bad", index, store.uri)
+    monkeypatch.setattr(courier, "PAUSE", 0.05)
+    real = courier.deliver
+
+    def failing(folder: Path, index: Index, store: Store) -> Delivered:
+        if folder.name == "bad":
+            raise OSError("no")
+        return real(folder, index, store)
+
+    monkeypatch.setattr(courier, "deliver", failing)
+    said: list[str] = []
+    thread = Courier(store.uri, index, said.append)
+    thread.watch([tmp_path / "good"])
+    thread.start()
+    whole(tmp_path / "good", index, store.uri)
+    began = time.monotonic()
+    assert thread.close(20) == [] and time.monotonic() - began < 10
+    assert said == [] and [e.folder.name for e in index.entries()] == ["bad"]
+
+
+def test_a_database_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh_store(tmp_path / "other")  # MLflow warns of itself at first use
+    uri = f"sqlite:///{tmp_path}/new.db"
+
+    def killed(*arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(mlflow.MlflowClient, "search_experiments", killed)
+        Store(uri)
+    assert not (tmp_path / "new.db").exists()
+    tracking.check_store(uri)
+    (tmp_path / "new.db.a.part").write_bytes(b"half of it")
+    (tmp_path / "new.db.a.part-journal").write_bytes(b"half of it")
+    assert Store(uri).client.search_experiments()
+    assert {p.name for p in tmp_path.iterdir()} == {"new.db", "new.db.lock", "other"}
+
+
+def test_a_folder_that_is_away_for_a_while(index: Index, tmp_path: Path) -> None:
+    store = Store(fresh_store(tmp_path))
+    whole(tmp_path / "run", index, store.uri)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert bury_the_dead(index) == [] and courier.sync(index) == (0, {})
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    assert courier.sync(index) == (1, {})
+    assert faults_in(tmp_path / "run", store.uri) == []
 
 
 def test_jobs_wait_for_their_sweep(index: Index, tmp_path: Path) -> None:

@@ -556,7 +556,7 @@ def test_nothing_to_bury(tmp_path: Path, start: Start) -> None:
 def test_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     index, here = Index(tmp_path / "not yet" / "index"), owner()
-    assert (index.entries(), index.get("b")) == ([], None)
+    assert index.entries() == []
     index.remove("b")
     odd = tmp_path / os.fsdecode(b"\xff \xc3\xbc")
     index.add("b", Path("outputs"), here, "run")
@@ -564,9 +564,8 @@ def test_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = journal.IndexEntry("a", odd, here, "sweep")
     b = journal.IndexEntry("b", tmp_path / "outputs", here, "run")
     assert index.entries() == Index(index.folder).entries() == [a, b]
-    assert (index.get("a"), index.get("c")) == (a, None)
     index.add("b", odd, here, "run")
-    assert index.get("b") == journal.IndexEntry("b", odd, here, "run")
+    assert index.entries() == [a, journal.IndexEntry("b", odd, here, "run")]
     index.remove("a")
     index.remove("a")
     assert [entry.key for entry in index.entries()] == ["b"]

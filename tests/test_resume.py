@@ -1,9 +1,10 @@
 """A run that was stopped, and resumed, equals the one that was not, bit for bit."""
 
+import os
 import random
+import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import pytest
 import torch
 from helpers import fresh_store
 from interruptions import (
-    BASE,
+    GRID,
     NOBODY,
     Fault,
     Forked,
     differences,
     interrupted_run,
+    interrupted_sweep,
     reference,
+    reference_sweep,
     resume,
     state_of,
     words_of,
@@ -258,18 +261,25 @@ def test_nothing_to_resume(whole: Path) -> None:
     assert process.wait() == 2 and "nonsense" in process.text.read_text()
 
 
-def test_resumed_in_mlflow(tmp_path: Path) -> None:
-    """The same MLflow run, each point once."""
-    store = fresh_store(tmp_path)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_resumed_in_mlflow(elsewhere: bool, tmp_path: Path) -> None:
+    """The same MLflow run, each point once; `elsewhere`: though another store is meant by now."""
+    store, other = fresh_store(tmp_path), fresh_store(tmp_path / "other")
     own = f"tracking.uri={store}"
     words = [w for w in words_of(tmp_path, "training.epochs=400") if NOBODY not in w]
-    process = Forked(["train", *words, own], tmp_path)
+
+    def use(uri: str) -> None:
+        if elsewhere:
+            os.environ["MLFLOW_TRACKING_URI"] = uri
+
+    process = Forked(["train", *words, own], tmp_path, lambda: use(store))
     process.until(lambda: Delivered.of(tmp_path / "the run").offset > 20_000)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     run_id = Delivered.of(tmp_path / "the run").run_id
-    again = Forked(["resume", "last", own], tmp_path)
+    again = Forked(["resume", "last", own], tmp_path, lambda: use(other))
     assert again.wait() == 0, again.text.read_text()
+    assert mlflow.MlflowClient(other).search_experiments(filter_string="name = 'mnist-exp'") == []
     assert f"run {run_id[:8]}" in again.text.read_text()
     assert Forked(["sync"], tmp_path).wait() == 0
     client = mlflow.MlflowClient(store)
@@ -286,39 +296,113 @@ def test_a_run_is_not_overwritten(whole: Path) -> None:
     assert process.wait() == 2 and "mnist-exp resume" in process.text.read_text()
 
 
-GRID = [*BASE, f"tracking.uri={NOBODY}", "optimizer.lr=0.05,0.1", "training.batch_size=32,64"]
-
-
 @pytest.fixture(scope="module")
 def whole_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sweep")
-    process = Forked(["train", "-m", *GRID, f"hydra.sweep.dir={folder}/sweep"], folder)
-    assert process.wait() == 0, process.text.read_text()
-    return folder / "sweep"
+    return reference_sweep(tmp_path_factory.mktemp("sweep"))
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
 def test_a_sweep_goes_on_where_it_stopped(how: str, whole_sweep: Path, tmp_path: Path) -> None:
-    process = Forked(["train", "-m", *GRID, f"hydra.sweep.dir={tmp_path}/cut"], tmp_path)
-    folder = tmp_path / "cut"
+    fault = Fault(how, random.Random(0), epochs=20)
+    folder = interrupted_sweep(tmp_path, fault)
     jobs = [folder / str(n) for n in range(4)]
-    process.until(lambda: any(len(Story.of(j).history("train/loss")) > 20 for j in jobs))
-    process.send_signal(getattr(signal, how))
-    status = process.wait()
-    owners = {o["pid"]: o for job in jobs if (o := Story.of(job).owner)}
-    end = time.monotonic() + 10
-    while any(journal.is_alive(owner) for owner in owners.values()) and time.monotonic() < end:
-        time.sleep(0.05)  # the processes of a killed sweep notice, and end
     if how == "SIGINT":
-        assert status == 130
-        assert process.text.read_text().splitlines()[-1].endswith(f"resume {folder}")
+        assert fault.status == 130
+        said = (tmp_path / "said.txt").read_text()
+        assert said.splitlines()[-1].endswith(f"resume {folder}")
     assert {Story.of(job).status for job in jobs} <= {"KILLED", "FINISHED", ""}
     said = resume(folder)
     assert "of 4 jobs finished" in said
     for n, job in enumerate(jobs):
         assert differences(job, whole_sweep / str(n)) == [], n
-    assert Story.of(folder).status == "FINISHED"
+    story = Story.of(folder)
+    assert story.status == "FINISHED"
+    assert story.newest()["jobs/finished"] == 4 and story.newest()["jobs/not_finished"] == 0
+    before = [(job / journal.NAME).read_bytes() for job in jobs]
+    said = resume(folder)  # the test set is not read again
+    assert "0 to run" in said and "nothing to go on with" in said
+    assert [(job / journal.NAME).read_bytes() for job in jobs] == before
+    alone = Forked(["resume", str(jobs[0])], tmp_path)
+    assert alone.wait() == 2 and "a job of a sweep" in alone.text.read_text()
+
+
+def test_killed_before_its_report(whole_sweep: Path, tmp_path: Path) -> None:
+    """Nothing is trained again, and the test set, which was read already, not read again."""
+    folder = tmp_path / "cut"
+    shutil.copytree(whole_sweep, folder)
+    for file in folder.rglob("*.js*"):
+        file.write_text(file.read_text().replace(str(whole_sweep), str(folder)))
+    lines = (folder / journal.NAME).read_bytes().splitlines(keepends=True)
+    (folder / journal.NAME).write_bytes(lines[0])
+    (entry,) = journal.read(whole_sweep)[0][:1]
+    (folder / journal.NAME).unlink()
+    with journal.Journal(folder) as again:
+        again.write("begin", **entry.fields)
     assert "0 to run" in resume(folder)
+    assert Story.of(folder).status == "FINISHED" and (folder / "best.yaml").exists()
+    tested = [n for n in range(4) if "test/accuracy" in Story.of(folder / str(n)).metrics]
+    assert len(tested) == 1
+    assert differences(folder / str(tested[0]), whole_sweep / str(tested[0])) == []
+
+
+def test_what_failed_is_run_again_where_it_is_asked_for(tmp_path: Path) -> None:
+    words = [*GRID[:-2], "optimizer.lr=0.01,1e30", "optimizer=sgd", "training.epochs=400"]
+    process = Forked(["train", "-m", *words, f"hydra.sweep.dir={tmp_path}/cut"], tmp_path)
+    good, bad = (tmp_path / "cut" / str(n) for n in range(2))
+    process.until(lambda: len(Story.of(good).history("train/loss")) > 20)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    again = Forked(["resume", str(tmp_path / "cut"), "--failed"], tmp_path)
+    assert again.wait() == 1
+    said = again.text.read_text()
+    assert "2 to run" in said and "is not over" not in said
+    assert (Story.of(good).status, Story.of(bad).status) == ("FINISHED", "FAILED")
+    assert [kind for kind in began(bad) if kind == "resume"] == ["resume"]
+    assert [kind for kind in began(good) if kind == "resume"] == ["resume"]
+    steps = [e.fields["step"] for e in journal.read(good)[0] if "train/loss" in str(e.fields)]
+    assert sorted(set(steps)) == steps == list(range(1, 401))
+
+
+def began(folder: Path) -> list[str]:
+    return [e.kind for e in journal.read(folder)[0] if e.kind in ("begin", "resume")]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "part"),
+    [
+        (".hydra/config.yaml", lambda text: text.replace("epochs: 40", "epochs: 50"), "another"),
+        (".hydra/config.yaml", lambda text: "", "config.yaml"),
+        (".hydra/hydra.yaml", lambda text: "a: [", "config.yaml"),
+        (journal.NAME, lambda text: "x" + text, "first line is damaged"),
+    ],
+)
+def test_a_folder_that_was_changed(
+    file: str, change: Callable[[str], str], part: str, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "the run"
+    shutil.copytree(whole, folder)
+    lines = (folder / journal.NAME).read_text().splitlines(keepends=True)
+    (folder / journal.NAME).write_text("".join(lines[:-1]))  # as if it had been killed at its end
+    (folder / file).write_text(change((folder / file).read_text()))
+    process = Forked(["resume", str(folder)], tmp_path)
+    assert process.wait() == 2
+    said = process.text.read_text()
+    assert str(folder) in said and part in said and "Traceback" not in said, said
+
+
+def test_an_older_run_is_found_beside_a_waiting_one(whole: Path, tmp_path: Path) -> None:
+    store = fresh_store(tmp_path)
+    words = [w for w in words_of(tmp_path, "training.epochs=1") if NOBODY not in w]
+    words.append("tracking.flush_seconds=60")
+    first = Forked(["train", *words, f"tracking.uri={store}"], tmp_path)
+    assert first.wait() == 0, first.text.read_text()
+    run_id = Delivered.of(tmp_path / "the run").run_id
+    later = [w.replace("the run", "later") for w in words_of(tmp_path, "training.epochs=1")]
+    assert Forked(["train", *later], tmp_path).wait() == 0
+    for word, said in ((run_id[:8], run_id[:8]), ("last", "")):
+        again = Forked(["resume", word, f"tracking.uri={store}"], tmp_path)
+        assert again.wait() == 0, again.text.read_text()
+        assert "it is finished" in again.text.read_text() and said in again.text.read_text()
 
 
 def test_a_job_that_failed_stays_so_in_a_stack_that_goes_on(tmp_path: Path) -> None:

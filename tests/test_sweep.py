@@ -845,14 +845,20 @@ def test_exception_while_a_job_is_built(launcher: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("launcher", ["stacked", "basic"])
 def test_stop_on_error(launcher: str, tmp_path: Path) -> None:
-    words = ["training.batch_size=64,32", "optimizer.lr=1e30,0.1", "training.epochs=1"]
+    # what shares a stack is not what follows each other
+    words = ["optimizer.lr=1e30,0.1", "training.batch_size=32,64", "training.epochs=1"]
     words += [f"hydra/launcher={launcher}", "hydra.launcher.max_stack=1", "sweep.on_error=stop"]
     words.append(ONE_AT_A_TIME)
     done = train_all(tmp_path, *SMALL, *[w for w in words if launcher != "basic" or "max" not in w])
     assert done.status == 1
     assert "4 of 4 jobs did not finish" in done.err
     assert [c.info.status for c in done.children.values()] == ["FAILED"]
-    assert done.out.count("NOT RUN") == 3 and "sweep.on_error=stop" in done.out
+    jobs = json.loads((done.own / "sweep.json").read_text())["jobs"]
+    found = {tuple(job["values"].values()): (job["status"], job["reason"]) for job in jobs}
+    (first,) = [values for values, (status, _) in found.items() if status == "FAILED"]
+    assert "diverged" in found.pop(first)[1]
+    assert first == tuple(json.loads(done.children[0].data.tags["swept"]).values())
+    assert set(found.values()) == {("NOT RUN", "an earlier job failed (sweep.on_error=stop)")}
     assert done.parent.info.status == "FAILED"
 
 
@@ -921,7 +927,7 @@ def joblib(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path
     process = start(["train", "-m", *BASE, *OWN_NET, *words, *place], folder)
     yield process, folder
     if process.poll() is None:
-        process.kill()
+        process.terminate()  # not a kill, as joblib's processes would outlive it
         process.communicate()
 
 

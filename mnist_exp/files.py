@@ -1,0 +1,38 @@
+"""Files that are whole or not there at all, whatever ends the process or the machine."""
+
+import errno
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file, and returns once the disk has it. Raises OSError; the old one is there then.
+
+    A reader finds the old content or the new. Two processes may write the same file at once.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to tell
+            part.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns once the disk has the names in a folder. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot sync a folder, see fsync(2)
+            raise
+    finally:
+        os.close(descriptor)
