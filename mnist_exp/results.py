@@ -143,7 +143,7 @@ def report_again(store: Store, parent: Any, output: Path | None, reporter: Repor
         folder = output or Path(temporary) / "report"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            files = write(found, recipe, folder)
+            files = write(found, _figures(found), recipe, folder)
         except OSError as error:
             raise ConfigError(f"--output {folder}: cannot be written ({error.strerror})") from error
         for file in files:
@@ -250,9 +250,10 @@ def conclude(
         best = Path(manifest.jobs[found.chosen.finished[0].number]["folder"])
         choices, name = Story.of(best).tags["choices"], Delivered.of(folder).run_id
         recipe = _recipe(best / "config.yaml", choices, name or folder.name, found.chosen)
-    for path in write(found, recipe, folder):
+    figures = _figures(found)
+    for path in write(found, figures, recipe, folder):
         parent.artifact(path)
-    for name, figure in _figures(found):
+    for name, figure in figures:
         parent.image(f"sweep/{name}", plots.pixels(figure), 0)
     show(found, reporter)
     return found
@@ -308,7 +309,9 @@ def _record(parent: Tracker, found: Report) -> None:
     parent.metrics(values, len(tries))
 
 
-def write(found: Report, recipe: str, folder: Path) -> list[Path]:
+def write(
+    found: Report, figures: Sequence[tuple[str, Any]], recipe: str, folder: Path
+) -> list[Path]:
     """Writes the report into `folder`; the recipe of the chosen cell if there is one."""
     table = report.leaderboard(found.ranked, found.chosen)
     files = {
@@ -318,7 +321,6 @@ def write(found: Report, recipe: str, folder: Path) -> list[Path]:
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    figures = _figures(found)
     for name, figure in figures:
         plots.save(figure, folder / f"{name}.png")
     return [folder / name for name in (*files, *(f"{name}.png" for name, _ in figures))]
