@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     logging.basicConfig(format="mnist-exp: %(message)s")
     logging.getLogger("mnist_exp").setLevel(logging.INFO)
     try:
-        sys.exit(_dispatch(words))
+        status = _dispatch(words)
+        sys.stdout.flush()
+        sys.exit(status)
     except (ConfigError, RunFailed) as error:
         if full_error:
             import traceback
@@ -235,7 +237,7 @@ def _say_where(short: str, ended: Any) -> None:
 def _command(*words: str, store: str | None = None) -> str:
     """What to type to run a verb of this program, on this store, from here."""
     from mnist_exp.config import output_root
-    from mnist_exp.tracking import store_uri
+    from mnist_exp.tracking import ENVIRONMENT, store_uri
 
     called = Path(sys.argv[0])
     on_path = shutil.which("mnist-exp")
@@ -246,8 +248,11 @@ def _command(*words: str, store: str | None = None) -> str:
     else:
         program = [str(called)]
     usual = store is None or store == store_uri(None, output_root())
-    extra = [] if usual else [f"tracking.uri={store}"]
-    return shlex.join([*program, *words, *extra])
+    if usual:
+        return shlex.join([*program, *words])
+    if os.environ.get(ENVIRONMENT):  # which counts before all else
+        return shlex.join([f"{ENVIRONMENT}={store}", *program, *words])
+    return shlex.join([*program, *words, f"tracking.uri={store}"])
 
 
 def _hydra(words: list[str]) -> int:

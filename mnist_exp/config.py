@@ -165,7 +165,7 @@ def _as_choice(word: str) -> str:
     key, _, value = word.partition("=")
     if key.lstrip("+") != "experiments":
         return word
-    paths = [value] if Path(_unquoted(value)).exists() else value.split(",")
+    paths = [value] if os.path.exists(_unquoted(value)) else value.split(",")
     return f"{key}={','.join(map(_recipe_named, paths))}"
 
 
@@ -242,7 +242,8 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
         group = str(error.missing_cfg_file).rpartition("/")[0]
         typed = {key.lstrip("+"): value for key, _, value in (o.partition("=") for o in overrides)}
         if group not in typed and "experiments" in typed:
-            message = f"{typed['experiments']}: {message}"
+            recipe = typed["experiments"]
+            message = f"{_recipes.get(recipe, recipe)}: {message}"
     return ConfigError(message)
 
 

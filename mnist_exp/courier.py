@@ -6,11 +6,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mnist_exp import journal
+from mnist_exp.errors import ConfigError, Terminated
 from mnist_exp.journal import Index
 from mnist_exp.tracker import stories
 from mnist_exp.tracking import Delivered, NotYet, Store, check_store, deliver, first_line
@@ -40,25 +41,38 @@ def sync(index: Index, uri: str = "") -> tuple[int, dict[Path, str]]:
     """Delivers what every store lacks, or the store `uri` alone. How many runs, and why not, by the
     folder, for the rest."""
     stores: dict[str, Store] = {}
+    closed: dict[str, str] = {}  # stores that cannot be opened, and why
     failures: Counter[str] = Counter()  # of a store, in a row
-    count, problems, problem = 0, {}, ""
+    count, problems = 0, dict[Path, str]()
+    for entry, story in stories(index):
+        if not story.key and journal.size(entry.folder) > 0:
+            problems[entry.folder] = f"the first line of its {journal.NAME} is damaged"
     for its_uri, folder in pending(index, uri):
         try:
-            if failures[its_uri] == MOST_FAILURES:
-                raise NotYet(problem)
-            if its_uri not in stores:
-                failures[its_uri] = MOST_FAILURES - 1
-                check_store(its_uri)
-                stores[its_uri] = Store(its_uri)
+            if its_uri in closed:
+                raise NotYet(closed[its_uri])
+            # first, and after failures in a row: is it those runs, or the store?
+            if its_uri not in stores or failures[its_uri] >= MOST_FAILURES:
+                stores[its_uri] = _opened(its_uri, closed)
+                failures[its_uri] = 0
             deliver(folder, index, stores[its_uri])
             count += 1
             failures[its_uri] = 0
         except NotYet as error:
             problems[folder] = str(error)
         except Exception as error:  # whatever a network, a server or a database can raise
-            problem = problems[folder] = first_line(error)
+            problems[folder] = first_line(error)
             failures[its_uri] += 1
     return count, problems
+
+
+def _opened(uri: str, closed: dict[str, str]) -> Store:
+    try:
+        check_store(uri)
+        return Store(uri)
+    except ConfigError as error:
+        closed[uri] = first_line(error)
+        raise
 
 
 class Courier(threading.Thread):
@@ -148,20 +162,25 @@ class Courier(threading.Thread):
                 deliver(folder, self.index, self._store)
                 failures = 0
             except NotYet as error:
-                problem = problem or str(error)
+                if folder in self.folders:
+                    problem = problem or str(error)
             except Exception as error:  # whatever a network, a server or a database can raise
                 log.debug("not delivered: %s", folder, exc_info=error)
                 failures += 1
                 if folder in self.folders:  # of the others, an earlier command has told
                     problem = first_line(error)
         if problem and not self.problem:
-            self.say(
+            self._tell(
                 f"MLflow at {self.uri} does not take the record ({problem}). It is kept in the "
                 f"output folder, and delivered when MLflow answers"
             )
         elif self.problem and not problem:
-            self.say(f"MLflow at {self.uri} answers again")
+            self._tell(f"MLflow at {self.uri} answers again")
         self.problem = problem
+
+    def _tell(self, text: str) -> None:
+        with suppress(OSError, Terminated):  # nobody reads, which who trains finds out by itself
+            self.say(text)
 
 
 def _has_news(folder: Path, uri: str) -> bool:

@@ -87,7 +87,7 @@ def check_folder(folder: Path, key: str = "hydra.run.dir") -> None:
 
 def check_vacant(folder: Path) -> None:
     """Raises ConfigError for a folder that holds the record of a run already."""
-    if (folder / journal.NAME).exists():
+    if journal.size(folder) > 0:
         raise ConfigError(
             f"{folder}: it holds the record of a run already, which is not overwritten. Choose "
             f"another folder, or go on with that run: mnist-exp resume {folder}"

@@ -1,5 +1,6 @@
 """Runs and sweeps that stopped before their end: which one is meant, and going on with it."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ def find(word: str, uri: str, index: Index) -> Path:
     First among those that MLflow does not have whole, for which no server is needed.
     Raises ConfigError.
     """
-    if (Path(word) / journal.NAME).exists():
-        return _whole(Path(word).resolve())
-    if Path(word).is_dir():
+    if os.path.isdir(word or "."):
+        if word and journal.size(Path(word)) > 0:
+            return _whole(Path(word).resolve())
         raise ConfigError(
             f"{word or repr(word)}: it holds no record of a run ({journal.NAME}) to go on with"
         )
@@ -91,8 +92,9 @@ def resume(folder: Path, failed: bool, reporter: Reporter) -> Result | Swept | N
     if story.reason.startswith("diverged"):
         raise ConfigError(f"{name}: it {story.reason}. It would again: train with other numbers")
     check_store(story.uri, story.experiment, required=False)
+    composed = thaw(folder)
     try:
-        job = prepare(thaw(folder), remembering())
+        job = prepare(composed, remembering())
         job = replace(job, store_uri=story.uri)
         check_unchanged(job, story)
     except ConfigError as error:
@@ -113,5 +115,7 @@ def thaw(folder: Path) -> DictConfig:
         with open_dict(config):
             config.hydra = own.hydra
     except Exception as error:  # whatever a file can hold
-        raise ConfigError(f"the run's config cannot be read ({error})") from error
+        raise ConfigError(
+            f"{folder / '.hydra'}: the run's config cannot be read ({error})"
+        ) from error
     return config

@@ -303,7 +303,10 @@ def evaluate(store: Store, found: Any) -> Evaluation:
     """The saved model of a run, as `store.find` gives it, on the official test set."""
     run_id = found.info.run_id
     with TemporaryDirectory() as folder:
-        path = store.fetch(run_id, "checkpoint", Path(folder)) / "checkpoint.pt"
+        try:
+            path = store.fetch(run_id, "checkpoint", Path(folder)) / "checkpoint.pt"
+        except ConfigError as error:
+            raise ConfigError(f"{error}; the run is {found.info.status}") from error
         config = store.fetch(run_id, "config.yaml", Path(folder))
         dataset, stack = _recall(config, path, load_dataset)
     logits = training.predict(stack, dataset, dataset.test)

@@ -1,11 +1,12 @@
 """The stacked launcher: which jobs share a stack, and how the stacks are trained side by side."""
 
+import contextlib
 import itertools
 import json
 import math
 import multiprocessing.connection
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -25,6 +26,7 @@ from mnist_exp.results import Outcome
 from mnist_exp.stack import Stack
 from mnist_exp.step import warm_up_compiler
 from mnist_exp.sweep import STOP, Task, count_of, outcome_of
+from mnist_exp.tracker import Story
 
 # Bytes of parameters up to which a stack is fastest on a CPU: what the caches of two cores hold.
 # Measured with the seed MLP, seconds an epoch and model: 0.26 for 1, 0.14 for 4, 0.10 for 16 and
@@ -124,11 +126,12 @@ def train_stacks(task: Task, max_stack: int | None = None) -> dict[int, Outcome]
     named = [(f"stack {i + 1} of {len(stacks)}", stack) for i, stack in enumerate(stacks)]
     outcomes: dict[int, Outcome] = {}
     trained = _one_by_one(task, named) if processes == 1 else _side_by_side(task, named, processes)
-    for stack, found in trained:
-        outcomes |= found
-        failed = any(found[p.number].status != "FINISHED" for p in stack)
-        if failed and task.settings.on_error == "stop":
-            (task.folder / STOP).touch()
+    with contextlib.closing(trained):  # at once, and with it the processes
+        for stack, found in trained:
+            outcomes |= found
+            failed = any(found[p.number].status != "FINISHED" for p in stack)
+            if failed and task.settings.on_error == "stop":
+                (task.folder / STOP).touch()
     unstarted = Outcome("NOT RUN", "an earlier job failed (sweep.on_error=stop)")
     return {p.number: outcomes.get(p.number, unstarted) for p in jobs}
 
@@ -151,7 +154,7 @@ def _processes(stacks: Sequence[Sequence[Planned]]) -> int:
     return max(1, min(len(stacks), run.THREADS // threads))
 
 
-def _one_by_one(task: Task, stacks: Sequence[Named]) -> Iterator[Found]:
+def _one_by_one(task: Task, stacks: Sequence[Named]) -> Generator[Found]:
     reporter = Terminal()
     assert task.courier is not None
     task.courier.begin()
@@ -161,7 +164,7 @@ def _one_by_one(task: Task, stacks: Sequence[Named]) -> Iterator[Found]:
             yield stack, _train_stack(task, stack, reporter, run.THREADS)
 
 
-def _side_by_side(task: Task, stacks: Sequence[Named], processes: int) -> Iterator[Found]:
+def _side_by_side(task: Task, stacks: Sequence[Named], processes: int) -> Generator[Found]:
     threads, courier = run.THREADS // processes, task.courier
     assert courier is not None
     if any(map(_compiles, (stack for _, stack in stacks))):
@@ -237,9 +240,14 @@ def _train_stack(
         )
         failed = True  # and not from in here, where the error holds on to the stack's memory
     if failed:
-        half = len(stack) // 2
-        first = _train_stack(task, stack[:half], reporter, threads)
-        return first | _train_stack(task, stack[half:], reporter, threads)
+        # what has an end keeps it
+        ended = [p for p in stack if Story.of(p.folder).status in ("FINISHED", "FAILED")]
+        rest = [p for p in stack if p not in ended]
+        half = (len(rest) + 1) // 2
+        outcomes = {p.number: results.outcome_in(p.folder) for p in ended}
+        for part in filter(None, (rest[:half], rest[half:])):
+            outcomes |= _train_stack(task, part, reporter, threads)
+        return outcomes
     outcomes = {p.number: results.outcome_in(p.folder) for p in stack}
     for p in stack:
         if outcomes[p.number].reason:

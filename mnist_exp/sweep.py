@@ -3,6 +3,7 @@
 What the stacked launcher does with them is in stacked.py.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -90,7 +91,7 @@ class Task:
         number = int(config.hydra.job.num)
         reporter.line(f"job {number}: {shlex.join(config.hydra.overrides.task)}")
         try:
-            job = prepare(config, _load)
+            job = _told_apart(prepare(config, _load), self.values[number])
             self.execute([job], [folder], [number], reporter)
         except Exception as error:  # what was there at the start is there no more
             return outcome_of(error)
@@ -146,7 +147,10 @@ class Task:
 def _run_there(task: Task, config: DictConfig, to: Connection) -> None:
     signals.follow_parent()
     HydraConfig.instance().set_config(config)
-    to.send(task.train(config))
+    try:
+        to.send(task.train(config))
+    except KeyboardInterrupt:  # the other processes have it as well
+        sys.exit(130)
 
 
 @functools.cache
@@ -277,7 +281,8 @@ def resume_sweep(folder: Path, failed: bool, reporter: Reporter) -> Swept | None
         from mnist_exp.stacked import train_stacks
 
         outcomes: dict[int, Outcome] = {}
-        for task.stacks in filter(None, (going_on, alone)):
+        for stacks in filter(None, (going_on, alone)):
+            task.stacks = stacks
             outcomes |= train_stacks(task)
         return outcomes
 
@@ -324,18 +329,23 @@ def _conduct(
         courier.begin()
         found = conclude(outcomes, reason)
         reason = reason or found.failure
-        parent.end("FAILED" if reason else "FINISHED", reason)
+        with signals.deferred():  # an end is an end
+            parent.end("FAILED" if reason else "FINISHED", reason)
         patience = config.tracking.flush_seconds
     except (KeyboardInterrupt, SystemExit) as error:
         error.add_note(str(folder))  # that can be resumed
         try:
             end_jobs()
             conclude(outcomes, "interrupted")
+        except Exception as second:  # a disk, which must not hide why it ends
+            reporter.line(f"no report: {reason_of(second)}")
         finally:
-            parent.end("KILLED", "interrupted")
+            with contextlib.suppress(OSError):
+                parent.end("KILLED", "interrupted")
         raise
     except Exception as error:  # the report
-        parent.end("FAILED", reason_of(error))
+        with contextlib.suppress(OSError):
+            parent.end("FAILED", reason_of(error))
         raise RunFailed(f"the sweep in {folder}: no report: {reason_of(error)}") from error
     finally:
         courier.begin()

@@ -254,7 +254,7 @@ def bury_the_dead(index: Index) -> list[tuple[Path, Story]]:
             if story.key and journal.bury(entry.folder, entry.owner, reason):
                 (entry.folder / _RESERVE).unlink(missing_ok=True)
                 buried.append((entry.folder, Story.of(entry.folder)))
-            elif not Story.of(entry.folder).key and entry.folder.is_dir():
+            elif entry.folder.is_dir() and journal.size(entry.folder) == 0:
                 index.remove(entry.key)  # killed before it began; a folder may come back
         except OSError as error:  # a disk that is full, or read-only by now
             log.warning("%s: its run was killed, which cannot be recorded: %s", entry.folder, error)

@@ -163,7 +163,7 @@ def has_runs(uri: str) -> bool:
 
 def _said(uri: str) -> str:
     """How the store was chosen, for messages: what would have to be changed."""
-    return f"{ENVIRONMENT if os.environ.get(ENVIRONMENT) else 'tracking.uri'}={uri}"
+    return f"{ENVIRONMENT if os.environ.get(ENVIRONMENT) == uri else 'tracking.uri'}={uri}"
 
 
 def first_line(error: Exception) -> str:
@@ -247,6 +247,10 @@ class Store:
             raise _deleted(self.uri, name, found.experiment_id)
         self._experiments[name] = str(found.experiment_id)
         return self._experiments[name]
+
+    def forget(self) -> None:
+        """What is known of the experiments."""
+        self._experiments.clear()
 
     def _search(self, condition: str = "", newest: bool = False) -> list[Any]:
         """Runs of all experiments, newest first; `newest`: a page of them will do."""
@@ -334,10 +338,7 @@ class Store:
         try:
             return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
         except (MlflowException, OSError) as error:
-            run = self.get(run_id)
-            raise ConfigError(
-                f"run {run_id}: it has no artifact {artifact}; the run is {run.info.status}"
-            ) from error
+            raise ConfigError(f"run {run_id}: it has no artifact {artifact}") from error
 
 
 def save_model(
@@ -426,6 +427,7 @@ def deliver(folder: Path, index: Index, store: Store) -> Delivered:
             if not told.run_id:
                 raise
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # the store has been made anew since
+                store.forget()
                 told = _send(folder, store, Delivered(store.uri, creating=True).save(folder))
             elif store.get(told.run_id).info.lifecycle_stage == "deleted":
                 log.warning("%s: its run was deleted in MLflow, and gets no more", folder)

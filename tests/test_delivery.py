@@ -128,6 +128,29 @@ def test_a_store_that_was_made_anew(index: Index, tmp_path: Path) -> None:
     assert faults_in(folder, store.uri) == []
 
 
+def test_sync_passes_over_runs_that_cannot_be_read(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many they are; and says so of one whose beginning is lost."""
+    store = Store(fresh_store(tmp_path))
+    for number in range(6):
+        whole(tmp_path / f"run{number}", index, store.uri)
+    path = tmp_path / "run5" / journal.NAME
+    path.write_bytes(b"x" + path.read_bytes())
+    real = courier.deliver
+    bad = {tmp_path / f"run{number}" for number in range(4)}
+
+    def failing(folder: Path, index: Index, store: Store) -> Delivered:
+        if folder in bad:
+            raise PermissionError("no")
+        return real(folder, index, store)
+
+    monkeypatch.setattr(courier, "deliver", failing)
+    count, problems = courier.sync(index)
+    assert count == 1 and problems.keys() == {*bad, tmp_path / "run5"}
+    assert "first line" in problems[tmp_path / "run5"]
+
+
 def test_a_run_that_was_deleted_in_mlflow(index: Index, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     store = Store(fresh_store(tmp_path))

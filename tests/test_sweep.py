@@ -28,7 +28,19 @@ from mlflow.entities import Run
 from omegaconf import OmegaConf
 
 import mnist_exp
-from mnist_exp import checkpoint, cli, data, grid, plots, record, run, stacked, sweep, training
+from mnist_exp import (
+    checkpoint,
+    cli,
+    data,
+    grid,
+    journal,
+    plots,
+    record,
+    run,
+    stacked,
+    sweep,
+    training,
+)
 from mnist_exp import config as configs
 from mnist_exp.run import evaluate
 from mnist_exp.tracking import Store
@@ -654,6 +666,11 @@ def test_jobs_are_told_apart_by_their_names(seeds: Done) -> None:
     assert names[0] == "mlp-16 momentum lr=0.02 bs=64 seed=0 momentum=0"
 
 
+def test_jobs_of_every_launcher_are_told_apart(faults: Done) -> None:
+    names = [child.info.run_name for child in faults.children.values()]
+    assert sorted(name.split()[-1] for name in names) == ["fault=error", "fault=exit", "fault=none"]
+
+
 def test_a_fault_in_the_first_of_many_jobs_is_told_at_once() -> None:
     began = time.monotonic()
     status, _, err = call("train", "-m", *BASE, "optimizer.lr=-1,0.1", "seed=range(5000)")
@@ -828,6 +845,24 @@ def test_exception_within_a_stack(tmp_path: Path) -> None:
             assert child.info.status == "FINISHED"
             before = without.child(**swept(child))
             same_points(without.curves(before), done.curves(child), SIZES)
+
+
+@pytest.mark.usefixtures("faulty")
+def test_what_diverged_before_its_stack_failed_is_not_trained_again(tmp_path: Path) -> None:
+    words = [*SMALL, TRUSTED, "schedule._target_=faulty.Trap", "training.epochs=3"]
+    done = train_all(tmp_path / "sweep", *words, "+schedule.closes=2,9", "optimizer.lr=0.1,1e30")
+    assert done.status == 1
+    kinds = {}
+    for child in done.children.values():
+        entries, _ = journal.read(Path(child.data.tags["output_dir"]))
+        own = swept(child)
+        kinds[own["lr"], own["closes"]] = (
+            child.info.status,
+            [e.kind for e in entries if e.kind in ("begin", "resume")],
+        )
+    assert kinds["1e+30", "9"] == kinds["1e+30", "2"] == ("FAILED", ["begin"])
+    assert kinds["0.1", "9"] == ("FINISHED", ["begin", "resume"])
+    assert kinds["0.1", "2"][0] == "FAILED"
 
 
 @pytest.mark.usefixtures("faulty")
