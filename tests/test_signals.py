@@ -14,6 +14,8 @@ from mnist_exp.errors import Terminated
 @pytest.fixture(autouse=True)
 def handled() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in signals.ENDING}
+    for number in signals.ENDING:  # whatever started the tests may ignore some
+        signal.signal(number, signal.SIG_DFL)
     signals.handle()
     yield
     for number, handler in before.items():
