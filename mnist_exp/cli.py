@@ -327,9 +327,7 @@ def _open_store(overrides: Sequence[str]) -> Any:
 def _evaluate(words: list[str]) -> int:
     parser = _parser("evaluate", "The saved model of a run on the official test set.")
     parser.add_argument("run", metavar="RUN", help="a run id, its beginning, or last")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="OVERRIDE", help="tracking.uri=..."
-    )
+    _add_overrides(parser)
     asked = parser.parse_intermixed_args(words)
 
     store = _open_store(asked.overrides)
@@ -350,9 +348,7 @@ def _evaluate(words: list[str]) -> int:
 def _report(words: list[str]) -> int:
     parser = _parser("report", "Leaderboard, heat maps, curves and best recipe of a sweep, again.")
     parser.add_argument("sweep", metavar="SWEEP", help="the id of its parent run, or last")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="OVERRIDE", help="tracking.uri=..."
-    )
+    _add_overrides(parser)
     parser.add_argument("--output", "-o", type=Path, help="a folder for the files, as well")
     asked = parser.parse_intermixed_args(words)
 
@@ -372,9 +368,7 @@ def _report(words: list[str]) -> int:
 def _resume(words: list[str]) -> int:
     parser = _parser("resume", "Goes on with a run or a sweep where it stopped.")
     parser.add_argument("run", metavar="RUN_OR_SWEEP", help="an id, its beginning, last, a folder")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="OVERRIDE", help="tracking.uri=..."
-    )
+    _add_overrides(parser)
     parser.add_argument("--failed", action="store_true", help="of a sweep, also jobs that failed")
     asked = parser.parse_intermixed_args(words)
 
@@ -418,9 +412,7 @@ def _sync(words: list[str]) -> int:
 def _ui(words: list[str]) -> int:
     parser = _parser("ui", "The MLflow UI on the project's store, on this machine only.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="open it on this run")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="OVERRIDE", help="tracking.uri=..."
-    )
+    _add_overrides(parser)
     parser.add_argument("--port", type=int, default=5000)
     asked = parser.parse_intermixed_args(words)
     if asked.run is not None and "=" in asked.run:
@@ -449,6 +441,13 @@ def _ui(words: list[str]) -> int:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.uri]
     command += ["--host", "127.0.0.1", "--port", str(asked.port), "--workers", "1"]
     os.execv(sys.executable, command)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Which store is meant. The default is what lets argparse know that none are needed."""
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="OVERRIDE", help="tracking.uri=..."
+    )
 
 
 def _parser(verb: str, description: str | None = None) -> argparse.ArgumentParser:

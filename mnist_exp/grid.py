@@ -64,7 +64,7 @@ def jobs(
     words = [*(f"{key}={value}" for key, value in params.items()), *master.hydra.overrides.task]
     parser = OverridesParser.create(config_loader=context.config_loader)
     overrides = parser.parse_overrides(words)
-    _check_unique(parser.parse_overrides(list(master.hydra.overrides.task)))
+    _check_unique(overrides[len(params) :])
     planned = expand(overrides, settings)
     seconds = CHECK_SECONDS * len(planned)
     if seconds > 5:

@@ -345,20 +345,26 @@ def test_killed_before_its_report(whole_sweep: Path, tmp_path: Path) -> None:
     assert "test/accuracy" in Story.of(folder).metrics
 
 
-def test_what_failed_is_run_again_where_it_is_asked_for(tmp_path: Path) -> None:
-    words = [*GRID[:-2], "optimizer.lr=0.01,1e30", "optimizer=sgd", "training.epochs=400"]
-    process = Forked(["train", "-m", *words, f"hydra.sweep.dir={tmp_path}/cut"], tmp_path)
-    good, bad = (tmp_path / "cut" / str(n) for n in range(2))
+def interrupted_after_a_failure(epochs: int, folder: Path) -> tuple[Path, Path]:
+    """A stack of two jobs, of which one has diverged when it is interrupted: the good, the bad."""
+    words = [*GRID[:-2], "optimizer.lr=0.01,1e30", "optimizer=sgd", f"training.epochs={epochs}"]
+    process = Forked(["train", "-m", *words, f"hydra.sweep.dir={folder}/cut"], folder)
+    good, bad = (folder / "cut" / str(n) for n in range(2))
     process.until(lambda: len(Story.of(good).history("train/loss")) > 20)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
+    assert (Story.of(good).status, Story.of(bad).status) == ("KILLED", "FAILED")
+    return good, bad
+
+
+def test_what_failed_is_run_again_where_it_is_asked_for(tmp_path: Path) -> None:
+    good, bad = interrupted_after_a_failure(400, tmp_path)
     again = Forked(["resume", str(tmp_path / "cut"), "--failed"], tmp_path)
     assert again.wait() == 1
     said = again.text.read_text()
     assert "2 to run" in said and "is not over" not in said
     assert (Story.of(good).status, Story.of(bad).status) == ("FINISHED", "FAILED")
-    assert [kind for kind in began(bad) if kind == "resume"] == ["resume"]
-    assert [kind for kind in began(good) if kind == "resume"] == ["resume"]
+    assert began(good) == began(bad) == ["begin", "resume"]
     steps = [e.fields["step"] for e in journal.read(good)[0] if "train/loss" in str(e.fields)]
     assert sorted(set(steps)) == steps == list(range(1, 401))
 
@@ -406,13 +412,7 @@ def test_an_older_run_is_found_beside_a_waiting_one(whole: Path, tmp_path: Path)
 
 
 def test_a_job_that_failed_stays_so_in_a_stack_that_goes_on(tmp_path: Path) -> None:
-    words = [*GRID[:-2], "optimizer.lr=0.01,1e30", "optimizer=sgd", "training.epochs=4000"]
-    process = Forked(["train", "-m", *words, f"hydra.sweep.dir={tmp_path}/cut"], tmp_path)
-    good, bad = (tmp_path / "cut" / str(n) for n in range(2))
-    process.until(lambda: len(Story.of(good).history("train/loss")) > 20)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
-    assert (Story.of(good).status, Story.of(bad).status) == ("KILLED", "FAILED")
+    good, bad = interrupted_after_a_failure(4000, tmp_path)
     before = (bad / journal.NAME).read_bytes()
     again = Forked(["resume", str(tmp_path / "cut")], tmp_path)
     epochs = len(Story.of(good).history("train/loss"))
