@@ -98,7 +98,8 @@ def _dispatch(words: list[str]) -> int:
         near = difflib.get_close_matches(words[0], VERBS, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise ConfigError(f"{words[0]}: there is no such verb. {hint}Verbs: {', '.join(VERBS)}")
-    _bury_the_dead()
+    if words[0] != "completion":  # which is asked while somebody types
+        _bury_the_dead()
     return VERBS[words[0]](words[1:])
 
 

@@ -5,6 +5,7 @@ are theirs, ranges are in `validate`. Open parts (`model`, `optimizer`, `schedul
 `_target_`, whose own signature is their schema.
 """
 
+import argparse
 import contextlib
 import difflib
 import hashlib
@@ -23,8 +24,10 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import HydraContext, RunMode
 from hydra.utils import get_object, instantiate
@@ -108,6 +111,12 @@ COMPOSITION_ERRORS = (
 )  # fmt: skip
 FLOAT32_MAX = 3.4e38
 _EVERY = re.compile(r"[1-9]\d{0,8}( ?steps)?")
+ONE_OF = {  # what a key can be, where that is one of a few names
+    "training.device": ("auto", "cpu", "cuda", "mps"),
+    "training.compile": ("auto", "always", "never"),
+    "sweep.on_error": ("continue", "stop"),
+    "sweep.test": ("chosen", "all"),
+}
 OPEN_PARTS = ("model", "optimizer", "schedule")
 OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")
 _PACKAGE = Path(__file__).resolve().parent
@@ -217,20 +226,76 @@ def compose_sweep(
     overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None
 ) -> tuple[HydraContext, DictConfig]:
     """What Hydra's launchers need, and the config that the jobs of a sweep have in common."""
-    register()
     words = _words(overrides, config_dir)
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(
-            str(project_root() / "conf"), job_name="train", version_base="1.3"
-        ):
-            hydra = GlobalHydra.instance().hydra
-            assert hydra is not None
-            config = hydra.compose_config(config_name, words, run_mode=RunMode.MULTIRUN)
-            str(config.hydra.sweep.dir)  # an interpolation in it may lead nowhere
-            return HydraContext(hydra.config_loader, Callbacks(config)), config
+        return _compose_sweep(words, config_name)
     except COMPOSITION_ERRORS as error:
         raise explain(error, overrides) from error
+
+
+def _compose_sweep(words: Sequence[str], config_name: str) -> tuple[HydraContext, DictConfig]:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(project_root() / "conf"), job_name="train", version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        config = hydra.compose_config(config_name, list(words), run_mode=RunMode.MULTIRUN)
+        str(config.hydra.sweep.dir)  # an interpolation in it may lead nowhere
+        return HydraContext(hydra.config_loader, Callbacks(config)), config
+
+
+def hydras_parser() -> argparse.ArgumentParser:
+    """Of Hydra's own flags."""
+    return get_args_parser()
+
+
+def completions(
+    word: str, others: Sequence[str], config_name: str = "config", config_dir: str | None = None
+) -> list[str]:
+    """What an override that begins with `word` can become, once `others` are there.
+
+    Behind the last dot of a key, not all that follow but the next part of each; of a value, all
+    that are known: a group's options, one of a few names, or else the one that the config has.
+    Raises one of COMPOSITION_ERRORS.
+    """
+    typed = word.lstrip("+~")
+    sign = word.removesuffix(typed)
+    context, config = _composed_as_far_as_possible(others, config_name, config_dir)
+    groups = [str(group) for group in config.hydra.runtime.choices]
+    keys = dict(leaves(OmegaConf.to_container(config, resolve=False)))
+    key, equals, value = typed.partition("=")
+    if equals:
+        swept = value[: value.rfind(",") + 1]  # all but the last of several
+        known = _values(key, keys.get(key))
+        if key in groups:
+            loader, words = context.config_loader, _words([], config_dir)
+            known = loader.get_group_options(key, ObjectType.CONFIG, config_name, words)
+        return [f"{sign}{key}={swept}{one}" for one in known if one not in swept.split(",")]
+    end = "" if sign == "~" else "="
+    found = set()
+    for name in [*groups, *keys]:
+        if name.startswith(typed):
+            part = re.compile("[./]").search(name, len(typed))
+            found.add(sign + (name[: part.end()] if part else name + end))
+    return sorted(found)
+
+
+def _composed_as_far_as_possible(
+    overrides: Sequence[str], config_name: str, config_dir: str | None
+) -> tuple[HydraContext, DictConfig]:
+    """One of the overrides may be wrong, or not be finished."""
+    for words in (overrides, [o for o in overrides if "." not in o]):
+        with contextlib.suppress(*COMPOSITION_ERRORS):  # ConfigError is one of them
+            return _compose_sweep(_words(words, config_dir), config_name)
+    return _compose_sweep(_words([], config_dir), config_name)
+
+
+def _values(key: str, value: Any) -> Sequence[str]:
+    if key in ONE_OF:
+        return ONE_OF[key]
+    if isinstance(value, bool):
+        return ["true", "false"]
+    return [str(value)] if re.fullmatch(r"[\w.+-]+", str(value)) and value is not None else []
 
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
@@ -387,9 +452,8 @@ def validate_sweep(config: DictConfig) -> SweepConfig:
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(typed, SweepConfig)
-    _need(typed.on_error in ("continue", "stop"), "sweep.on_error", typed.on_error,
-          "continue or stop")  # fmt: skip
-    _need(typed.test in ("chosen", "all"), "sweep.test", typed.test, "chosen or all")
+    _need_one_of("sweep.on_error", typed.on_error)
+    _need_one_of("sweep.test", typed.test)
     return typed
 
 
@@ -430,7 +494,8 @@ def validate(config: DictConfig) -> Config:
     need(training.epochs >= 1, "training.epochs", training.epochs, "1 or more")
     need(1 <= training.batch_size < 2**31, "training.batch_size", training.batch_size,
          "1 or more, below 2**31")  # fmt: skip
-    need(bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", training.device)), "training.device",
+    is_device = training.device in ONE_OF["training.device"]
+    need(is_device or bool(re.fullmatch(r"cuda:\d{1,3}", training.device)), "training.device",
          training.device, "auto, cpu, cuda, cuda:N or mps")  # fmt: skip
     need(training.threads is None or 1 <= training.threads <= 1024, "training.threads",
          training.threads, "from 1 to 1024, or null")  # fmt: skip
@@ -440,8 +505,7 @@ def validate(config: DictConfig) -> Config:
          training.patience, "1 or more, or null")  # fmt: skip
     need(_EVERY.fullmatch(training.checkpoint_every) is not None, "training.checkpoint_every",
          training.checkpoint_every, "a number of epochs, or as in 500steps")  # fmt: skip
-    need(training.compile in ("auto", "always", "never"), "training.compile", training.compile,
-         "auto, always or never")  # fmt: skip
+    _need_one_of("training.compile", training.compile)
     need(tracking.image_every is None or tracking.image_every >= 1, "tracking.image_every",
          tracking.image_every, "1 or more, or null")  # fmt: skip
     need(0 <= tracking.flush_seconds <= 3600, "tracking.flush_seconds", tracking.flush_seconds,
@@ -476,6 +540,11 @@ def checkpoint_every(text: str) -> Every:
 def _need(ok: bool, key: str, value: Any, allowed: str) -> None:
     if not ok:
         raise ConfigError(f"{key}={value}: must be {allowed}")
+
+
+def _need_one_of(key: str, value: str) -> None:
+    *names, last = ONE_OF[key]
+    _need(value in ONE_OF[key], key, value, f"{', '.join(names)} or {last}")
 
 
 def _check_target(key: str, target: Any, trusted: Sequence[str], home: str = "") -> None:

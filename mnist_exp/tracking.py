@@ -21,7 +21,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from filelock import FileLock
 
 from mnist_exp import journal
@@ -29,7 +28,8 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.journal import Entry, Index
 from mnist_exp.tracker import Story
 
-if TYPE_CHECKING:  # the verbs that only look into a store do without it
+if TYPE_CHECKING:  # what only looks into a store does without them
+    import numpy as np
     import torch
 
 log = logging.getLogger(__name__)
@@ -161,6 +161,27 @@ def has_runs(uri: str) -> bool:
     return not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE)).exists()
 
 
+def listed(uri: str, sweep: bool | None) -> list[tuple[str, str]]:
+    """The runs that `Store.find` chooses from, newest first: (id, name).
+
+    Of a database that is a file, without mlflow, whose import takes longer than a person waits for
+    a completion. Of another store, the newest page of them.
+    """
+    if not has_runs(uri):
+        return []
+    if not uri.startswith(_SQLITE):
+        return [(r.info.run_id, r.info.run_name) for r in Store(uri).of_kind(sweep, newest=True)]
+    path = Path(uri.removeprefix(_SQLITE)).resolve()
+    question = """
+        SELECT runs.run_uuid, runs.name FROM runs JOIN experiments USING (experiment_id)
+        LEFT JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = 'sweep'
+        WHERE runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active'
+        AND (:sweep IS NULL OR :sweep = (tags.value IS NOT NULL))
+        ORDER BY runs.start_time DESC, runs.run_uuid"""
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=1)) as database:
+        return list(database.execute(question, {"sweep": sweep}))
+
+
 def _said(uri: str) -> str:
     """How the store was chosen, for messages: what would have to be changed."""
     return f"{ENVIRONMENT if os.environ.get(ENVIRONMENT) == uri else 'tracking.uri'}={uri}"
@@ -282,6 +303,12 @@ class Store:
         """The points of a metric: (step, value)."""
         return [(m.step, m.value) for m in self.client.get_metric_history(run_id, key)]
 
+    def of_kind(self, sweep: bool | None, newest: bool = False) -> list[Any]:
+        """The runs, newest first; sweep: whether they are the parent runs of sweeps, None: either.
+        `newest`: a page of them will do."""
+        runs = self._search("tags.sweep = 'true'" if sweep else "", newest)
+        return [r for r in runs if sweep is not False or "sweep" not in r.data.tags]
+
     def find(self, word: str, sweep: bool | None = False) -> Any:
         """The run that a person means: `last`, a run id, or the beginning of just one.
 
@@ -289,10 +316,7 @@ class Store:
         the last one is then no job of a sweep.
         """
         kind = "sweep" if sweep else "run"
-        is_kind = "tags.sweep = 'true'" if sweep else ""
-        runs = self._search(is_kind, newest=word == "last")
-        if sweep is False:
-            runs = [r for r in runs if "sweep" not in r.data.tags]
+        runs = self.of_kind(sweep, newest=word == "last")
         if sweep is None and word == "last":
             runs = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
         if not runs:
@@ -346,7 +370,7 @@ def save_model(
     model: "torch.nn.Module",
     shape: Sequence[int],
     classes: int,
-    example: np.ndarray,
+    example: "np.ndarray",
 ) -> None:
     """The model as MLflow keeps it, with signature and example. example: float32 [B, C, H, W], B
     at least 2.
@@ -355,6 +379,7 @@ def save_model(
     exported (its control flow depends on values) is pickled instead.
     """
     import mlflow.pytorch
+    import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 

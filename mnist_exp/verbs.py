@@ -1,11 +1,13 @@
 """The verbs of the command line, with their arguments. Each imports what is heavy when it runs."""
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +46,9 @@ class Verb:
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _add_overrides(parser, "key=value, group=option")
-    parser.add_argument("--multirun", "-m", action="store_true")
-    parser.add_argument("--config-name", "-cn", default="config")
-    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--multirun", "-m", action="store_true", help="a sweep")
+    parser.add_argument("--config-name", "-cn", default="config", help="instead of config.yaml")
+    parser.add_argument("--config-dir", "-cd", help="one more folder of config groups")
 
 
 def _train(asked: argparse.Namespace) -> int:
@@ -344,6 +346,32 @@ def _ui(asked: argparse.Namespace) -> int:
     os.execv(sys.executable, command)
 
 
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "shell",
+        metavar="SHELL",
+        choices=("bash", "zsh", "fish"),
+        help='to switch it on in bash or zsh: eval "$(mnist-exp completion SHELL)"; '
+        "in fish: mnist-exp completion fish | source",
+    )
+    # what the shell's script asks with
+    parser.add_argument("--line", help=argparse.SUPPRESS)
+
+
+def _completion(asked: argparse.Namespace) -> int:
+    from mnist_exp import completion
+
+    if asked.line is None:
+        print(completion.SCRIPTS[asked.shell].strip())
+        return 0
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # somebody is typing
+        warnings.simplefilter("ignore")
+        breaks = os.environ.get("COMP_WORDBREAKS", "")
+        for line in completion.answer(asked.shell, asked.line, breaks):
+            print(line)
+    return 0
+
+
 def _add_overrides(parser: argparse.ArgumentParser, such: str = "tracking.uri=...") -> None:
     """The default is what lets argparse know that none are needed."""
     parser.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help=such)
@@ -389,5 +417,12 @@ VERBS = {
             _sync,
         ),
         Verb("ui", "[RUN]", "the MLflow UI on the project's store", _ui_arguments, _ui),
+        Verb(
+            "completion",
+            "SHELL",
+            "completion with TAB for bash, zsh or fish",
+            _completion_arguments,
+            _completion,
+        ),
     )
 }
