@@ -1,10 +1,12 @@
-"""Figures: sample grids, learning curves, confusion matrices, sweeps; and their way to files.
+"""Figures: images, learning curves, confusion matrices, sweeps; and their way to files.
 
-The only module that imports matplotlib, and of it only the object-oriented part: no pyplot, no
-choice of a backend. The style is matplotlib's process-wide state, so it is set under a lock for as
-long as a figure is built or drawn, and put back.
+A figure shows itself in a notebook as it does in a file. This is the only module that imports
+matplotlib, and of it only the object-oriented part: no pyplot, no choice of a backend. The style is
+matplotlib's process-wide state, so it is set under a lock for as long as a figure is built or
+drawn, and put back.
 """
 
+import io
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +27,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 DPI = 128  # a power of two: pixels / DPI * DPI is exact, so a figure has the pixels it asks for
-ROWS, COLUMNS = 5, 6
+ROWS, COLUMNS = 5, 6  # of a grid
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart with any common colour blindness.
 BLUE, GREEN, ORANGE = "#0072b2", "#009e73", "#d55e00"
@@ -42,6 +45,8 @@ HITS = LinearSegmentedColormap.from_list("hits", ["#f5f5f5", "#a6cfe8"])
 RANKED = matplotlib.colormaps["YlGnBu"]
 # Okabe and Ito's but the yellow, too pale for a line on white; at most this many cells have a hue.
 HUES = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", INK, "#999999")
+# In turn: thin lines of two hues that few can tell apart (green and pink, say) differ in this.
+DASHES = ("-", "--", "-.")
 
 Points = Sequence[tuple[int, float]]  # (epoch, value)
 History = Mapping[str, Points]
@@ -49,6 +54,7 @@ Floats = npt.NDArray[np.floating[Any]]
 
 STYLE: Any = {
     "axes.edgecolor": "#999999",
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
@@ -70,6 +76,8 @@ STYLE: Any = {
     "xtick.color": DISCREET,
     "ytick.color": DISCREET,
 }
+# What matplotlib writes of its own accord into each kind of file: it differs from day to day.
+STAMPS = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}
 _lock = threading.Lock()
 
 
@@ -79,8 +87,21 @@ def _style() -> Iterator[None]:
         yield
 
 
+class _Figure(Figure):
+    """Shown where it is the value of a notebook's cell, as a PNG with the bytes of its file.
+
+    Without pyplot nothing would be shown; with it, IPython would draw in another style, and would
+    take a figure without axes for an empty one. A bundle goes before what it has for each class.
+    """
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, bytes]:
+        file = io.BytesIO()
+        _write(self, file, "png")
+        return {"image/png": file.getvalue()}
+
+
 class _Pixels(Artist):
-    """RGBA pixels [H, W, 4] of the figure, as they are.
+    """RGBA pixels [H, W, 4] of the whole figure, as they are at its own resolution.
 
     `imshow` and `figimage` resample even where a pixel is a pixel: three times the time.
     """
@@ -89,15 +110,26 @@ class _Pixels(Artist):
         super().__init__()
         self._rgba = rgba
 
+    def get_window_extent(self, renderer: Any = None) -> Bbox:
+        figure = self.get_figure(root=True)
+        assert figure is not None  # it has been added to one
+        return Bbox(figure.transFigure.transform([(0, 0), (1, 1)]))
+
     def draw(self, renderer: Any) -> None:
+        figure = self.get_figure(root=True)
+        assert figure is not None
+        # 1, also in a file of vectors, unless another resolution is asked for.
+        scale = figure.dpi * renderer.get_image_magnification() / DPI
+        rgba = self._rgba if math.isclose(scale, 1) else _resampled(self._rgba[None], scale)[0]
         context = renderer.new_gc()
-        renderer.draw_image(context, 0, 0, self._rgba[::-1])  # from the bottom row, as y goes up
+        # From the bottom row, as y goes up; not at 0 in a file that is cut to what is drawn.
+        renderer.draw_image(context, *self.get_window_extent().p0, rgba[::-1])
         context.restore()
 
 
 def _figure(width: int, height: int, title: str, caption: str = "") -> Figure:
     """A figure of so many pixels, with its title and a line under it."""
-    figure = Figure(figsize=(width / DPI, height / DPI))
+    figure = _Figure(figsize=(width / DPI, height / DPI))
     FigureCanvasAgg(figure)
     for text, size, colour, top in ((title, TITLE, INK, 9), (caption, SMALL, DISCREET, 36)):
         if text:
@@ -120,6 +152,26 @@ def _short(text: str, length: int = 16) -> str:
 
 def _percent(value: float, _: object = None) -> str:
     return f"{100 * value:.5g}%"
+
+
+def _share(value: float) -> str:
+    """In percent with one digit; never 0.0% for more than none, nor 100.0% for less than all."""
+    if 0 < value < 0.0005:
+        return "<0.1%"
+    return ">99.9%" if 0.9995 <= value < 1 else f"{value:.1%}"
+
+
+def _scale(side: int, wanted: int) -> float:
+    """How many pixels a pixel gets, so that a side has about as many as wanted: whole if it can."""
+    return max(1, wanted // side) if side <= 1.43 * wanted else wanted / side
+
+
+def _resampled(images: npt.NDArray[Any], scale: float) -> npt.NDArray[Any]:
+    """[N, H, W, ...] -> [N, H * scale, W * scale, ...], rounded up; each pixel is the nearest."""
+    sides = images.shape[1:3]
+    rows, columns = ((np.arange(math.ceil(n * scale)) / scale).astype(int) for n in sides)
+    tiles: npt.NDArray[Any] = images[:, rows.clip(max=sides[0] - 1)]
+    return tiles.take(columns.clip(max=sides[1] - 1), axis=2)
 
 
 def grid(
@@ -161,10 +213,7 @@ def grid(
         texts = [["  ".join(lines).replace("  →", " →")] for lines in texts]
 
     # About 140 pixels wide, each pixel of the image a whole number of the figure's if it can be.
-    _, high, wide = images.shape
-    scale = max(1, 140 // wide) if wide <= 200 else 140 / wide
-    rows, columns = ((np.arange(math.ceil(n * scale)) / scale).astype(int) for n in (high, wide))
-    tiles = images[:, rows][:, :, columns]
+    tiles = _resampled(images, _scale(images.shape[2], 140))
     _, high, wide = tiles.shape
     strip = 14 + 20 * max(map(len, texts))
     top = 56 if caption else 32
@@ -284,10 +333,10 @@ def sweep_curves(cells: Mapping[str, Sequence[History]], chosen: str | None, tit
     cells holds, best first, the runs (the seeds) under the label of their cell; a run is as the
     history of `curves`. Shown is a cell's mean, within a band of one standard deviation (ddof=1)
     where two runs or more have the epoch; values that aren't finite count as missing. Training
-    loss stands in for what no run has. Up to 8 cells have a hue each; more have a shade by rank,
-    the chosen one orange, and only that and the best few are named. Cells that end far behind the
-    others get no room: an arrow counts those out of sight. Raises ValueError if chosen isn't in
-    cells.
+    loss stands in for what no run has. Up to 8 cells have a hue and dashes each; more have a shade
+    by rank, the chosen one orange, and only that and the best few are named. Cells that end far
+    behind the others get no room: an arrow counts those out of sight. Raises ValueError if chosen
+    isn't in cells.
     """
     if chosen is not None and chosen not in cells:
         raise ValueError(f"chosen: {chosen!r} is none of the {len(cells)} cells")
@@ -302,8 +351,9 @@ def sweep_curves(cells: Mapping[str, Sequence[History]], chosen: str | None, tit
     for rank, label in enumerate(cells):  # the better a cell, the further on top
         # By the root of the rank: the best, which are named, differ most.
         colour = RANKED(1 - 0.75 * math.sqrt(rank / len(cells))) if many else HUES[rank]
-        width = 1.2 if many else 1.8
-        styles[label] = {"color": colour, "linewidth": width, "zorder": 3 - rank / len(cells)}
+        width, dashes = (1.2, "-") if many else (1.8, DASHES[rank % len(DASHES)])
+        styles[label] = {"color": colour, "linewidth": width, "linestyle": dashes}
+        styles[label]["zorder"] = 3 - rank / len(cells)
         if label == chosen:
             styles[label] |= {"color": ORANGE if many else colour, "linewidth": 3.6, "zorder": 4}
     names = [_short(label, 64) + " (chosen)" * (label == chosen) for label in named]
@@ -378,9 +428,10 @@ def confusion(counts: npt.NDArray[np.integer[Any]], classes: Sequence[str], titl
     """How often each true class (row) was taken for each class (column): counts [C, C].
 
     A cell's shade is its share of the row: errors in orange, by the cube root, so that 1 in 1000
-    is seen already; the diagonal in pale blue. Shades mean the same in every figure. A number is
-    left out where it doesn't fit and, from 20 classes on, for errors below 1 % of the row. At the
-    right edge is the row's recall. Raises ValueError if the shapes don't fit.
+    is seen already; the diagonal in pale blue. Shades mean the same in every figure. Up to 13
+    classes, the share is also written, under the count. A number is left out where it doesn't fit
+    and, from 20 classes on, for errors below 1 % of the row. At the right edge is the row's recall.
+    Raises ValueError if the shapes don't fit.
     """
     number = len(classes)
     if not number or counts.shape != (number, number):
@@ -391,10 +442,12 @@ def confusion(counts: npt.NDArray[np.integer[Any]], classes: Sequence[str], titl
     colours = np.where(diagonal[..., None], HITS(share), ERRORS(np.cbrt(share)))
     title = _short(title, 72)
     caption = f"{hits.sum() / max(1, totals.sum()):.2%} right, {hits.sum()} of {totals.sum()}"
-    caption += "; shade: share of the true class"
 
     # In pixels: a cell, then around the matrix what the text needs.
-    cell = min(64, max(22, 800 // number))
+    cell = min(72, max(22, 800 // number))
+    has_shares = cell >= 60
+    caption += "; " + "count and " * has_shares + "shade: " * (not has_shares)
+    caption += "share of the true class"
     size, count_size = min(TEXT, 0.4 * cell), min(TEXT, 0.27 * cell)
     names = [_short(name) for name in classes]
     widest, line = max(_width(name, size) for name in names), size * DPI / 72
@@ -402,7 +455,7 @@ def confusion(counts: npt.NDArray[np.integer[Any]], classes: Sequence[str], titl
     if angle and cell >= 40:
         angle, below = 45, 0.71 * (widest + line)
     left, top, side = widest + 48, 84, cell * number
-    matrix = left + side + _width("100.0%", size) + 6
+    matrix = left + side + _width(">99.9%", size) + 6
     width = 16 + math.ceil(max(matrix, _width(title, TITLE), _width(caption, SMALL)))
     height = math.ceil(top + side + below + 46)
     fits = 0.96 * cell / _width("0", count_size)  # digits
@@ -427,12 +480,15 @@ def confusion(counts: npt.NDArray[np.integer[Any]], classes: Sequence[str], titl
             if len(text) <= fits:
                 colour = "white" if colours[row, column, 2] < 0.25 else INK
                 place: Any = {"fontsize": count_size, "ha": "center", "color": colour}
-                axes.text(column, row, text, **place, **middle)
+                axes.text(column, row - 0.16 * has_shares, text, **place, **middle)
+                if has_shares:
+                    place["fontsize"] = 0.85 * count_size
+                    axes.text(column, row + 0.2, _share(share[row, column]), **place, **middle)
         edge = number - 0.5 + 10 / cell
         aside: Any = {"fontsize": size, "color": DISCREET}
         axes.text(edge, -0.5 - 6 / cell, "recall", **aside)
         for row in range(number):
-            recall = f"{share[row, row]:.1%}" if totals[row] else "-"
+            recall = _share(share[row, row]) if totals[row] else "-"
             axes.text(edge, row, recall, **aside, **middle)
     return figure
 
@@ -573,10 +629,13 @@ def save(figure: Figure, path: str | Path) -> None:
 
     Raises ValueError for any other suffix.
     """
-    # What matplotlib writes into each format of its own accord.
-    stamps = {".png": "Software", ".svg": "Date", ".pdf": "CreationDate"}
-    suffix = Path(path).suffix.lower()
-    if suffix not in stamps:
-        raise ValueError(f"{path}: a figure is saved as {', '.join(stamps)}")
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in STAMPS:
+        allowed = ", ".join(f".{kind}" for kind in STAMPS)
+        raise ValueError(f"{path}: suffix {Path(path).suffix!r}, a figure is saved as {allowed}")
+    _write(figure, path, kind)
+
+
+def _write(figure: Figure, file: str | Path | io.BytesIO, kind: str) -> None:
     with _style():
-        figure.savefig(path, metadata={stamps[suffix]: None})
+        figure.savefig(file, format=kind, metadata={STAMPS[kind]: None})

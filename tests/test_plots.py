@@ -1,11 +1,13 @@
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -194,7 +196,8 @@ def test_confusion_has_true_rows_and_predicted_columns() -> None:
     axes = figure.axes[0]
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("true", "predicted")
     texts = {text.get_text(): text.get_position() for text in axes.texts}
-    assert texts["2"] == (1, 0)  # column dog, row cat
+    assert texts["2"][0] == 1  # column dog
+    assert round(texts["2"][1]) == 0  # row cat
     assert texts["80.0%"][1] == 0
     assert texts["100.0%"][1] == 1
     assert "0" not in texts
@@ -211,6 +214,44 @@ def test_rare_errors_are_seen_beside_a_strong_diagonal() -> None:
     (x, y), (x_none, y_none) = axes.transData.transform([(5.3, 3.3), (5.3, 4.3)]).astype(int)
     picture = plots.pixels(figure).astype(int)[::-1]  # counted from the bottom, as figures are
     assert np.abs(picture[y, x] - picture[y_none, x_none]).max() > 15
+
+
+@pytest.mark.parametrize(
+    ("row", "shares"),
+    [
+        ([0, 4, 996], ["0.4%", "99.6%"]),
+        ([1, 0, 9999], ["<0.1%", ">99.9%"]),  # neither none nor all
+        ([0, 0, 5], ["100.0%"]),
+    ],
+)
+def test_confusion_writes_shares_under_counts(row: list[int], shares: list[str]) -> None:
+    table = np.zeros((3, 3), int)
+    table[2] = row
+    axes = plots.confusion(table, DIGITS[:3], "x").axes[0]
+    written = [text for text in axes.texts if -0.5 < text.get_position()[0] < 2.5]
+    places = {text.get_text(): text.get_position() for text in written}
+    assert len(places) == 2 * len(shares)  # nothing where there is none
+    for count, share in zip(filter(None, row), shares, strict=True):
+        assert places[share][0] == places[str(count)][0] == row.index(count)
+        assert places[share][1] > 2 > places[str(count)][1]  # the rows go down
+    assert axes.texts[-1].get_text() == shares[-1]  # the recall
+
+
+@pytest.mark.parametrize(("classes", "has_shares"), [(2, True), (13, True), (14, False)])
+def test_confusion_has_no_text_that_does_not_fit(classes: int, has_shares: bool) -> None:
+    table = counts(classes, 9999)
+    figure = plots.confusion(table, [str(i) for i in range(classes)], "x")
+    plots.pixels(figure)
+    axes = figure.axes[0]
+    inside = [text for text in axes.texts if text.get_position()[0] < classes - 0.5]
+    assert any("%" in text.get_text() for text in inside) == has_shares
+    assert ("count and share" in figure.texts[1].get_text()) == has_shares
+    for text in inside:
+        extent, (x, y) = text.get_window_extent(), text.get_position()
+        corners = [(round(x) - 0.5, round(y) + 0.5), (round(x) + 0.5, round(y) - 0.5)]
+        (left, bottom), (right, top) = axes.transData.transform(corners)
+        assert left < extent.x0 < extent.x1 < right
+        assert bottom < extent.y0 < extent.y1 < top
 
 
 def test_confusion_refuses_a_table_of_another_size() -> None:
@@ -504,6 +545,49 @@ def test_sweep_curves_refuse_an_unknown_chosen_cell() -> None:
         plots.sweep_curves({"a": [history(2)]}, "b", "x")
 
 
+def test_few_cells_of_a_sweep_differ_in_more_than_hue() -> None:
+    lines = plots.sweep_curves(sweep(8, 1, 5), None, "x").axes[0].lines
+    dashes = [line.get_linestyle() for line in lines]
+    assert all(a != b for a, b in pairwise(dashes))
+    assert dashes[2] != dashes[3]  # green and pink, alike to one who sees no green
+
+
+@pytest.mark.parametrize("has_pyplot", [False, True])
+def test_a_figure_shows_itself_in_a_notebook(has_pyplot: bool, tmp_path: Path) -> None:
+    figure = plots.grid(noise(3), ["1", "2", "3"], title="x")
+    formatter = DisplayFormatter()
+    if has_pyplot:  # which leaves it to IPython to draw figures, and that draws none without axes
+        formatter.formatters["image/png"].for_type(Figure, lambda figure: None)
+    data, _ = formatter.format(figure)
+    plots.save(figure, tmp_path / "a.png")
+    assert data["image/png"] == (tmp_path / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize(("dpi", "scale"), [(plots.DPI, 5), (2 * plots.DPI, 10)])
+def test_pixels_stay_in_place_in_a_file_that_is_cut_or_finer(
+    dpi: int, scale: int, tmp_path: Path
+) -> None:
+    image, frame = noise(1), 60
+    figure = plots.grid(image, ["1"], ["2"], title="x")
+    whole = plots.pixels(figure)
+    figure.savefig(tmp_path / "a.png", dpi=dpi, bbox_inches="tight", pad_inches=frame / plots.DPI)
+    from_file = np.round(imread(tmp_path / "a.png")[..., :3] * 255).astype(np.uint8)
+    large = np.kron(image[0], np.ones((scale, scale), np.uint8))
+    y, x = find(from_file[..., 1], large)
+    more = scale // 5
+    y_whole, x_whole = find(whole[..., 1], np.kron(image[0], np.ones((5, 5), np.uint8)))
+    assert abs(y - more * (y_whole + frame)) <= more and abs(x - more * (x_whole + frame)) <= more
+
+
+def test_fonts_go_with_the_file(tmp_path: Path) -> None:
+    figure = plots.grid(noise(1), ["7"], ["1"], title="x")
+    plots.save(figure, tmp_path / "a.pdf")
+    plots.save(figure, tmp_path / "a.svg")
+    pdf, svg = ((tmp_path / f"a.{kind}").read_bytes() for kind in ("pdf", "svg"))
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType
+    assert b"<text" not in svg and b"<image" in svg
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_files_are_the_same_bytes(suffix: str, tmp_path: Path) -> None:
     for name, labels in (("a", ["1", "2"]), ("b", ["1", "2"]), ("c", ["1", "3"])):
@@ -521,7 +605,7 @@ def test_png_has_the_pixels(tmp_path: Path) -> None:
 
 
 def test_save_refuses_other_suffixes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"\.png, \.svg, \.pdf"):
+    with pytest.raises(ValueError, match=r"'\.jpg', .*\.png, \.svg, \.pdf"):
         plots.save(plots.curves({}, None, "x"), tmp_path / "a.jpg")
     assert not list(tmp_path.iterdir())
 
