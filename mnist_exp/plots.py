@@ -1,4 +1,4 @@
-"""Figures: images, learning curves, confusion matrices, sweeps; and their way to files.
+"""Figures: images, learning curves, confusion matrices, sweeps, weights; and their way to files.
 
 A figure shows itself in a notebook as it does in a file. This is the only module that imports
 matplotlib, and of it only the object-oriented part: no pyplot, no choice of a backend. The style is
@@ -20,7 +20,8 @@ import numpy.typing as npt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
@@ -28,9 +29,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
+from PIL import Image
 
 DPI = 128  # a power of two: pixels / DPI * DPI is exact, so a figure has the pixels it asks for
 ROWS, COLUMNS = 5, 6  # of a grid
+SHOWN = 60  # pictures beside what is seen of them
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart with any common colour blindness.
 BLUE, GREEN, ORANGE = "#0072b2", "#009e73", "#d55e00"
@@ -40,6 +43,9 @@ TITLE, TEXT, SMALL = 12.0, 10.0, 9.0  # points; legible at half size
 # Errors and hits have a hue each, so that a strong diagonal can't drown the errors.
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#f5f5f5", "#f6b26b", ORANGE, "#7a2e00"])
 HITS = LinearSegmentedColormap.from_list("hits", ["#f5f5f5", "#a6cfe8"])
+# Of a number its sign is a hue and its magnitude a shade.
+BELOW, ABOVE = ("#003350", BLUE), (ORANGE, "#6b2a00")
+SIGNED = LinearSegmentedColormap.from_list("signed", [*BELOW, "#f5f5f5", *ABOVE])
 
 # Pale yellow to dark blue: its lightness alone orders it, whatever hues are seen.
 RANKED = matplotlib.colormaps["YlGnBu"]
@@ -614,6 +620,201 @@ def _number(value: float) -> str:
         if len(text) <= 8:
             break
     return text
+
+
+def weights(images: Floats, title: str, caption: str = "", limit: int = 64) -> Figure:
+    """The weights of a first layer, an image for each unit or filter, in reading order.
+
+    images [N, H, W] with N from 1 on, of which the first `limit` are shown, 8 in a row at most up
+    to 64. A colour means the same weight in all of them: 0 is nearly white, and the scale ends at
+    the greatest magnitude shown. A weight that isn't finite is black. Raises ValueError for other
+    shapes and for a limit below 1.
+    """
+    if images.ndim != 3 or not np.issubdtype(images.dtype, np.floating) or not images.size:
+        raise ValueError(f"images: {images.dtype} {images.shape}, not float [1.., H, W]")
+    if limit < 1:
+        raise ValueError(f"limit: {limit}, not 1 or more")
+    shown = images[:limit]
+    if len(shown) < len(images):
+        caption = f"{caption}; " * bool(caption) + f"the first {len(shown)} of {len(images)}"
+    title, caption = _short(title, 72), _short(caption, 110)
+    most = float(np.abs(shown[np.isfinite(shown)]).max(initial=0.0)) or 1.0
+
+    # In pixels. As square as goes with the fewest gaps in the last row.
+    count = len(shown)
+    fewest = math.ceil(math.sqrt(count))
+    across = min(range(fewest, max(8, fewest) + 1), key=lambda columns: -count % columns)
+    scale = _scale(max(shown.shape[1:]), min(168, max(1, 900 // across)))
+    tiles = _resampled(np.ma.masked_invalid(shown.astype(np.float64)), scale)
+    _, high, wide = tiles.shape
+    top, down = 68 if caption else 44, math.ceil(count / across)
+    side = max(down * (high + 6) - 6, 96)  # of the colour bar too
+    left = 8 + across * (wide + 6)
+    needed = (
+        left + 76 + _width(f"{-most:.2g}", TEXT),
+        16 + _width(title, TITLE),
+        16 + _width(caption, SMALL),
+    )
+    width, height = math.ceil(max(needed)), top + side + 14
+    mosaic = np.full((height, width, 4), 255, np.uint8)
+    shades = ScalarMappable(Normalize(-most, most), SIGNED.with_extremes(bad="black"))
+    for i, tile in enumerate(tiles):
+        y, x = top + i // across * (high + 6), 8 + i % across * (wide + 6)
+        mosaic[y : y + high, x : x + wide] = shades.to_rgba(tile, bytes=True)
+    with _style():
+        figure = _figure(width, height, title, caption)
+        figure.add_artist(_Pixels(mosaic))
+        long = min(side, 240) / height
+        bar = figure.add_axes(((left + 10) / width, 1 - top / height - long, 14 / width, long))
+        figure.colorbar(shades, bar, ticks=[-most, 0, most], format=lambda at, _: f"{at:.2g}")
+        bar.set_ylabel("weight", labelpad=0)
+    return figure
+
+
+def calibration(
+    confidence: Floats,
+    accuracy: Floats,
+    counts: npt.NDArray[np.integer[Any]],
+    ece: float,
+    title: str,
+) -> Figure:
+    """Reliability diagram: accuracy by confidence, and how many images have that confidence.
+
+    For equal bins of confidence from 0 to 1, each [bins]: mean confidence, accuracy (0 to 1) and
+    how many images there are; where there are none, the others are ignored. ece, the expected
+    calibration error, is from 0 to 1. Images are counted on a log axis, as nearly all may be in one
+    bin. Raises ValueError for other shapes, and for values of a bin with images beyond 0 to 1.
+    Guo, Pleiss, Sun & Weinberger, "On Calibration of Modern Neural Networks" (2017), figure 1.
+    """
+    bins = len(counts)
+    for name, given in (("counts", counts), ("confidence", confidence), ("accuracy", accuracy)):
+        if not bins or given.shape != (bins,):
+            raise ValueError(f"{name}: {given.shape}, not [bins] as the {bins} counts")
+    if counts.min() < 0:
+        raise ValueError(f"counts: {counts.min()}, not 0 or more")
+    kept = counts > 0
+    confidence, accuracy, counts = confidence[kept], accuracy[kept], counts[kept]
+    for name, values in (("confidence", confidence), ("accuracy", accuracy)):
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ValueError(f"{name}: {values}, not from 0 to 1")
+    centres = (np.flatnonzero(kept) + 0.5) / bins
+    title = _short(title, 48)
+    caption = f"expected calibration error {ece:.2%}, {counts.sum()} images"
+    widest = max((_width(str(count), SMALL) for count in counts), default=0.0)
+    turned = widest > 470 / bins - 4  # wider than a bar, in pixels
+    with _style():
+        figure = _figure(560, 760, title, caption)
+        figure.set_layout_engine("constrained", w_pad=0.08, rect=(0, 0, 1, 0.92))
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        wide: Any = {"width": 0.92 / bins, "zorder": 2}
+        above.bar(centres, accuracy, color="#a6cfe8", label="accuracy", **wide)
+        diamonds: Any = {"marker": "D", "linestyle": "", "clip_on": False, "color": ORANGE}
+        above.plot(confidence, confidence, label="mean confidence", zorder=4, **diamonds)
+        above.vlines(confidence, accuracy, confidence, ORANGE, zorder=3)
+        even: Any = {"color": INK, "linestyle": ":", "linewidth": 1.3, "zorder": 3}
+        above.plot([0, 1], [0, 1], label="calibrated", **even)
+        above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), xticks=np.linspace(0, 1, 6))
+        above.grid(True)
+        for axis in (above.xaxis, above.yaxis):
+            axis.set_major_formatter(_percent)
+        below.bar(centres, counts, color="#999999", **wide)
+        below.set_yscale("log")
+        below.yaxis.set_minor_locator(NullLocator())
+        top = counts.max(initial=20) ** (2.5 if turned else 1.5)  # room for the numbers
+        below.set(xlabel="confidence", ylabel="images (log)", ylim=(top**-0.1, top), yticks=[])
+        for x, count in zip(centres, counts, strict=True):
+            style: Any = {"fontsize": SMALL, "rotation": 90 * turned, "ha": "center"}
+            below.annotate(str(count), (x, count), (0, 3), textcoords="offset points", **style)
+        figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def seen(
+    given: Sequence[npt.NDArray[np.uint8]],
+    seen: npt.NDArray[np.uint8],
+    texts: Sequence[Sequence[tuple[str, float]]],
+    title: str,
+) -> Figure:
+    """Pictures beside what the network saw of them, and what it takes them for.
+
+    given: N pictures [H, W, 3] of any size; seen [N, h, w]; texts: for each picture its most
+    probable classes, up to three, as (class, probability), the best first: that one is large, and
+    orange with a question mark where its probability is below 50 %. The first 60 pictures are
+    shown. Raises ValueError for other shapes, and without a picture.
+    """
+    total = len(given)
+    if seen.ndim != 3 or seen.dtype != np.uint8 or not seen.size or len(seen) != total:
+        raise ValueError(f"seen: {seen.dtype} {seen.shape}, not uint8 [{total}, h, w]")
+    for i, picture in enumerate(given):
+        if picture.dtype != np.uint8 or picture.shape[2:] != (3,) or not picture.size:
+            raise ValueError(f"given[{i}]: {picture.dtype} {picture.shape}, not uint8 [H, W, 3]")
+    if len(texts) != total:
+        raise ValueError(f"texts: {len(texts)} for {total} pictures")
+    for i, ranked in enumerate(texts):
+        if not 1 <= len(ranked) <= 3:
+            raise ValueError(f"texts[{i}]: {len(ranked)} classes, not 1 to 3")
+    count, title = min(total, SHOWN), _short(title, 72)
+    doubtful = [ranked[0][1] < 0.5 for ranked in texts[:count]]
+    caption = "given → as the network sees it" + "; ?: below 50%" * any(doubtful)
+    caption += f"; the first {count} of {total}" * (count < total)
+    # Of each picture the class, large, and under it its probability and the next classes.
+    names = [
+        _short(ranked[0][0]) + " ?" * is_doubtful
+        for ranked, is_doubtful in zip(texts, doubtful, strict=False)
+    ]
+    below = [
+        [_share(ranked[0][1]), *(f"{_short(name)}  {_share(value)}" for name, value in ranked[1:])]
+        for ranked in texts[:count]
+    ]
+
+    # In pixels: two boxes and the text beside them, the pairs apart, 3 in a row.
+    box, arrow, gap = 112, 26, 10
+    large = min(18.0, 18.0 * 150 / max(1.0, *(_width(name, 18.0) for name in names)))
+    room = max(_width(name, large) for name in names)
+    room = math.ceil(max(room, *(_width(line, TEXT) for lines in below for line in lines)))
+    step = 2 * box + arrow + gap + room + 28
+    across, top = min(3, count), 68
+    needed = across * step - 28, _width(title, TITLE), _width(caption, SMALL)
+    width = 16 + math.ceil(max(needed))
+    height = top + math.ceil(count / across) * (box + 16) - 6
+    mosaic = np.full((height, width, 4), 255, np.uint8)
+    with _style():
+        figure = _figure(width, height, title, caption)
+        figure.add_artist(_Pixels(mosaic))
+        for i in range(count):
+            y, x = top + i // across * (box + 16), 8 + i % across * step
+            _paste(mosaic, _boxed(given[i], box), y, x, box)
+            _paste(mosaic, _boxed(seen[i], box)[..., None], y, x + box + arrow, box)
+            colour = ORANGE if doubtful[i] else INK
+            for text, size, ink, right, down in (
+                ("→", TITLE, DISCREET, box + 5, 64),
+                (names[i], large, colour, 2 * box + arrow + gap, 34),
+                (below[i][0], TEXT, colour, 2 * box + arrow + gap, 58),
+                ("\n".join(below[i][1:]), SMALL, DISCREET, 2 * box + arrow + gap, 110),
+            ):
+                place = (x + right) / width, 1 - (y + down) / height
+                figure.text(*place, text, fontsize=size, color=ink)
+    return figure
+
+
+def _boxed(picture: npt.NDArray[np.uint8], box: int) -> npt.NDArray[np.uint8]:
+    """[H, W, ...] as large as the box allows: pixels repeated, or averaged if it is larger."""
+    scale = box / max(picture.shape[:2])
+    if scale >= 1:
+        tile: npt.NDArray[np.uint8] = _resampled(picture[None], int(scale))[0]
+        return tile
+    high, wide = (max(1, round(side * scale)) for side in picture.shape[:2])
+    return np.asarray(Image.fromarray(picture).resize((wide, high), Image.Resampling.BOX))
+
+
+def _paste(
+    mosaic: npt.NDArray[np.uint8], tile: npt.NDArray[np.uint8], y: int, x: int, box: int
+) -> None:
+    """Paints a tile [h, w, 1 or 3] into the middle of a box, in a frame: paper may be white."""
+    high, wide = tile.shape[:2]
+    y, x = y + (box - high) // 2, x + (box - wide) // 2
+    mosaic[y - 1 : y + high + 1, x - 1 : x + wide + 1, :3] = 187
+    mosaic[y : y + high, x : x + wide, :3] = tile
 
 
 def pixels(figure: Figure) -> npt.NDArray[np.uint8]:

@@ -552,6 +552,228 @@ def test_few_cells_of_a_sweep_differ_in_more_than_hue() -> None:
     assert dashes[2] != dashes[3]  # green and pink, alike to one who sees no green
 
 
+def signed(count: int, height: int = 28, width: int = 28) -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.1, (count, height, width)).astype(np.float32)
+
+
+def of_weights(picture: np.ndarray, images: np.ndarray, scale: int) -> list[tuple[int, int]]:
+    """Where in the picture each image is, in the colours of one scale for all."""
+    norm = np.abs(images).max()
+    colours = plots.SIGNED((images + norm) / (2 * norm), bytes=True)[..., 1]
+    return [find(picture[..., 1], np.kron(i, np.ones((scale, scale), np.uint8))) for i in colours]
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "scale", "across"),
+    [(1, 28, 6, 1), (10, 28, 6, 5), (16, 3, 56, 4), (6, 5, 33, 3), (64, 28, 4, 8), (7, 9, 14, 7)],
+)
+def test_weights_hold_every_image_in_reading_order(
+    count: int, side: int, scale: int, across: int
+) -> None:
+    images = signed(count, side, side)
+    places = of_weights(plots.pixels(plots.weights(images, "x")), images, scale)
+    assert places == sorted(places)
+    assert len({x for _, x in places}) == across
+
+
+def test_weights_show_the_first_of_many_and_say_so() -> None:
+    images = signed(80)
+    images[64:] *= 100  # what isn't shown must not dim what is
+    figure = plots.weights(images, "x", "an image for each unit")
+    of_weights(plots.pixels(figure), images[:64], 4)
+    assert figure.texts[1].get_text() == "an image for each unit; the first 64 of 80"
+    assert plots.weights(images, "x", limit=2).texts[1].get_text() == "the first 2 of 80"
+    assert len(plots.weights(images, "x", limit=80).texts) == 1
+
+
+def test_opposite_weights_have_opposite_colours_named_by_the_bar() -> None:
+    figure = plots.weights(np.array([[[0.25, 0, -0.25]]]), "x")
+    picture = plots.pixels(figure).astype(int)
+    (bar,) = figure.axes
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["-0.25", "0", "0.25"]
+    colours = [tuple(plots.SIGNED(at, bytes=True)[:3]) for at in (1.0, 0.5, 0.0)]
+    x, y = bar.bbox.x0 + bar.bbox.width / 2, len(picture) - bar.bbox.y0
+    ends = picture[[int(y - bar.bbox.height) + 3, int(y) - 3], int(x)]
+    assert np.abs(ends - [colours[0], colours[2]]).max() < 30  # orange at the top, blue below
+    assert [tuple(pixel) for pixel in picture[60, [36, 92, 148]]] == colours
+    assert colours[0][0] > colours[0][2] and colours[2][0] < colours[2][2]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((3, 5, 5)),
+        np.full((2, 4, 4), NAN),
+        np.array([[[INF, 1.0, -INF, NAN]]]),
+        np.full((1, 2, 2), 65504, np.float16),
+        signed(9, 1, 1),
+        signed(5, 300, 7),
+        signed(3, 7, 300),
+        signed(100, 100, 100),
+    ],
+)
+@pytest.mark.parametrize("title", ["", "A long title " * 20])
+def test_weights_are_complete(images: np.ndarray, title: str) -> None:
+    picture = plots.pixels(plots.weights(images, title, title, limit=100))
+    assert not ink_at_edges(picture)
+    assert max(picture.shape) < 1300
+
+
+def test_weights_that_are_not_finite_are_black() -> None:
+    picture = plots.pixels(plots.weights(np.array([[[INF, 1.0, -INF, NAN]]]), ""))
+    black = (picture[44:80, 8:176] == 0).all(-1).sum(1)
+    assert 3 * 42 in black.tolist()
+
+
+@pytest.mark.parametrize(
+    ("images", "limit", "message"),
+    [
+        (signed(0), 64, "images"),
+        (signed(2)[0], 64, "images"),
+        (noise(2), 64, "uint8"),
+        (signed(2), 0, "limit: 0"),
+    ],
+)
+def test_weights_refuse(images: np.ndarray, limit: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plots.weights(images, "x", limit=limit)
+
+
+CONFIDENCE = np.array([NAN, 0.3, 0.55, 0.97])
+ACCURACY = np.array([NAN, 0.5, 0.4, 0.99])
+
+
+def test_calibration_draws_what_was_given_but_for_empty_bins() -> None:
+    figure = plots.calibration(CONFIDENCE, ACCURACY, np.array([0, 2, 30, 9968]), 0.0123, "x")
+    above, below = figure.axes
+    assert [bar.get_height() for bar in above.patches] == [0.5, 0.4, 0.99]
+    assert [bar.get_height() for bar in below.patches] == [2, 30, 9968]
+    for bars in (above.patches, below.patches):
+        assert np.allclose(
+            [bar.get_x() + bar.get_width() / 2 for bar in bars], [3 / 8, 5 / 8, 7 / 8]
+        )
+    points, even = above.lines
+    assert np.array_equal(points.get_xydata(), np.stack([CONFIDENCE[1:]] * 2, 1))
+    assert np.array_equal(even.get_xydata(), [[0, 0], [1, 1]])
+    gaps = [path.vertices.tolist() for path in above.collections[0].get_paths()]
+    triples = zip(CONFIDENCE[1:], ACCURACY[1:], strict=True)
+    assert gaps == [[[x, y], [x, x]] for x, y in triples]
+    assert [text.get_text() for text in below.texts] == ["2", "30", "9968"]
+    assert figure.texts[1].get_text() == "expected calibration error 1.23%, 10000 images"
+
+
+@pytest.mark.parametrize("bins", [1, 2, 10, 15, 30])
+@pytest.mark.parametrize("most", [0, 1, 60000, 1234567])
+def test_a_bin_of_few_images_is_seen_beside_one_of_nearly_all(bins: int, most: int) -> None:
+    sizes = np.ones(bins, int)
+    sizes[-1] = most
+    share = (np.arange(bins) + 0.5) / bins
+    figure = plots.calibration(share, share, sizes, 0.5, "A long title " * 20)
+    assert not ink_at_edges(plots.pixels(figure))
+    _, below = figure.axes
+    for bar in below.patches:
+        assert bar.get_window_extent().intersection(bar.get_window_extent(), below.bbox).height > 5
+    for text in below.texts:
+        extent = text.get_window_extent()
+        assert below.bbox.y0 < extent.y0 < extent.y1 < below.bbox.y1
+    if bins <= 15:
+        extents = [text.get_window_extent() for text in below.texts]
+        assert all(a.x1 < b.x0 for a, b in pairwise(extents))
+
+
+@pytest.mark.parametrize(
+    ("confidence", "accuracy", "counts", "message"),
+    [
+        (CONFIDENCE, ACCURACY[1:], [1] * 4, r"accuracy: \(3,\), not \[bins\] as the 4"),
+        (CONFIDENCE[1:], ACCURACY, [1] * 4, "confidence"),
+        (CONFIDENCE[:0], ACCURACY[:0], [], "counts"),
+        (CONFIDENCE, ACCURACY, [1] * 4, "confidence: .*nan"),
+        (CONFIDENCE, 100 * ACCURACY, [0, 1, 1, 1], "accuracy: .*99"),
+        (CONFIDENCE, ACCURACY, [0, -1, 1, 1], "counts: -1"),
+    ],
+)
+def test_calibration_refuses(
+    confidence: np.ndarray, accuracy: np.ndarray, counts: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plots.calibration(confidence, accuracy, np.array(counts, int), 0.1, "x")
+
+
+def photos(*sides: tuple[int, int]) -> list[np.ndarray]:
+    generator = np.random.default_rng(1)
+    return [generator.integers(0, 256, (*side, 3), dtype=np.uint8) for side in sides]
+
+
+RANKING = [("7", 0.9), ("1", 0.07), ("9", 0.02)]
+
+
+def test_seen_shows_pairs_in_reading_order() -> None:
+    given, small = photos(*[(28, 28)] * 7), noise(7)
+    picture = plots.pixels(plots.seen(given, small, [RANKING] * 7, "x"))
+    box = np.ones((4, 4), np.uint8)
+    for channel in range(3):
+        left = [find(picture[..., channel], np.kron(photo[..., channel], box)) for photo in given]
+        right = [find(picture[..., channel], np.kron(image, box)) for image in small]
+        assert left == sorted(left)
+        assert {(b[0] - a[0], b[1] - a[1]) for a, b in zip(left, right, strict=True)} == {(0, 138)}
+    assert len({x for _, x in left}) == len({y for y, _ in left}) == 3
+
+
+def test_seen_shrinks_a_large_picture_without_losing_thin_lines() -> None:
+    photo = np.full((512, 448, 3), 255, np.uint8)
+    photo[:, 201:203] = 0
+    picture = plots.pixels(plots.seen([photo], noise(1), [RANKING], "x"))
+    box = picture[68:180, 8:120].astype(int)
+    framed = np.argwhere((box == 187).all(-1))
+    assert np.array_equal(np.unique(framed[:, 1]), [6, 105])  # 98 pixels between: to scale
+    line = box[:, 7 + int(202 / 448 * 98)]
+    assert (line[1:-1] < 200).all()  # nowhere lost between two pixels
+
+
+def test_seen_marks_a_doubtful_class() -> None:
+    texts = [RANKING, [("3", 0.41), ("5", 0.3)], [("8", 0.5)]]
+    figure = plots.seen(photos(*[(20, 20)] * 3), noise(3), texts, "x")
+    lines = {text.get_text(): text for text in figure.texts}
+    doubtful = [text for text, line in lines.items() if line.get_color() == plots.ORANGE]
+    assert doubtful == ["3 ?", "41.0%"]
+    assert {"7", "8", "90.0%", "1  7.0%\n9  2.0%", "5  30.0%"} < set(lines)
+    large = lines["7"].get_fontsize()
+    assert large > lines["90.0%"].get_fontsize() > lines["1  7.0%\n9  2.0%"].get_fontsize()
+    assert "below 50%" in figure.texts[1].get_text()
+    sure = plots.seen(photos((20, 20)), noise(1), [RANKING], "x")
+    assert not has_orange(plots.pixels(sure)).any()
+    assert "?" not in sure.texts[1].get_text()
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 61])
+def test_seen_is_complete(count: int) -> None:
+    sides = [(1, 1), (512, 3), (3, 512), (112, 112), (113, 90), (28, 28), (1000, 800)]
+    given = photos(*(sides[i % 7] for i in range(count)))
+    texts = [[(ODD_NAMES[(i + j) % 9], 0.4 - j / 9) for j in range(3)] for i in range(count)]
+    figure = plots.seen(given, noise(count, 300, 40), texts, "A long title " * 20)
+    assert not ink_at_edges(plots.pixels(figure))
+    assert ("the first 60 of 61" in figure.texts[1].get_text()) == (count > 60)
+    assert sum(text.get_text() == "→" for text in figure.texts if text.get_fontsize() == 12) <= 60
+
+
+@pytest.mark.parametrize(
+    ("given", "small", "texts", "message"),
+    [
+        ([], noise(0), [], "seen"),
+        (photos((4, 4)), noise(2), [RANKING], r"seen: .*not uint8 \[1, h, w\]"),
+        (photos((4, 4)), noise(1).astype(float), [RANKING], "float64"),
+        ([noise(1)[0]], noise(1), [RANKING], r"given\[0\]: uint8 \(28, 28\)"),
+        (photos((4, 0)), noise(1), [RANKING], r"given\[0\]"),
+        (photos((4, 4)), noise(1), [], "texts: 0 for 1"),
+        (photos((4, 4)), noise(1), [[]], r"texts\[0\]: 0 classes"),
+        (photos((4, 4)), noise(1), [RANKING * 2], r"texts\[0\]: 6 classes"),
+    ],
+)
+def test_seen_refuses(given: list, small: np.ndarray, texts: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plots.seen(given, small, texts, "x")
+
+
 @pytest.mark.parametrize("has_pyplot", [False, True])
 def test_a_figure_shows_itself_in_a_notebook(has_pyplot: bool, tmp_path: Path) -> None:
     figure = plots.grid(noise(3), ["1", "2", "3"], title="x")
