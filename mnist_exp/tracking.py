@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from mnist_exp import journal
+from mnist_exp import journal, view
 from mnist_exp.errors import ConfigError
 from mnist_exp.journal import Entry, Index
 from mnist_exp.tracker import Story
@@ -256,8 +256,8 @@ class Store:
                 folder = Path(self.uri.removeprefix(_SQLITE)).resolve().parent / "mlruns"
                 location = folder.as_uri()
             try:
-                kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view of it
-                made = self.client.create_experiment(name, location, kind)
+                tags = {"mlflow.experimentKind": "custom_model_development", view.TAG: view.tag()}
+                made = self.client.create_experiment(name, location, tags)
                 self._experiments[name] = str(made)
                 return self._experiments[name]
             except MlflowException:
@@ -354,6 +354,16 @@ class Store:
         else:
             what = "it is a run, not a sweep"
         raise ConfigError(f"{word}: {what}")
+
+    def page(self, word: str | None) -> str:
+        """Of the UI: a run's, as for `find`; None: the list of the newest run's experiment."""
+        if word is not None:
+            run = self.find(word, sweep=None)
+            return view.run_page(run.info.experiment_id, run.info.run_id)
+        if not (runs := self._search(newest=True)):
+            return ""
+        experiment = self.client.get_experiment(runs[0].info.experiment_id)
+        return view.list_page(experiment.experiment_id, saved=view.TAG in experiment.tags)
 
     def fetch(self, run_id: str, artifact: str, folder: Path) -> Path:
         """A copy of a run's artifact. Raises ConfigError if the run has none of this name."""

@@ -5,7 +5,6 @@ import contextlib
 import os
 import shlex
 import shutil
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -314,36 +313,22 @@ def _sync(asked: argparse.Namespace) -> int:
 def _ui_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", metavar="RUN", help="open it on this run")
     _add_overrides(parser)
-    parser.add_argument("--port", type=int, default=5000)
+    parser.add_argument("--port", type=int, default=5000, help="0: any that is free")
 
 
 def _ui(asked: argparse.Namespace) -> int:
     if asked.run is not None and "=" in asked.run:
         asked.overrides, asked.run = [asked.run, *asked.overrides], None
 
+    from mnist_exp import ui
+
     store = _open_store(asked.overrides)
-    remote = store.uri.startswith(("http://", "https://"))
-    page = store.uri.rstrip("/") + "/" if remote else f"http://127.0.0.1:{asked.port}/"
-    if asked.run is not None:
-        info = store.find(asked.run, sweep=None).info
-        page += f"#/experiments/{info.experiment_id}/runs/{info.run_id}"
-        page += "?workflowType=machine_learning"  # MLflow's other view shows prompts and traces
-    if remote:
-        print(f"this store has a UI of its own: {page}")
+    page = store.page(asked.run)
+    if store.uri.startswith(("http://", "https://")):
+        print(f"this store has a UI of its own: {store.uri.rstrip('/')}/{page}")
         return 0
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", asked.port))
-        except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"--port {asked.port}: cannot be used ({error}). "
-                f"Choose another: --port {min(asked.port, 65000) + 1}"
-            ) from error
-    print(f"the page, once it is up: {page}\nCtrl-C ends it", flush=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.uri]
-    command += ["--host", "127.0.0.1", "--port", str(asked.port), "--workers", "1"]
-    os.execv(sys.executable, command)
+    ui.serve(store.uri, ui.free_port(asked.port), page)
+    return 0
 
 
 def _completion_arguments(parser: argparse.ArgumentParser) -> None:
