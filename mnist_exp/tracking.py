@@ -587,7 +587,7 @@ class _Letter:
 
         entity = Dataset(
             name=fields["name"],
-            digest=fields["digest"][:32],  # MLflow's limit is 36
+            digest=fields["digest"][:8],  # as short as MLflow's own, which its UI has room for
             source_type="local",
             source=json.dumps({"uri": fields["source"]}),
             profile=json.dumps({"image": fields["shape"], **fields["sizes"]}),
@@ -600,17 +600,18 @@ class _Letter:
         """As `mlflow.pytorch.log_model` does, from what it would have saved; needs no torch."""
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
         from mlflow.models import Model
-        from mlflow.tracking.context import registry
 
         run = self.client.get_run(self.told.run_id)
         run_id, experiment = run.info.run_id, run.info.experiment_id
-        known = self.client.search_logged_models(
+        found = self.client.search_logged_models(
             [experiment], filter_string=f"source_run_id = '{run_id}' AND name = 'model'"
         )
-        model = known[0] if known else None
+        model = found[0] if found else None
         if model is None:
+            known = ("mlflow.user", "mlflow.source.")  # and not those of who delivers it
+            source = {key: v for key, v in run.data.tags.items() if key.startswith(known)}
             model = self.client.create_logged_model(
-                experiment, "model", run_id, registry.resolve_tags(), run.data.params
+                experiment, "model", run_id, source, run.data.params
             )
         outputs = run.outputs.model_outputs if run.outputs else []
         if model.model_id not in [output.model_id for output in outputs]:
