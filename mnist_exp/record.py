@@ -401,9 +401,16 @@ def common_tags(job: Job, size: int) -> dict[str, str]:
     }
 
 
+def described(what: str, *words: str) -> dict[str, str]:
+    """The description that MLflow's UI shows of a run: Markdown, and the command that leads on."""
+    command = shlex.join(["mnist-exp", "train", *words])
+    return {"mlflow.note.content": f"{what}\n\n```\n{command}\n```"}
+
+
 def _tags(job: Job, folder: Path, facts: Mapping[str, str]) -> dict[str, str]:
     return {
         **facts,
+        **described("To train it again:", *job.overrides),
         "overrides": shlex.join(job.overrides),
         "config_hash": configs.identity(job.asked),
         "dataset": job.config.dataset.name,

@@ -16,13 +16,14 @@ from mnist_exp.console import Reporter
 from mnist_exp.courier import Courier
 from mnist_exp.errors import ConfigError, reason_of
 from mnist_exp.job import Load
-from mnist_exp.record import provenance
+from mnist_exp.record import described, provenance
 from mnist_exp.report import Cell, JobRecord
 from mnist_exp.tracker import Beginning, Story, Tracker, index_at
 from mnist_exp.tracking import Delivered, Store
 
 CURVES = ("train/loss", "val/loss", "val/accuracy")
 BEST = "best.yaml"  # the recipe of the chosen cell
+DESCRIBED = 20  # cells of the leaderboard that the parent run's description has room for
 FLUSH_SECONDS = 5.0  # that the report waits for MLflow
 MANIFEST = "sweep.json"  # the jobs, those included that have no run
 
@@ -303,7 +304,12 @@ def _record(parent: Tracker, found: Report) -> None:
                 values[f"{key}_n"] = spread.n
                 if spread.std is not None:
                     values[f"{key}_std"] = spread.std
-        parent.tags({"chosen": found.chosen.label})
+        header, rows = report.leaderboard(found.ranked, found.chosen)
+        table = report.markdown(header, rows[:DESCRIBED])
+        best = described(
+            f"{table}\nTo train the best again:", f"experiments={parent.folder / BEST}"
+        )
+        parent.tags({"chosen": found.chosen.label, **best})
     # a sweep that is resumed comes to another end: its number is the step
     tries = Story.of(parent.folder).history("jobs/finished")
     parent.metrics(values, len(tries))
