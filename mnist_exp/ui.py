@@ -18,6 +18,7 @@ END_SECONDS = 5.0  # that it may take to end, before it is killed
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # nine processes, for what prompts are used by
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "PYTHONWARNINGS": "ignore",
 }
 
@@ -109,3 +110,5 @@ def _end(server: "subprocess.Popen[str]") -> None:
             os.killpg(server.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(END_SECONDS)
+    assert server.stdout is not None
+    server.stdout.close()

@@ -23,7 +23,7 @@ import torch
 from helpers import ROOT, command, finish, fresh_store, start, write_idx
 from mlflow.entities import Run
 
-from mnist_exp import checkpoint, cli, training
+from mnist_exp import checkpoint, cli, signals, training
 from mnist_exp.tracking import Store
 
 Call = Callable[..., tuple[int, str, str]]
@@ -285,6 +285,30 @@ def test_store_that_cannot_be_opened(uri: str, reason: str, call: Call, tmp_path
     refused(call("train", *words), f"tracking.uri={uri.split()[0]}", reason)
     assert time.monotonic() - began < 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "text.db"]
+
+
+def test_port_of_the_ui(call: Call, tmp_path: Path) -> None:
+    store = f"tracking.uri={fresh_store(tmp_path)}"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        answer = call("ui", "--port", str(port), store)
+        refused(answer, f"--port {port}: cannot be used (Address already in use)", "--port 0")
+    refused(call("ui", "--port", "99999", store), "--port 99999", "from 0 to 65535")
+
+
+def test_server_of_the_ui_that_ends(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = {number: signal.getsignal(number) for number in signals.ENDING}
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho out of luck\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    answer = call("ui", "--port", "0", f"tracking.uri={fresh_store(tmp_path)}")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    said = "starting MLflow's server ...\nmnist-exp: MLflow's server does not start:\nout of luck\n"
+    assert answer == (1, "", said)
 
 
 def test_divergence(call: Call, tmp_path: Path) -> None:
