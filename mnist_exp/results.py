@@ -300,7 +300,7 @@ def _record(parent: Tracker, found: Report) -> None:
             ("test/accuracy", found.chosen.test_accuracy),
         ):
             if spread is not None:
-                values[key] = spread.mean
+                values[key] = round(spread.mean, 10)  # 0.918, and not 0.9179999999999999
                 values[f"{key}_n"] = spread.n
                 if spread.std is not None:
                     values[f"{key}_std"] = spread.std

@@ -53,6 +53,14 @@ _SETTINGS = {  # of MLflow's own, unless the user has some
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
+_USE = """\
+Takes float images {} with pixels from 0 to 1, gives logits {}.
+
+```
+model = mlflow.pytorch.load_model("runs:/{}/model")
+```
+"""  # the description of a model
+
 
 def store_uri(asked: str | None, root: Path) -> str:
     """MLFLOW_TRACKING_URI if set, else what was asked for, else SQLite under `root`."""
@@ -609,9 +617,13 @@ class _Letter:
         model = found[0] if found else None
         if model is None:
             known = ("mlflow.user", "mlflow.source.")  # and not those of who delivers it
-            source = {key: v for key, v in run.data.tags.items() if key.startswith(known)}
+            tags = {key: v for key, v in run.data.tags.items() if key.startswith(known)}
+            signature = Model.load(saved).signature
+            schemas = (signature.inputs, signature.outputs)
+            shapes = [list(schema.inputs[0].shape) for schema in schemas]
+            tags["mlflow.note.content"] = _USE.format(*shapes, run_id)
             model = self.client.create_logged_model(
-                experiment, "model", run_id, source, run.data.params
+                experiment, "model", run_id, tags, run.data.params
             )
         outputs = run.outputs.model_outputs if run.outputs else []
         if model.model_id not in [output.model_id for output in outputs]:

@@ -14,8 +14,8 @@ _SECTION = "by epoch"
 _CURVES = ("val/accuracy", "val/loss", "train/loss", "train/accuracy")
 _PICTURES = "val/predictions"
 _COLUMNS = {  # as MLflow calls them: pixels
-    "attributes.`Run Name`": 310,
-    "runDateAndNestInfo": 130,
+    "attributes.`Run Name`": 300,
+    "runDateAndNestInfo": 150,
     "duration": 70,
     "metrics.`best/val_accuracy`": 125,
     "metrics.`test/accuracy`": 105,
