@@ -1,5 +1,5 @@
 # Everything runs in .venv, which `make setup` makes from requirements.lock.
-.PHONY: setup train test bench torture lock clean
+.PHONY: setup train test test-ui bench torture lock clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,6 +12,10 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# In a browser of the system's: chromium, or google-chrome
+test-ui: setup
+	$(BIN)/pytest tests/ui -rs
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench --output benchmarks/RESULTS.md
