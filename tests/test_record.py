@@ -23,7 +23,7 @@ from mlflow.entities import Run
 from omegaconf import OmegaConf
 
 import mnist_exp
-from mnist_exp import checkpoint, data, training
+from mnist_exp import checkpoint, data, training, view
 from mnist_exp import config as configs
 from mnist_exp.errors import ConfigError
 from mnist_exp.record import Result, ask_git
@@ -80,7 +80,14 @@ def test_status_and_name(record: Run, client: mlflow.MlflowClient) -> None:
     assert record.info.status == "FINISHED"
     assert record.info.end_time >= record.info.start_time
     assert record.info.run_name == "mlp-16 momentum cosine lr=0.02 bs=64 seed=3"
-    assert client.get_experiment(record.info.experiment_id).name == "a record"
+    experiment = client.get_experiment(record.info.experiment_id)
+    assert experiment.name == "a record"
+    shown = json.loads(json.loads(experiment.tags[view.TAG])["state"])["selectedColumns"]
+    known = {f"{kind}.`{key}`" for kind in ("metrics", "params", "tags")
+             for key in getattr(record.data, kind)}  # fmt: skip
+    assert set(shown) <= known  # a column that no run has would be left out
+    description = record.data.tags["mlflow.note.content"]
+    assert f"mnist-exp train {record.data.tags['overrides']}" in description
 
 
 def test_params_are_the_dotted_leaves(record: Run, fetch: Any) -> None:

@@ -348,6 +348,11 @@ def test_launchers_leave_the_same_records(launchers: dict[str, Done]) -> None:
     assert basic.parent.data.params == stacked.parent.data.params
     assert basic.parent.data.metrics.keys() == stacked.parent.data.metrics.keys()
     assert len(basic.children) == len(stacked.children) == 2
+    description = stacked.parent.data.tags["mlflow.note.content"]
+    assert (
+        description.startswith("| rank | ")
+        and f"experiments={stacked.own}/best.yaml" in description
+    )
     for number, a in basic.children.items():
         b = stacked.children[number]
         assert a.info.run_name == b.info.run_name
@@ -361,7 +366,7 @@ def test_launchers_leave_the_same_records(launchers: dict[str, Done]) -> None:
         differ = {k for k, v in a.data.tags.items() if v != b.data.tags[k]}
         assert differ <= {
             *("mlflow.parentRunId", "output_dir", "stack_size", "choices", "overrides"),
-            *("git_dirty", "command_line", "run_key"),
+            *("git_dirty", "command_line", "run_key", "mlflow.note.content"),
             *("mlflow.loggedImages", "mlflow.log-model.history"),
         }
         same_points(basic.curves(a), stacked.curves(b), SIZES)
