@@ -1,0 +1,336 @@
+"""Image files, photographs of ink on paper among them, as what a network trained on MNIST takes."""
+
+import re
+import stat
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+AnyArray = NDArray[Any]
+
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
+MOST_PIXELS = 100_000_000  # a small file can claim more than there is memory for
+SIDE = 512  # of the thumbnail that all is done on: a stroke of MNIST's is 50 of its pixels wide
+STROKE = 2.4  # pixels in an image of 28 x 28: thinner strokes are rare in MNIST
+
+
+class Unreadable(ValueError):
+    """Why a file cannot be used. The message does not name it."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """given: uint8 [H, W, 3], upright, at most 512 on a side; seen: uint8 [h, w], MNIST's way."""
+
+    given: Bytes
+    seen: Bytes
+
+
+def read(path: Path, size: tuple[int, int], raw: bool = False) -> Photo:
+    """The image in the file `path`, and what a network for images of `size` (h, w) gets of it.
+
+    The digit is found, whether dark on light or light on dark, and placed as MNIST's are. `raw`:
+    only made grey and resized. Raises Unreadable.
+    """
+    given = _load(path)
+    if raw:
+        grey = Image.fromarray(given).convert("L")
+        return Photo(given, np.array(grey.resize(size[::-1], Image.Resampling.BICUBIC)))
+    return Photo(given, _place(_thicken(_find_ink(*_grey(_sheet(given)))), size))
+
+
+# ---- from the file to a thumbnail ----------------------------------------------------------------
+
+
+def _load(path: Path) -> Bytes:
+    """uint8 [H, W, 3] of at most 512 on a side."""
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise Unreadable("it is a folder")
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise Unreadable("it is no file")
+        if not status.st_size:
+            raise Unreadable("it is empty")
+        with warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")  # Pillow's, of oddities that it can cope with
+            with Image.open(file, formats=FORMATS) as image:
+                _check_pixels(image.width * image.height)
+                image.draft(None, (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at that size at once
+                return np.array(_over_background(_upright_thumbnail(image)))
+    except Unreadable:
+        raise
+    except FileNotFoundError:
+        raise Unreadable("there is no such file") from None
+    except PermissionError:
+        raise Unreadable("permission denied") from None
+    except UnidentifiedImageError:
+        raise Unreadable(
+            "it is no image that can be read: PNG, JPEG, BMP, GIF, TIFF or WebP"
+        ) from None
+    except Image.DecompressionBombError as error:  # beyond Pillow's own bound
+        found = re.search(r"\d+", str(error))
+        _check_pixels(int(found.group()) if found else 2 * MOST_PIXELS)
+        raise Unreadable(str(error)) from None
+    except Exception as error:  # a decoder can raise anything
+        if isinstance(error, EOFError) or "truncated" in str(error).lower():
+            raise Unreadable(f"it is cut off after {status.st_size:,} bytes") from None
+        fault = (isinstance(error, OSError) and error.strerror) or error
+        raise Unreadable(f"it is damaged: {fault}") from None
+
+
+def _check_pixels(count: int) -> None:
+    if count > MOST_PIXELS:
+        million = 1_000_000
+        raise Unreadable(
+            f"it has {-(-count // million):,} million pixels; at most {MOST_PIXELS // million}"
+            " million"
+        )
+
+
+def _upright_thumbnail(image: Image.Image) -> Image.Image:
+    """RGBA, of at most 512 on a side, as EXIF says it is to be held."""
+    orientation = image.getexif().get(0x0112)
+    if image.mode[0] in "IF":
+        pixels = Image.fromarray(_eight_bits(np.asarray(image, np.float32))).convert("RGBA")
+    else:
+        pixels = image.convert("RGBA")
+    pixels.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    pixels.getexif()[0x0112] = orientation or 1  # which converting may have dropped
+    return ImageOps.exif_transpose(pixels)
+
+
+def _eight_bits(values: Floats) -> Bytes:
+    """By the range that the values seem to be meant in: 0 to 1, 255 or 65535; else their own."""
+    values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 65535:
+        values, high = (values - low) / ((high - low) or 1.0), 1.0
+    top = 1 if high <= 1 else 255 if high <= 255 else 65535
+    return (values * (255 / top) + 0.5).astype(np.uint8)
+
+
+def _over_background(image: Image.Image) -> Image.Image:
+    """RGBA -> RGB. What is transparent becomes the paper: of the colour that most of the rest has
+    where that has ink and paper, otherwise, as there is ink alone, black or white."""
+    rgba = np.asarray(image)
+    opaque = rgba[rgba[..., 3] >= 128][:, :3]
+    background = (255, 255, 255)
+    if 0 < len(opaque) < rgba[..., 3].size:
+        low, high = np.percentile(opaque.mean(1), (5, 95))
+        if high - low > 64:
+            red, green, blue = np.median(opaque, 0).astype(int).tolist()
+            background = (red, green, blue)
+        elif opaque.mean() >= 128:
+            background = (0, 0, 0)
+    paper = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(paper, image).convert("RGB")
+
+
+# ---- from the thumbnail to ink -------------------------------------------------------------------
+
+
+def _sheet(given: Bytes) -> Bytes:
+    """The part of a photograph that is a sheet of paper on a dark table; all of it, if none is."""
+    grey = given.mean(2)
+    table = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
+    white = np.percentile(grey, 95)
+    if table > 0.5 * white:
+        return given
+    labels = _label(grey > table + 0.3 * (white - table))
+    sheet = labels == np.bincount(labels[labels > 0]).argmax()
+    spans = []
+    for axis in (1, 0):
+        share = sheet.sum(axis)
+        inside = np.flatnonzero(share > 0.5 * share.max())
+        spans.append(slice(inside[0], inside[-1] + 1))
+    box = sheet[spans[0], spans[1]]
+    large = box.size > 0.3 * sheet.size and box.mean() > 0.6
+    return given[spans[0], spans[1]] if large else given
+
+
+def _grey(given: Bytes) -> tuple[Floats, bool]:
+    """uint8 [H, W, 3] -> [H, W] from 0 to 1, and whether ink is darker than paper in it.
+
+    Both by what differs between a pixel and its surroundings: its main axis gives the weights of
+    the channels, so that any ink stands out from any paper; and as strokes are thin, the sign of
+    its skewness is theirs. The two sides of a shadow's edge, or of noise, are alike.
+    """
+    coarse, fine = (_differences(given, max(given.shape) / share) for share in (7, 25))
+    axis = np.linalg.eigh(coarse.T @ coarse)[1][:, -1]
+    weights = np.maximum(axis if axis.sum() >= 0 else -axis, 0)
+    weights /= 255 * weights.sum()
+    skewness = sum(
+        (d**3).mean() / ((d**2).mean() ** 1.5 + 1e-12) for d in (coarse @ weights, fine @ weights)
+    )
+    return given @ weights, bool(skewness <= 0)
+
+
+def _differences(given: Bytes, radius: float) -> Floats:
+    """uint8 [H, W, 3] -> [H * W, 3]: each pixel less the mean of its surroundings."""
+    around = Image.fromarray(given).filter(ImageFilter.GaussianBlur(radius))
+    return (given.astype(np.float32) - np.asarray(around, np.float32)).reshape(-1, 3)
+
+
+def _find_ink(grey: Floats, dark: bool) -> Floats:
+    """[H, W] -> [H, W] from 0, paper, to 1, ink; whatever else stands out is gone."""
+    ink, noise = _without_paper(grey, dark)
+    stands_out = ink > max(5 * noise, 0.04)
+    if stands_out.sum() < max(3, 2e-4 * ink.size):
+        raise Unreadable("it is blank: nothing stands out from the background")
+    threshold = _otsu(ink[stands_out])  # between the edges of strokes, or faint lines, and strokes
+    reach = 1 + max(ink.shape) // 100
+    strokes = _digit(ink > 0.7 * threshold, reach // 2)
+    full = np.percentile(ink[strokes], 80)
+    low = 2 * noise
+    ink = np.clip((ink - low) / max(full - low, 1e-3), 0, 1)
+    return cast(Floats, np.where(_dilate(strokes, reach), ink, 0))
+
+
+def _without_paper(grey: Floats, dark: bool) -> tuple[Floats, float]:
+    """[H, W] -> by how much each pixel is ink, around 0 for paper, and the noise in that."""
+    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    level = np.median(edge)
+    even = (abs(edge - level) < 0.02).mean() > 0.6 and (abs(grey - level) < 0.02).mean() > 0.3
+    if even:  # lit as a scan or a drawing is: strokes may be as thick as they like
+        dark = bool(grey.mean() <= level)
+    light = grey if dark else 1 - grey
+    paper = np.full_like(grey, level if dark else 1 - level) if even else _paper(light)
+    ink = 1 - light / np.maximum(paper, 0.02)  # a quotient: a shadow dims ink and paper alike
+    if not even:  # noise lifts such a paper
+        counts, levels = np.histogram(ink, 128, (0, float(np.percentile(ink, 99.9)) / 2 + 1e-3))
+        ink = ink - levels[counts.argmax()]
+    noise = 1.5 * float(np.median(-ink[ink <= 0])) if (ink <= 0).any() else 0.0
+    return ink.astype(np.float32), noise
+
+
+def _paper(light: Floats) -> Floats:
+    """[H, W] -> the same without what is darker than both its sides and narrower than a third of
+    the picture, as strokes are, and a shadow is not (a morphological closing)."""
+    half = max(light.shape) // 6 + 1
+    padded = np.pad(light, 2 * half)  # all is dark outside: a shadow may go on as it likes
+    return -_greatest(-_greatest(padded, half), half)
+
+
+def _otsu(values: Floats) -> float:
+    """The threshold that leaves the least variance on its two sides (Otsu 1979)."""
+    counts, edges = np.histogram(values, 128)
+    middles = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)[:-1]
+    above = below[-1] + counts[-1] - below
+    sums = np.cumsum(counts * middles)
+    between = (
+        below * above * (sums[:-1] / below - (sums[-1] - sums[:-1]) / np.maximum(above, 1)) ** 2
+    )
+    return float(edges[1 + between.argmax()])
+
+
+def _digit(ink: Mask, reach: int) -> Mask:
+    """Of the pixels of `ink`, those of the digit: its largest part, and what is near or large.
+
+    Parts are what remains apart when all are widened by `reach`.
+    """
+    labels = np.where(ink, _label(_dilate(ink, reach)), 0)
+    height, width = ink.shape
+    names, areas = np.unique(labels[ink], return_counts=True)
+    parts = []
+    for k in areas.argsort()[-50:]:  # the smallest of so many are dust
+        part, area, name = labels == names[k], int(areas[k]), names[k]
+        rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
+        box = np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1])
+        border = part[0].sum() + part[-1].sum() + part[:, 0].sum() + part[:, -1].sum()
+        parts.append((area, box, border < 0.3 * min(height, width), name))
+    # what lies along the border is a table, unless there is nothing else
+    inner = [p for p in parts if p[2] and max(p[1][2:] - p[1][:2]) > 0.12 * max(height, width)]
+    parts = [p for p in parts if p[2]] if inner else parts
+    area, box, _, name = max(parts, key=lambda part: part[0])
+    near = 0.25 * max(box[2:] - box[:2])
+    kept = [
+        n
+        for a, b, _, n in parts
+        if a > 0.3 * area
+        or (a > 0.02 * area and max(*(b[:2] - box[2:]), *(box[:2] - b[2:])) < near)
+    ]
+    return np.isin(labels, kept)
+
+
+def _label(mask: Mask) -> NDArray[np.int64]:
+    """[H, W] -> a number from 1 for each connected part, 0 elsewhere."""
+    own = np.arange(1, mask.size + 1).reshape(mask.shape)
+    labels = np.where(mask, own, 0)
+    while True:
+        spread = np.where(mask, _greatest(np.pad(labels, 1), 1), 0)
+        # and straight to the label of the pixel that gave it, so that long strokes take few rounds
+        spread = np.concatenate([[0], spread.ravel()])[spread]
+        if np.array_equal(spread, labels):
+            return labels
+        labels = spread
+
+
+def _greatest(values: AnyArray, half: int) -> AnyArray:
+    """[H, W] -> [H - 2 half, W - 2 half]: the greatest value in each square."""
+    for _ in range(2):  # down the columns, then along the rows
+        reached, wanted = 1, 2 * half + 1
+        while reached < wanted:  # doubling
+            step = min(reached, wanted - reached)
+            values = np.maximum(values[:-step], values[step:])
+            reached += step
+        values = values.T
+    return values
+
+
+def _dilate(values: AnyArray, radius: int) -> AnyArray:
+    """[H, W] -> [H, W]: the greatest value within an octagon of about that radius."""
+    for k in range(radius):
+        padded = np.pad(values, 1)
+        if k % 2:
+            values = _greatest(padded, 1)
+        else:
+            across = np.maximum(padded[1:-1, :-2], padded[1:-1, 2:])
+            down = np.maximum(padded[:-2, 1:-1], padded[2:, 1:-1])
+            values = np.maximum(values, np.maximum(across, down))
+    return values
+
+
+# ---- from ink to MNIST's -------------------------------------------------------------------------
+
+
+def _thicken(ink: Floats) -> Floats:
+    """[H, W] -> [H', W']: the digit alone, its strokes as wide as MNIST's once they are small."""
+    rows, columns = (np.flatnonzero((ink > 0).any(axis)) for axis in (1, 0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    mask = np.pad(ink > 0.5, 1)
+    sides = np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
+    width = 2 * np.count_nonzero(mask) / (np.pi / 4 * sides)  # of a long stroke in any direction
+    # r more on each side makes both width and digit 2 r larger
+    radius = int((STROKE * max(ink.shape) - 20 * width) / (2 * (20 - STROKE)))
+    return _dilate(np.pad(ink, radius), radius) if radius > 0 else ink
+
+
+def _place(digit: Floats, size: tuple[int, int]) -> Bytes:
+    """[H, W] -> uint8 [h, w], as MNIST was made (LeCun, Bottou, Bengio & Haffner 1998; the page of
+    the data set): with antialiasing, to fit 20 x 20 as it is shaped, its centre of mass in the
+    middle of 28 x 28. Other sizes in proportion."""
+    scale = min(side * 20 / 28 / own for side, own in zip(size, digit.shape, strict=True))
+    height, width = (max(1, round(own * scale)) for own in digit.shape)
+    small = np.asarray(
+        Image.fromarray(digit).resize((width, height), Image.Resampling.BICUBIC), np.float32
+    )
+    small = np.clip(small / max(small.max(), 1e-6), 0, 1)  # MNIST's all reach 255
+    seen = np.zeros(size, np.uint8)
+    place = []
+    for axis, side in enumerate(size):
+        mass = small.sum(1 - axis)
+        middle = (mass * np.arange(len(mass))).sum() / mass.sum()
+        start = int(np.clip(round(side // 2 - middle), 0, side - len(mass)))
+        place.append(slice(start, start + len(mass)))
+    seen[place[0], place[1]] = np.round(255 * small)
+    return seen
