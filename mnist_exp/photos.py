@@ -5,11 +5,11 @@ import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter, UnidentifiedImageError
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -20,6 +20,16 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 MOST_PIXELS = 100_000_000  # a small file can claim more than there is memory for
 SIDE = 512  # of the thumbnail that all is done on: a stroke of MNIST's is 50 of its pixels wide
 STROKE = 2.4  # pixels in an image of 28 x 28: thinner strokes are rare in MNIST
+TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BLANK = "it is blank: nothing stands out from the background"
 
 
 class Unreadable(ValueError):
@@ -60,18 +70,28 @@ def _load(path: Path) -> Bytes:
             raise Unreadable("it is no file")
         if not status.st_size:
             raise Unreadable("it is empty")
-        with warnings.catch_warnings(), path.open("rb") as file:
-            warnings.simplefilter("ignore")  # Pillow's, of oddities that it can cope with
-            with Image.open(file, formats=FORMATS) as image:
-                _check_pixels(image.width * image.height)
-                image.draft(None, (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at that size at once
-                return np.array(_over_background(_upright_thumbnail(image)))
-    except Unreadable:
-        raise
+        with path.open("rb") as file:
+            return _decode(file, status.st_size)
     except FileNotFoundError:
         raise Unreadable("there is no such file") from None
     except PermissionError:
         raise Unreadable("permission denied") from None
+    except (OSError, ValueError) as error:  # a ValueError: no path can have a zero byte
+        if isinstance(error, Unreadable):
+            raise
+        fault = (isinstance(error, OSError) and error.strerror) or error
+        raise Unreadable(f"it cannot be read: {fault}") from None
+
+
+def _decode(file: IO[bytes], length: int) -> Bytes:
+    """An open image file of `length` bytes -> uint8 [H, W, 3] of at most 512 on a side."""
+    try:
+        # Pillow warns of oddities that it can cope with
+        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
+            _check_pixels(image.width * image.height)
+            return np.array(_over_background(_upright_thumbnail(image)))
+    except Unreadable:
+        raise
     except UnidentifiedImageError:
         raise Unreadable(
             "it is no image that can be read: PNG, JPEG, BMP, GIF, TIFF or WebP"
@@ -79,11 +99,11 @@ def _load(path: Path) -> Bytes:
     except Image.DecompressionBombError as error:  # beyond Pillow's own bound
         found = re.search(r"\d+", str(error))
         _check_pixels(int(found.group()) if found else 2 * MOST_PIXELS)
-        raise Unreadable(str(error)) from None
+        raise Unreadable(f"it is damaged: {error}") from None
     except Exception as error:  # a decoder can raise anything
         if isinstance(error, EOFError) or "truncated" in str(error).lower():
-            raise Unreadable(f"it is cut off after {status.st_size:,} bytes") from None
-        fault = (isinstance(error, OSError) and error.strerror) or error
+            raise Unreadable(f"it is cut off after {length:,} bytes, or damaged") from None
+        fault = " ".join(str(error).split()) or type(error).__name__
         raise Unreadable(f"it is damaged: {fault}") from None
 
 
@@ -98,14 +118,16 @@ def _check_pixels(count: int) -> None:
 
 def _upright_thumbnail(image: Image.Image) -> Image.Image:
     """RGBA, of at most 512 on a side, as EXIF says it is to be held."""
-    orientation = image.getexif().get(0x0112)
+    if image.mode in ("L", "RGB", "CMYK") and "transparency" not in image.info:
+        image.thumbnail((SIDE, SIDE))  # at once: a JPEG is then decoded at a size near that
     if image.mode[0] in "IF":
         pixels = Image.fromarray(_eight_bits(np.asarray(image, np.float32))).convert("RGBA")
     else:
         pixels = image.convert("RGBA")
-    pixels.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    pixels.getexif()[0x0112] = orientation or 1  # which converting may have dropped
-    return ImageOps.exif_transpose(pixels)
+    pixels.thumbnail((SIDE, SIDE))
+    # Read only now, as Pillow turns a TIFF itself when it loads it.
+    turn = TURNS.get(image.getexif().get(0x0112, 1))
+    return pixels if turn is None else pixels.transpose(turn)
 
 
 def _eight_bits(values: Floats) -> Bytes:
@@ -141,9 +163,8 @@ def _over_background(image: Image.Image) -> Image.Image:
 def _sheet(given: Bytes) -> Bytes:
     """The part of a photograph that is a sheet of paper on a dark table; all of it, if none is."""
     grey = given.mean(2)
-    table = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
-    white = np.percentile(grey, 95)
-    if table > 0.5 * white:
+    table, white = float(np.median(_edge(grey))), float(np.percentile(grey, 95))
+    if table >= 0.5 * white:
         return given
     labels = _label(grey > table + 0.3 * (white - table))
     sheet = labels == np.bincount(labels[labels > 0]).argmax()
@@ -153,8 +174,14 @@ def _sheet(given: Bytes) -> Bytes:
         inside = np.flatnonzero(share > 0.5 * share.max())
         spans.append(slice(inside[0], inside[-1] + 1))
     box = sheet[spans[0], spans[1]]
-    large = box.size > 0.3 * sheet.size and box.mean() > 0.6
-    return given[spans[0], spans[1]] if large else given
+    # neither strokes, which have gaps, nor the light beside a shadow, which goes on to the border
+    found = box.size > 0.3 * sheet.size and box.mean() > 0.8 and _edge(sheet).mean() < 0.1
+    return given[spans[0], spans[1]] if found else given
+
+
+def _edge(values: AnyArray) -> AnyArray:
+    """[H, W] -> [2 H + 2 W]: what lies along the border."""
+    return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
 
 
 def _grey(given: Bytes) -> tuple[Floats, bool]:
@@ -185,30 +212,36 @@ def _find_ink(grey: Floats, dark: bool) -> Floats:
     ink, noise = _without_paper(grey, dark)
     stands_out = ink > max(5 * noise, 0.04)
     if stands_out.sum() < max(3, 2e-4 * ink.size):
-        raise Unreadable("it is blank: nothing stands out from the background")
+        raise Unreadable(BLANK)
     threshold = _otsu(ink[stands_out])  # between the edges of strokes, or faint lines, and strokes
     reach = 1 + max(ink.shape) // 100
     strokes = _digit(ink > 0.7 * threshold, reach // 2)
-    full = np.percentile(ink[strokes], 80)
-    low = 2 * noise
+    low, full = 2 * noise, float(np.percentile(ink[strokes], 80))
+    if full < 8 * noise:  # what is left of shadows and texture reaches 7
+        raise Unreadable(BLANK)
     ink = np.clip((ink - low) / max(full - low, 1e-3), 0, 1)
-    return cast(Floats, np.where(_dilate(strokes, reach), ink, 0))
+    # the edges of strokes, but not the ripples that JPEG leaves beside them
+    kept = _dilate(strokes, 1) | (_dilate(strokes, reach) & (ink > 0.1))
+    return cast(Floats, np.where(kept, ink, 0))
 
 
 def _without_paper(grey: Floats, dark: bool) -> tuple[Floats, float]:
     """[H, W] -> by how much each pixel is ink, around 0 for paper, and the noise in that."""
-    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    level = np.median(edge)
+    edge = _edge(grey)
+    level = float(np.median(edge))
     even = (abs(edge - level) < 0.02).mean() > 0.6 and (abs(grey - level) < 0.02).mean() > 0.3
     if even:  # lit as a scan or a drawing is: strokes may be as thick as they like
         dark = bool(grey.mean() <= level)
-    light = grey if dark else 1 - grey
-    paper = np.full_like(grey, level if dark else 1 - level) if even else _paper(light)
-    ink = 1 - light / np.maximum(paper, 0.02)  # a quotient: a shadow dims ink and paper alike
-    if not even:  # noise lifts such a paper
-        counts, levels = np.histogram(ink, 128, (0, float(np.percentile(ink, 99.9)) / 2 + 1e-3))
-        ink = ink - levels[counts.argmax()]
-    noise = 1.5 * float(np.median(-ink[ink <= 0])) if (ink <= 0).any() else 0.0
+        light = grey if dark else 1 - grey
+        paper = np.full_like(grey, level if dark else 1 - level)
+    else:  # of chalk, the reciprocal: what a shadow divides, it multiplies
+        light = grey if dark else np.reciprocal(grey + np.float32(0.1))
+        paper = _paper(light)
+    ink = (paper - light) / np.maximum(paper, 0.02)  # a share: a shadow dims ink and paper alike
+    rest = ink[ink <= 0.75 * np.percentile(ink, 99.9)]  # paper for the most part, even if not all
+    if not even:  # noise has lifted the paper
+        ink, rest = ink - np.median(rest), rest - np.median(rest)
+    noise = 1.5 * float(np.median(abs(rest)))  # a normal distribution's deviation
     return ink.astype(np.float32), noise
 
 
@@ -224,13 +257,10 @@ def _otsu(values: Floats) -> float:
     """The threshold that leaves the least variance on its two sides (Otsu 1979)."""
     counts, edges = np.histogram(values, 128)
     middles = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts)[:-1]
-    above = below[-1] + counts[-1] - below
-    sums = np.cumsum(counts * middles)
-    between = (
-        below * above * (sums[:-1] / below - (sums[-1] - sums[:-1]) / np.maximum(above, 1)) ** 2
-    )
-    return float(edges[1 + between.argmax()])
+    below, sums = np.cumsum(counts), np.cumsum(counts * middles)
+    above = len(values) - below
+    means = sums / np.maximum(below, 1), (sums[-1] - sums) / np.maximum(above, 1)
+    return float(edges[1 + (below * above * (means[0] - means[1]) ** 2).argmax()])
 
 
 def _digit(ink: Mask, reach: int) -> Mask:
@@ -246,7 +276,7 @@ def _digit(ink: Mask, reach: int) -> Mask:
         part, area, name = labels == names[k], int(areas[k]), names[k]
         rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
         box = np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1])
-        border = part[0].sum() + part[-1].sum() + part[:, 0].sum() + part[:, -1].sum()
+        border = _edge(part).sum()
         parts.append((area, box, border < 0.3 * min(height, width), name))
     # what lies along the border is a table, unless there is nothing else
     inner = [p for p in parts if p[2] and max(p[1][2:] - p[1][:2]) > 0.12 * max(height, width)]
