@@ -10,6 +10,7 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, UnidentifiedImageError
+from scipy import ndimage
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -221,7 +222,7 @@ def _find_ink(grey: Floats, dark: bool) -> Floats:
         raise Unreadable(BLANK)
     ink = np.clip((ink - low) / max(full - low, 1e-3), 0, 1)
     # the edges of strokes, but not the ripples that JPEG leaves beside them
-    kept = _dilate(strokes, 1) | (_dilate(strokes, reach) & (ink > 0.1))
+    kept = _within(strokes, 1) | (_within(strokes, reach) & (ink > 0.1))
     return cast(Floats, np.where(kept, ink, 0))
 
 
@@ -249,8 +250,9 @@ def _paper(light: Floats) -> Floats:
     """[H, W] -> the same without what is darker than both its sides and narrower than a third of
     the picture, as strokes are, and a shadow is not (a morphological closing)."""
     half = max(light.shape) // 6 + 1
-    padded = np.pad(light, 2 * half)  # all is dark outside: a shadow may go on as it likes
-    return -_greatest(-_greatest(padded, half), half)
+    room = 2 * half  # where all is dark: a shadow may go on as it likes
+    closed = ndimage.grey_closing(np.pad(light, room), (2 * half + 1, 2 * half + 1))
+    return cast(Floats, closed[room:-room, room:-room])
 
 
 def _otsu(values: Floats) -> float:
@@ -268,7 +270,7 @@ def _digit(ink: Mask, reach: int) -> Mask:
 
     Parts are what remains apart when all are widened by `reach`.
     """
-    labels = np.where(ink, _label(_dilate(ink, reach)), 0)
+    labels = np.where(ink, _label(_within(ink, reach)), 0)
     height, width = ink.shape
     names, areas = np.unique(labels[ink], return_counts=True)
     parts = []
@@ -292,42 +294,14 @@ def _digit(ink: Mask, reach: int) -> Mask:
     return np.isin(labels, kept)
 
 
-def _label(mask: Mask) -> NDArray[np.int64]:
+def _label(mask: Mask) -> NDArray[np.int32]:
     """[H, W] -> a number from 1 for each connected part, 0 elsewhere."""
-    own = np.arange(1, mask.size + 1).reshape(mask.shape)
-    labels = np.where(mask, own, 0)
-    while True:
-        spread = np.where(mask, _greatest(np.pad(labels, 1), 1), 0)
-        # and straight to the label of the pixel that gave it, so that long strokes take few rounds
-        spread = np.concatenate([[0], spread.ravel()])[spread]
-        if np.array_equal(spread, labels):
-            return labels
-        labels = spread
+    return cast(NDArray[np.int32], ndimage.label(mask, np.ones((3, 3)))[0])
 
 
-def _greatest(values: AnyArray, half: int) -> AnyArray:
-    """[H, W] -> [H - 2 half, W - 2 half]: the greatest value in each square."""
-    for _ in range(2):  # down the columns, then along the rows
-        reached, wanted = 1, 2 * half + 1
-        while reached < wanted:  # doubling
-            step = min(reached, wanted - reached)
-            values = np.maximum(values[:-step], values[step:])
-            reached += step
-        values = values.T
-    return values
-
-
-def _dilate(values: AnyArray, radius: int) -> AnyArray:
-    """[H, W] -> [H, W]: the greatest value within an octagon of about that radius."""
-    for k in range(radius):
-        padded = np.pad(values, 1)
-        if k % 2:
-            values = _greatest(padded, 1)
-        else:
-            across = np.maximum(padded[1:-1, :-2], padded[1:-1, 2:])
-            down = np.maximum(padded[:-2, 1:-1], padded[2:, 1:-1])
-            values = np.maximum(values, np.maximum(across, down))
-    return values
+def _within(mask: Mask, radius: int) -> Mask:
+    """[H, W] -> [H, W]: what is at most `radius` pixels from what is there."""
+    return cast(Mask, ndimage.distance_transform_edt(~mask) <= radius)
 
 
 # ---- from ink to MNIST's -------------------------------------------------------------------------
@@ -342,7 +316,11 @@ def _thicken(ink: Floats) -> Floats:
     width = 2 * np.count_nonzero(mask) / (np.pi / 4 * sides)  # of a long stroke in any direction
     # r more on each side makes both width and digit 2 r larger
     radius = int((STROKE * max(ink.shape) - 20 * width) / (2 * (20 - STROKE)))
-    return _dilate(np.pad(ink, radius), radius) if radius > 0 else ink
+    if radius <= 0:
+        return ink
+    ink = np.pad(ink, radius + 1)
+    away = ndimage.distance_transform_edt(ink < 0.5)
+    return cast(Floats, np.maximum(ink, np.clip(radius + 1 - away, 0, 1)).astype(np.float32))
 
 
 def _place(digit: Floats, size: tuple[int, int]) -> Bytes:
