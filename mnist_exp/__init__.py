@@ -9,13 +9,22 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __version__ = "0.1.0"
-__all__ = ["train"]
+__all__ = [
+    "build",
+    "ensemble",
+    "evaluate",
+    "load",
+    "predict",
+    "reproduce",
+    "train",
+    "train_sweep",
+]
 
 
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import, and most of the package can do without
-    if name == "train":
-        from mnist_exp.run import train
+    if name in __all__:
+        from mnist_exp import api
 
-        return train
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -54,8 +54,10 @@ class Terminal(Reporter):
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix = prefix
-        self.console = _Console(highlight=False, soft_wrap=True)
-        if not self.console.is_terminal:
+        self.console = _Console(highlight=False, soft_wrap=True, force_jupyter=False)
+        # a notebook asks for colours, as if it were a terminal, and cannot draw over a line
+        self.live = self.console.is_terminal and self.console.file.isatty()
+        if not self.live:
             self.console.width = 200  # nobody watches: a table is as wide as it needs to be
         self.bar = Progress(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
@@ -79,7 +81,7 @@ class Terminal(Reporter):
             "", total=epochs, epoch=1, epochs=epochs, loss=0.0, accuracy=0.0, rate=0.0
         )
         self.began, self.seen, self.right = time.perf_counter(), 0, 0
-        if self.console.is_terminal and not self.prefix:
+        if self.live and not self.prefix:
             self.bar.start()
 
     def progress(self, record: training.Progress) -> None:

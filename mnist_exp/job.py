@@ -13,9 +13,10 @@ from mnist_exp import config as configs
 from mnist_exp import data
 from mnist_exp.config import Config, DatasetConfig
 from mnist_exp.errors import ConfigError
+from mnist_exp.journal import Index
 from mnist_exp.optim import Schedule
 from mnist_exp.step import Run
-from mnist_exp.tracker import Story
+from mnist_exp.tracker import Story, index_at
 from mnist_exp.tracking import store_uri
 
 Load = Callable[[DatasetConfig], data.Dataset]
@@ -33,6 +34,7 @@ class Job:
     asked: DictConfig  # without it
     name: str
     store_uri: str
+    index: Index  # of the runs that MLflow does not have whole
     device: torch.device
     load: Load
     build: Callable[[], torch.nn.Module]  # the model, initialised from torch's default generator
@@ -95,6 +97,7 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
         asked=asked,
         name=typed.tracking.run_name or _name(typed, composed.hydra.runtime.choices),
         store_uri=store_uri(typed.tracking.uri, configs.output_root()),
+        index=index_at(configs.output_root()),
         device=device,
         load=load,
         build=build,

@@ -20,19 +20,21 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from mnist_exp import __version__, checkpoint, data, files, journal, metrics, plots, training
+from mnist_exp import __version__, checkpoint, data, files, journal, pictures, plots, training
 from mnist_exp import config as configs
 from mnist_exp.console import epoch_line
 from mnist_exp.errors import ConfigError, RunFailed, reason_of
 from mnist_exp.job import Job
 from mnist_exp.models import Served
 from mnist_exp.stack import Stack
-from mnist_exp.tracker import Beginning, DatasetFacts, Tracker, index_at
+from mnist_exp.tracker import Beginning, DatasetFacts, Tracker
 from mnist_exp.tracking import save_model
 
 log = logging.getLogger(__name__)
 
-SHOWN = 30  # images in a sample grid
+FIRST_LOSSES = "first_losses"  # a tag
+DIFF = "uncommitted.diff"  # an artifact
+FIRST_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Record:
             _tags(job, folder, tags),
             parent,
         )
-        self.tracker = Tracker(folder, index_at(configs.output_root()), beginning)
+        self.tracker = Tracker(folder, job.index, beginning)
         self.log = (folder / "train.log").open("a", encoding="utf-8", buffering=1)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
@@ -153,7 +155,7 @@ class Record:
         self.tracker.dataset(facts)
         self.tracker.artifact(self.folder / "config.yaml")
         if self.diff:
-            self.tracker.text(self.diff, "uncommitted.diff")
+            self.tracker.text(self.diff, DIFF)
         if self.finished:
             record_first(dataset, self.tracker)
 
@@ -178,6 +180,12 @@ class Record:
             self.tracker.tags({"compiled": str(event.compiled).lower()})
         else:
             self._epoch(event, k, dataset)
+
+    def take_first(self, losses: np.ndarray) -> None:
+        """The losses of the first steps, by which a run can be told from another one: later, what
+        rounding has changed may have grown as large as what another seed changes."""
+        first = [float(f"{loss:.9g}") for loss in losses[:FIRST_STEPS]]  # all digits of a float32
+        self.tracker.tags({FIRST_LOSSES: json.dumps(first)})
 
     def _epoch(self, event: training.Epoch, k: int, dataset: data.Dataset) -> None:
         if k in event.failed:
@@ -212,7 +220,7 @@ class Record:
         if self.finished:
             found = record_test(stack, dataset, self.tracker, epoch)
             self._curves(found["test/accuracy"])
-            record_model(served, dataset, self.tracker)
+            record_model(served, dataset, self.tracker, epoch)
             self.tracker.metrics(found, epoch)
             test = found | self.best
         self.log.write("  ".join(f"{key} {value:.6g}" for key, value in test.items()) + "\n")
@@ -282,8 +290,10 @@ def record_curves(
     tracker.artifact(path)
 
 
-def record_model(served: torch.nn.Module, dataset: data.Dataset, tracker: Tracker) -> None:
-    """The model, as MLflow keeps and serves it."""
+def record_model(served: Served, dataset: data.Dataset, tracker: Tracker, epoch: int) -> None:
+    """The model, as MLflow keeps and serves it, and a picture of its first layer."""
+    if (layer := pictures.first_layer(served.model, dataset.shape)) is not None:
+        tracker.image("model/first_layer", plots.pixels(layer), epoch)
     example = dataset.first.images[:2].cpu().numpy().astype(np.float32) / 255
     path = tracker.folder / "model"
     save_model(path, served, dataset.shape, len(dataset.classes), example)
@@ -292,7 +302,7 @@ def record_model(served: torch.nn.Module, dataset: data.Dataset, tracker: Tracke
 
 def record_first(dataset: data.Dataset, tracker: Tracker) -> None:
     """The first 30 images with their labels."""
-    tracker.image("train/first_30", plots.pixels(plots.grid(**first_images(dataset))), 0)
+    tracker.image("train/first_30", plots.pixels(pictures.first(dataset)), 0)
 
 
 def record_test(
@@ -302,52 +312,20 @@ def record_test(
 
     Returns the metrics, which are yet to be recorded: they say that all of this is done.
     """
-    (logits,) = training.predict(stack, dataset, dataset.test)
-    (test,) = training.score(logits[None], dataset.test, "test")
-    shares, true = logits.softmax(-1), dataset.test.labels.cpu()
-    confidence, predicted = shares.max(-1)
-    wrong = (predicted != true).nonzero().flatten()
-    worst = wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
-    if len(worst):
-        title = f"most confident of {len(wrong)} mistakes on the test set"
-        images = dataset.test.images.cpu()[worst]
-        pixels = _predictions(dataset, images, true[worst], shares[worst], title)
-        tracker.image("test/mistakes", pixels, epoch)
-    counts = metrics.confusion(true, predicted, len(dataset.classes))
-    figure = plots.confusion(counts, dataset.classes, "test set")
-    tracker.image("test/confusion", plots.pixels(figure), epoch)
+    logits = training.predict(stack, dataset, dataset.test)
+    for name, figure in pictures.of_test(dataset, logits[0]).items():
+        tracker.image(f"test/{name}", plots.pixels(figure), epoch)
+    (test,) = training.score(logits, dataset.test, "test")
     return test
 
 
 def record_predictions(stack: Stack, dataset: data.Dataset, tracker: Tracker, epoch: int) -> None:
     val = dataset.val
     assert val is not None
-    images, labels = val.images[:SHOWN], val.labels[:SHOWN]
+    images, labels = val.images[: pictures.SHOWN], val.labels[: pictures.SHOWN]
     shares = stack.logits(dataset.normalise(images))[0].softmax(-1).cpu()
-    pixels = _predictions(dataset, images, labels, shares, f"validation, epoch {epoch}")
-    tracker.image("val/predictions", pixels, epoch)
-
-
-def _predictions(
-    dataset: data.Dataset, images: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor,
-    title: str,
-) -> np.ndarray:  # fmt: skip
-    classes = dataset.classes
-    confidence, predicted = shares.max(-1)
-    figure = plots.grid(
-        images[:, 0].cpu().numpy(),
-        [classes[i] for i in labels.tolist()],
-        [classes[i] for i in predicted.tolist()],
-        confidence.tolist(),
-        title=title,
-    )
-    return plots.pixels(figure)
-
-
-def first_images(dataset: data.Dataset) -> dict[str, Any]:
-    labels = [dataset.classes[i] for i in dataset.first.labels.tolist()]
-    title = f"{dataset.name}: the first {len(labels)} images"
-    return {"images": dataset.first.images[:, 0].cpu().numpy(), "labels": labels, "title": title}
+    figure = pictures.predictions(dataset, images, labels, shares, f"validation, epoch {epoch}")
+    tracker.image("val/predictions", plots.pixels(figure), epoch)
 
 
 def ask_git(*words: str) -> str:
@@ -394,6 +372,7 @@ def common_tags(job: Job, size: int) -> dict[str, str]:
         **provenance(),
         "device": str(job.device),
         "threads": str(torch.get_num_threads()),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "compiled": "false",
         "stack_size": str(size),
         # a model that was not chosen from its group goes by its class

@@ -51,6 +51,12 @@ class Spread:
     std: float | None
     n: int
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of one value or more. Exactly rounded: the same values in another order tie."""
+        std = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), std, len(values))
+
     def percent(self) -> str:
         """As in "97.31 % ± 0.12 (3)"; without ± where n = 1."""
         spread = "" if self.std is None else f" ± {100 * self.std:.2f}"
@@ -95,12 +101,8 @@ class Cell:
         return [value for job in self.finished if (value := job.metric(key)) is not None]
 
     def _spread(self, key: str) -> Spread | None:
-        # exactly rounded, so that cells with the same values in another order tie
         values = self._finite(key)
-        if not values:
-            return None
-        std = statistics.stdev(values) if len(values) > 1 else None
-        return Spread(statistics.fmean(values), std, len(values))
+        return Spread.of(values) if values else None
 
 
 @dataclass(frozen=True)

@@ -125,35 +125,42 @@ def mark_killed(folder: Path, reason: str) -> Outcome:
     return Outcome(story.status, story.reason) if story.status else Outcome("KILLED", reason)
 
 
-def report_again(store: Store, parent: Any, output: Path | None, reporter: Reporter) -> list[str]:
+def report_again(
+    store: Store, parent: Any, output: Path | None, suffix: str, reporter: Reporter
+) -> list[str]:
     """The report on a sweep, from the store alone: shown, put onto its parent run, and written to
-    the folder `output`. `parent`: its run, as `store.find` gives it. Returns the files' names.
+    the folder `output`, with figures of the kind `suffix`. `parent`: its run, as `store.find` gives
+    it. Returns the names of the files on it.
     """
     run_id = parent.info.run_id
     with TemporaryDirectory() as temporary:
-        store.fetch(run_id, MANIFEST, Path(temporary))
-        manifest = Manifest.of(Path(temporary))
-        jobs = _from_store(store, run_id, manifest)
-        found = summarise(jobs)
+        found = summarise(of_store(store, run_id))
         recipe = ""
         if found.chosen is not None:
             best = found.chosen.finished[0].run_id
             config = store.fetch(best, "config.yaml", Path(temporary))
             choices = store.get(best).data.tags["choices"]
             recipe = _recipe(config, choices, run_id, found.chosen)
-        folder = output or Path(temporary) / "report"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            files = write(found, _figures(found), recipe, folder)
-        except OSError as error:
-            raise ConfigError(f"--output {folder}: cannot be written ({error.strerror})") from error
+        figures = draw(found)
+        if output is not None:
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+                write(found, figures, recipe, output, suffix)
+            except OSError as error:
+                fault = f"--output {output}: cannot be written ({error.strerror})"
+                raise ConfigError(fault) from error
+        files = write(found, figures, recipe, Path(temporary))
         for file in files:
             store.put(run_id, file)
     show(found, reporter)
     return [file.name for file in files]
 
 
-def _from_store(store: Store, parent: str, manifest: Manifest) -> list[JobRecord]:
+def of_store(store: Store, parent: str) -> list[JobRecord]:
+    """Every job of a sweep, from the store alone. parent: the id of its run."""
+    with TemporaryDirectory() as temporary:
+        store.fetch(parent, MANIFEST, Path(temporary))
+        manifest = Manifest.of(Path(temporary))
     children = {int(c.data.tags["job"]): c for c in store.children(parent)}
     found = {}
     for number, child in children.items():
@@ -251,10 +258,10 @@ def conclude(
         best = Path(manifest.jobs[found.chosen.finished[0].number]["folder"])
         choices, name = Story.of(best).tags["choices"], Delivered.of(folder).run_id
         recipe = _recipe(best / "config.yaml", choices, name or folder.name, found.chosen)
-    figures = _figures(found)
+    figures = draw(found)
     for path in write(found, figures, recipe, folder):
         parent.artifact(path)
-    for name, figure in figures:
+    for name, figure in figures.items():
         parent.image(f"sweep/{name}", plots.pixels(figure), 0)
     show(found, reporter)
     return found
@@ -316,7 +323,7 @@ def _record(parent: Tracker, found: Report) -> None:
 
 
 def write(
-    found: Report, figures: Sequence[tuple[str, Any]], recipe: str, folder: Path
+    found: Report, figures: Mapping[str, Any], recipe: str, folder: Path, suffix: str = "png"
 ) -> list[Path]:
     """Writes the report into `folder`; the recipe of the chosen cell if there is one."""
     table = report.leaderboard(found.ranked, found.chosen)
@@ -327,14 +334,15 @@ def write(
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    for name, figure in figures:
-        plots.save(figure, folder / f"{name}.png")
-    return [folder / name for name in (*files, *(f"{name}.png" for name, _ in figures))]
+    for name, figure in figures.items():
+        plots.save(figure, folder / f"{name}.{suffix}")
+    return [folder / name for name in (*files, *(f"{name}.{suffix}" for name in figures))]
 
 
-def _figures(found: Report) -> list[tuple[str, Any]]:
+def draw(found: Report) -> dict[str, Any]:
+    """Heat maps of the swept numbers, and the curves of all jobs, by name."""
     short = report.short_names([key for job in found.jobs[:1] for key in job.values])
-    figures = []
+    figures = {}
     for pair in report.pairs(found.ranked, found.chosen):
         over = ", ".join(short.get(key, key) for key in pair.over)
         x, y = short.get(pair.x_key, pair.x_key), short.get(pair.y_key, pair.y_key)
@@ -347,12 +355,12 @@ def _figures(found: Report) -> list[tuple[str, Any]]:
             "validation accuracy",
             f"each the best over {over}" if over else "",
         )
-        figures.append((f"heat_map_{x}_{y}", figure))
+        figures[f"heat_map_{x}_{y}"] = figure
     cells = {cell.label: [job.history for job in cell.jobs if job.history] for cell in found.ranked}
     drawn = {label: runs for label, runs in cells.items() if runs}
     if drawn:
         label = found.chosen.label if found.chosen else None
-        figures.append(("learning_curves", plots.sweep_curves(drawn, label, "learning curves")))
+        figures["learning_curves"] = plots.sweep_curves(drawn, label, "learning curves")
     return figures
 
 

@@ -1,20 +1,19 @@
 """Runs, from their composed configs to their records: alone, or together as a stack."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from mnist_exp import checkpoint, data, journal, plots, signals, training
+from mnist_exp import checkpoint, data, journal, saved, signals, training
 from mnist_exp import config as configs
 from mnist_exp.console import Reporter
 from mnist_exp.courier import Courier
-from mnist_exp.errors import ConfigError, RunFailed, Terminated
-from mnist_exp.job import Job, Load, load_dataset, prepare
+from mnist_exp.errors import RunFailed, Terminated
+from mnist_exp.job import Job, Load, prepare
 from mnist_exp.models import Served
 from mnist_exp.record import (
     Record,
@@ -23,7 +22,6 @@ from mnist_exp.record import (
     check_folder,
     check_vacant,
     common_tags,
-    first_images,
     record_curves,
     record_first,
     record_model,
@@ -34,24 +32,14 @@ from mnist_exp.record import (
 from mnist_exp.stack import Stack
 from mnist_exp.step import compiling_pays
 from mnist_exp.tracker import Story, Tracker, index_at
-from mnist_exp.tracking import Delivered, Store, check_store
+from mnist_exp.tracking import Delivered, check_store
 
 INTERRUPTED_SECONDS = 3.0  # that somebody who has asked a run to end waits for MLflow
 THREADS = torch.get_num_threads()  # torch's choice, before any run makes its own
 
 
-def train(overrides: Sequence[str] = (), reporter: Reporter | None = None) -> Result:
-    """Trains one run: `train(["model=cnn", "training.epochs=2"])`.
-
-    The overrides are those of the command line, which is a thin layer over this function. Raises
-    ConfigError, with nothing created, if the run cannot be what was asked for, and RunFailed if it
-    does not reach its end.
-    """
-    return train_composed(configs.compose(overrides), reporter or Reporter())
-
-
 def train_composed(composed: DictConfig, reporter: Reporter) -> Result:
-    """`train`, from a config that is composed already."""
+    """One run, from its composed config. Raises as `api.train` does."""
     job, folder = prepare(composed), Path(composed.hydra.run.dir)
     own = job.config.tracking
     check_store(job.store_uri, own.experiment, own.required)
@@ -62,7 +50,7 @@ def train_composed(composed: DictConfig, reporter: Reporter) -> Result:
 
 def conduct(job: Job, folder: Path, reporter: Reporter, resume: bool = False) -> Result:
     """One run, its record delivered to MLflow while it is trained."""
-    courier = Courier(job.store_uri, index_at(configs.output_root()), reporter.line)
+    courier = Courier(job.store_uri, job.index, reporter.line)
     courier.watch([folder])
     courier.start()
     patience = INTERRUPTED_SECONDS
@@ -219,6 +207,10 @@ def _train(
     ):
         if isinstance(event, training.Progress):
             reporter.progress(event)
+            if event.epoch == 1 and event.step == len(event.losses):
+                for k, record in _open(records):
+                    with record:
+                        record.take_first(event.losses[:, event.runs.index(k)])
             done = (event.epoch - 1) * in_an_epoch + event.step
             due = every.steps and done - saved >= every.steps
             if event.step < event.steps and (due or signals.asked()):
@@ -263,62 +255,10 @@ def compiles(jobs: Sequence[Job], images: int) -> bool:
     return compiling_pays(own.epochs * -(-images // own.batch_size), len(jobs), jobs[0].device)
 
 
-def show(overrides: Sequence[str], output: Path | None) -> str:
-    """Draws the dataset's first images to a PNG. Returns its facts and the path, to be printed."""
-    config = configs.validate(configs.task_config(configs.compose(overrides)))
-    path = output or configs.output_root() / "outputs" / f"{config.dataset.name}.png"
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--output {path}: must end in .png, .svg or .pdf")
-    dataset = load_dataset(config.dataset)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plots.save(plots.grid(**first_images(dataset)), path)
-    except OSError as error:
-        raise ConfigError(f"--output {path}: cannot be written ({error.strerror})") from error
-    channels, height, width = dataset.shape
-    val = f", {len(dataset.val):,} validation" if dataset.val is not None else ""
-    return "\n".join(
-        [
-            f"dataset  {dataset.name} ({dataset.source})",
-            f"images   {len(dataset.train):,} training{val}, {len(dataset.test):,} test",
-            f"size     {channels} x {height} x {width}, 8 bits a pixel",
-            f"classes  {len(dataset.classes)}: {', '.join(dataset.classes)}",
-            f"pixels   mean {dataset.mean:.4f}, std {dataset.std:.4f} (training images, 0 to 1)",
-            f"picture  {path}",
-        ]
-    )
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A saved model on the official test set."""
-
-    run_id: str
-    name: str
-    test: dict[str, float]
-    recorded: dict[str, float]  # what the run itself had found
-
-
-def evaluate(store: Store, found: Any) -> Evaluation:
-    """The saved model of a run, as `store.find` gives it, on the official test set."""
-    run_id = found.info.run_id
-    with TemporaryDirectory() as folder:
-        try:
-            path = store.fetch(run_id, "checkpoint", Path(folder)) / "checkpoint.pt"
-        except ConfigError as error:
-            raise ConfigError(f"{error}; the run is {found.info.status}") from error
-        config = store.fetch(run_id, "config.yaml", Path(folder))
-        dataset, stack = _recall(config, path, load_dataset)
-    logits = training.predict(stack, dataset, dataset.test)
-    (test,) = training.score(logits, dataset.test, "test")
-    known = {key: value for key, value in found.data.metrics.items() if key in test}
-    return Evaluation(run_id, found.info.run_name, test, known)
-
-
 def finish(folder: Path, load: Load) -> dict[str, float]:
     """What `execute` has left for later, of the run whose record is in `folder`: the official test
     set, pictures, the model for MLflow."""
-    dataset, stack = _recall(folder / "config.yaml", folder / "checkpoint.pt", load)
+    dataset, stack = saved.recall(folder / "config.yaml", folder / "checkpoint.pt", load)
     tracker = Tracker.reopen(folder, index_at(configs.output_root()))
     story = Story.of(folder)
     keys = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
@@ -330,31 +270,8 @@ def finish(folder: Path, load: Load) -> dict[str, float]:
     if dataset.val is not None:  # the weights are those of the best epoch
         record_predictions(stack, dataset, tracker, int(best or epoch))
     record_curves(history, best, story.name, test["test/accuracy"], tracker)
-    record_model(Served(stack.model(0), dataset.mean, dataset.std).eval(), dataset, tracker)
+    served = Served(stack.model(0), dataset.mean, dataset.std).eval()
+    record_model(served, dataset, tracker, epoch)
     tracker.metrics(test, epoch)
     tracker.journal.close()
     return test
-
-
-def _recall(recorded: Path, weights: Path, load: Load) -> tuple[data.Dataset, Stack]:
-    """From a run's resolved config and its checkpoint: its data set, and its saved model as a stack
-    of one, on the CPU."""
-    state = checkpoint.load(weights)["model"]
-    asked = OmegaConf.load(recorded)
-    assert isinstance(asked, DictConfig)
-    config = configs.validate(asked)
-    dataset = load(config.dataset)
-    stack = Stack(
-        configs.build_model(config, dataset.shape, len(dataset.classes)),
-        [config.seed],
-        torch.device("cpu"),
-    )
-    shapes = [{n: t.shape for n, t in s.items()} for s in (state, stack.module.state_dict())]
-    if shapes[0] != shapes[1]:
-        raise ConfigError(
-            f"{weights}: this checkpoint does not fit {config.model['_target_']} as it is now: the "
-            f"code has changed since"
-        )
-    # a buffer that is no part of the state is as the constructor made it
-    stack.restore(stack.snapshot() | {name: tensor[None] for name, tensor in state.items()})
-    return dataset, stack

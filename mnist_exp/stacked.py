@@ -16,7 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from mnist_exp import config as configs
 from mnist_exp import results, run, signals
-from mnist_exp.console import Reporter, Terminal
+from mnist_exp.console import Reporter
 from mnist_exp.errors import reason_of
 from mnist_exp.grid import Planned
 from mnist_exp.job import Job
@@ -111,7 +111,7 @@ def launch(task: Any, max_stack: int | None) -> list[JobReturn]:
 def train_stacks(task: Task, max_stack: int | None = None) -> dict[int, Outcome]:
     """Trains a sweep's jobs, or those of `task.stacks`, stack by stack. Outcomes by the number of
     the job."""
-    reporter = Terminal()
+    reporter = task.reporter()
     if task.stacks is None:
         stacks = plan(task.jobs, max_stack)
         numbers = [[p.number for p in stack] for stack in stacks]
@@ -155,7 +155,7 @@ def _processes(stacks: Sequence[Sequence[Planned]]) -> int:
 
 
 def _one_by_one(task: Task, stacks: Sequence[Named]) -> Generator[Found]:
-    reporter = Terminal()
+    reporter = task.reporter()
     assert task.courier is not None
     task.courier.begin()
     for name, stack in stacks:
@@ -198,7 +198,7 @@ def _train_there(
     task: Task, name: str, stack: Sequence[Planned], threads: int, to: Connection
 ) -> None:
     signals.follow_parent()
-    reporter = Terminal(prefix=f"{name}: ")
+    reporter = task.reporter(prefix=f"{name}: ")
     reporter.line(_label(stack))
     try:
         to.send(_train_stack(task, stack, reporter, threads))

@@ -33,6 +33,7 @@ from mnist_exp.grid import Planned, refuse
 from mnist_exp.job import NAMED, Job, Load, check_unchanged, prepare, remembering
 from mnist_exp.processes import end, end_workers, fork, receive
 from mnist_exp.record import check_folder, check_vacant
+from mnist_exp.report import Table
 from mnist_exp.results import Outcome
 from mnist_exp.tracker import Story, index_at
 from mnist_exp.tracking import check_store, first_line
@@ -47,9 +48,18 @@ class Swept:
     run_id: str  # of the parent
     store: str  # MLflow's tracking URI
     folder: Path
+    report: results.Report
     best: Path | None = None  # the recipe of the chosen cell
     failure: str = ""  # what went wrong, if anything
     delivered: bool = False  # MLflow has all of it
+
+    def draw(self) -> dict[str, Any]:
+        """The report's figures, by name: heat maps, learning curves."""
+        return results.draw(self.report)
+
+    def table(self) -> Table:
+        """The leaderboard: a row a cell."""
+        return report.leaderboard(self.report.ranked, self.report.chosen)
 
 
 @dataclass
@@ -65,6 +75,11 @@ class Task:
     courier: Courier | None = None  # in this process
     stacks: list[list[int]] | None = None  # of a sweep that is resumed: the jobs of each
     resume: bool = False
+    verbose: bool = True  # its jobs are shown
+
+    def reporter(self, prefix: str = "") -> Reporter:
+        """For one of the sweep's processes."""
+        return Terminal(prefix) if self.verbose else Reporter()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"jobs": [], "courier": None}
@@ -87,7 +102,7 @@ class Task:
 
     def train(self, config: DictConfig) -> Outcome:
         """One job, in this process."""
-        folder, reporter = Path(config.hydra.runtime.output_dir), Terminal()
+        folder, reporter = Path(config.hydra.runtime.output_dir), self.reporter()
         number = int(config.hydra.job.num)
         reporter.line(f"job {number}: {shlex.join(config.hydra.overrides.task)}")
         try:
@@ -167,7 +182,9 @@ def outcome_of(error: Exception) -> Outcome:
     return Outcome("FAILED", reason_of(error))
 
 
-def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Planned]) -> Swept:
+def run_sweep(
+    context: HydraContext, master: DictConfig, planned: Sequence[Planned], verbose: bool = True
+) -> Swept:
     """The whole of a sweep, from its jobs as `grid.jobs` gives them.
 
     Raises ConfigError, with nothing created, if one of them cannot be run.
@@ -210,11 +227,12 @@ def run_sweep(context: HydraContext, master: DictConfig, planned: Sequence[Plann
         isolated=name not in ("basic", "stacked") and hasattr(os, "fork"),
         jobs=valid if name == "stacked" else [],
         command_line=list(sys.argv),
+        verbose=verbose,
     )
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=context, task_function=task, config=master
     )
-    reporter = Terminal()
+    reporter = task.reporter()
     reporter.line(f"sweep of {count_of(len(valid), 'job')}, in {folder}")
 
     def launch() -> dict[int, Outcome]:
@@ -351,7 +369,7 @@ def _conduct(
         courier.begin()
         undelivered = courier.close(patience)
     best = folder / results.BEST if found.chosen is not None else None
-    return Swept(run.name_of(folder), uri, folder, best, reason, not undelivered)
+    return Swept(run.name_of(folder), uri, folder, found, best, reason, not undelivered)
 
 
 def _folders(master: DictConfig, valid: Sequence[Planned]) -> Path:

@@ -373,6 +373,10 @@ class Store:
         experiment = self.client.get_experiment(runs[0].info.experiment_id)
         return view.list_page(experiment.experiment_id, saved=view.TAG in experiment.tags)
 
+    def has(self, run_id: str, artifact: str) -> bool:
+        """Whether a run has an artifact of this name, at the top."""
+        return artifact in (file.path for file in self.client.list_artifacts(run_id))
+
     def fetch(self, run_id: str, artifact: str, folder: Path) -> Path:
         """A copy of a run's artifact. Raises ConfigError if the run has none of this name."""
         from mlflow.exceptions import MlflowException

@@ -2,16 +2,18 @@
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mnist_exp import api
 from mnist_exp.errors import ConfigError, RunFailed, Terminated
 
 # Hydra's flags that print something instead of training, or lead elsewhere
@@ -191,74 +193,160 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(asked: argparse.Namespace) -> int:
-    from mnist_exp import run
+    _check_figure("--output", asked.output)
 
-    print(run.show(asked.overrides, asked.output))
+    dataset = api.load(asked.overrides)
+
+    from mnist_exp import pictures
+    from mnist_exp.config import output_root
+
+    path = asked.output or output_root() / "outputs" / f"{dataset.name}.png"
+    _save_figure("--output", path, pictures.first(dataset))
+    channels, height, width = dataset.shape
+    val = f", {len(dataset.val):,} validation" if dataset.val is not None else ""
+    print(f"dataset  {dataset.name} ({dataset.source})")
+    print(f"images   {len(dataset.train):,} training{val}, {len(dataset.test):,} test")
+    print(f"size     {channels} x {height} x {width}, 8 bits a pixel")
+    print(f"classes  {len(dataset.classes)}: {', '.join(dataset.classes)}")
+    print(f"pixels   mean {dataset.mean:.4f}, std {dataset.std:.4f} (training images, 0 to 1)")
+    print(f"picture  {path}")
     return 0
 
 
-def _store_uri(overrides: Sequence[str], required: bool = True) -> str:
-    """The store that a verb looks into. Raises ConfigError; `required`: also where no server
-    answers."""
-    from mnist_exp import config as configs
-    from mnist_exp import tracking
-
-    config = configs.validate(configs.task_config(configs.compose(overrides)))
-    uri = tracking.store_uri(config.tracking.uri, configs.output_root())
-    tracking.check_store(uri, required=required)
-    return uri
+def _check_figure(option: str, path: Path | None) -> None:
+    if path is not None and path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"{option} {path}: must end in .png, .svg or .pdf")
 
 
-def _open_store(overrides: Sequence[str]) -> Any:
-    """That store, opened, with what is waiting for it. Raises ConfigError; creates none."""
-    from mnist_exp import courier, tracking
-    from mnist_exp.config import output_root
-    from mnist_exp.tracker import index_at
+def _save_figure(option: str, path: Path, figure: Any) -> None:
+    from mnist_exp import plots
 
-    uri = _store_uri(overrides)
-    _, problems = courier.sync(index_at(output_root()), uri)
-    for folder, why in problems.items():
-        print(f"mnist-exp: {folder}: not in MLflow yet: {why}", file=sys.stderr)
-    if not tracking.has_runs(uri):
-        raise ConfigError(f"{uri}: there are no runs yet. To make one: mnist-exp train")
-    return tracking.Store(uri)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plots.save(figure, path)
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written ({error.strerror})") from error
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run id, its beginning, or last")
+    parser.add_argument("run", metavar="RUN_OR_SWEEP", help="a run, or a sweep")
     _add_overrides(parser)
+    parser.add_argument(
+        "--ensemble",
+        action="store_true",
+        help="RUN is a sweep: average the probabilities of its chosen cell over the seeds",
+    )
+    parser.add_argument(
+        "--output", "-o", type=Path, help="the folder of the figures, if not in outputs/"
+    )
+    _add_format(parser)
 
 
 def _evaluate(asked: argparse.Namespace) -> int:
-    store = _open_store(asked.overrides)
-    recorded = store.find(asked.run)  # before torch's seconds of import
+    store = api.open_store(asked.overrides)
+    recorded = store.find(asked.run, sweep=asked.ensemble)  # before torch's seconds of import
 
-    from mnist_exp import run
+    from mnist_exp import evaluation
+    from mnist_exp.config import output_root
+    from mnist_exp.console import Terminal
 
-    found = run.evaluate(store, recorded)
+    terminal = Terminal()
+    if asked.ensemble:
+        together = evaluation.ensemble(store, recorded)
+        terminal.table("members", *together.table())
+        found = together.whole
+    else:
+        found = evaluation.evaluate(store, recorded)
     print(f"run            {found.run_id}  {found.name}")
+    low, high = found.interval
+    within = f"  95 % interval {low:.2%} to {high:.2%}"
     for key, value in found.test.items():
-        text = f"{value:.2%}" if key.endswith("accuracy") else f"{value:.6f}"
+        form = ".2%" if key.endswith("accuracy") else ".6f"
         known = found.recorded.get(key)
-        same = "not recorded" if known is None else f"recorded {known:.6f}"
-        print(f"{key:14} {text}  ({same})")
+        before = "not recorded" if known is None else f"recorded {known:{form}}"
+        print(
+            f"{key:14} {value:{form}}"
+            + f"  ({before})" * (not asked.ensemble)
+            + within * key.endswith("accuracy")
+        )
+    print(f"calibration    {found.calibration.error:.2%} expected error, 15 bins of confidence")
+    if asked.ensemble:
+        accuracy, loss = (together.gain(key) for key in ("test/accuracy", "test/loss"))
+        print(
+            f"adds           {100 * accuracy:+.2f} percentage points of accuracy, {loss:+.4f} of "
+            f"loss, to the mean of its members"
+        )
+    terminal.table("classes", *found.table())
+    folder = asked.output or output_root() / "outputs" / "evaluations" / found.run_id[:8]
+    files = evaluation.save(found.draw(), folder, asked.format)
+    print(f"figures        {', '.join(files)}\noutput         {folder.resolve()}")
     return 0
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run id, its beginning, or last")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="PNG, JPEG, BMP, ...")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="take the images as they are: light ink on black, as in MNIST. Otherwise they are "
+        "taken for ink on paper, inverted, cropped and centred as MNIST's own were",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help="draw what was given and what the network saw: a .png, .svg or .pdf file",
+    )
+
+
+def _predict(asked: argparse.Namespace) -> int:
+    _check_figure("--figure", asked.figure)
+    overrides = [word for word in asked.images if word.startswith("tracking.") and "=" in word]
+    files = [Path(word) for word in asked.images if word not in overrides]
+    if not files:
+        raise ConfigError("IMAGE: none is given. To predict: mnist-exp predict RUN IMAGE ...")
+    store = api.open_store(overrides)
+    found = store.find(asked.run)  # before torch's seconds of import
+
+    from mnist_exp import prediction
+    from mnist_exp.console import Terminal
+
+    predictions = prediction.predict(store, found, files, asked.raw)
+    read = [one for one in predictions if not one.problem]
+    if asked.figure is not None and read:
+        _save_figure("--figure", asked.figure, prediction.draw(predictions, found.info.run_name))
+        print(f"figure {asked.figure.resolve()}", file=sys.stderr)
+    if asked.json:
+        print(json.dumps([one.as_json() for one in predictions], indent=1))
+    elif read:
+        rows = [
+            [str(one.file), *(f"{name}  {share:.2%}" for name, share in one.classes)]
+            for one in read
+        ]
+        Terminal().table(found.info.run_name, ["image", "class", "next", "after that"], rows)
+    for one in predictions:
+        if one.problem:
+            print(f"mnist-exp: {one.file}: {one.problem}", file=sys.stderr)
+    return 0 if len(read) == len(predictions) else 1
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", metavar="SWEEP", help="the id of its parent run, or last")
     _add_overrides(parser)
     parser.add_argument("--output", "-o", type=Path, help="a folder for the files, as well")
+    _add_format(parser)
 
 
 def _report(asked: argparse.Namespace) -> int:
-    store = _open_store(asked.overrides)
+    store = api.open_store(asked.overrides)
     parent = store.find(asked.sweep, sweep=True)
 
     from mnist_exp import results
     from mnist_exp.console import Terminal
 
-    files = results.report_again(store, parent, asked.output, Terminal())
+    files = results.report_again(store, parent, asked.output, asked.format, Terminal())
     print(f"on the parent run {parent.info.run_id}: {', '.join(files)}")
     if asked.output is not None:
         print(f"output {asked.output.resolve()}")
@@ -272,7 +360,7 @@ def _resume_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _resume(asked: argparse.Namespace) -> int:
-    uri = _store_uri(asked.overrides, required=False)  # before torch's seconds of import
+    uri = api.store_uri(asked.overrides, required=False)  # before torch's seconds of import
 
     from mnist_exp import resume
     from mnist_exp.config import output_root
@@ -290,6 +378,37 @@ def _resume(asked: argparse.Namespace) -> int:
     if ended is None:
         return 0
     return _after_sweep(ended) if isinstance(ended, Swept) else _after_run(ended)
+
+
+def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run id, its beginning, or last")
+    _add_overrides(parser)
+    parser.add_argument("--threads", type=int, help="CPU threads, if not as many as before")
+    parser.add_argument("--device", help="cpu, cuda, mps, if not the one of before")
+    parser.add_argument("--keep", metavar="URI", help="keep the second run, in this MLflow store")
+
+
+def _reproduce(asked: argparse.Namespace) -> int:
+    store = api.open_store(asked.overrides)
+    found = store.find(asked.run)  # before torch's seconds of import
+
+    from mnist_exp import reproduction
+    from mnist_exp.console import Terminal
+
+    terminal = Terminal()
+    again = reproduction.reproduce(
+        store, found, terminal, keep=asked.keep, threads=asked.threads, device=asked.device
+    )
+    print(f"run {found.info.run_id}  {found.info.run_name}")
+    if again.run_id:
+        print(f"again {again.run_id}")
+    terminal.table("recorded, and again", *again.table())
+    print(again.verdict + (". What is not as it was:" if again.differences else ""))
+    for difference in again.differences:
+        print(f"  {difference}")
+    if again.verdict != "identical" and not again.differences:
+        print("  nothing that is recorded tells why")
+    return 1 if again.verdict == "different" else 0
 
 
 def _sync_arguments(parser: argparse.ArgumentParser) -> None:
@@ -311,7 +430,7 @@ def _sync(asked: argparse.Namespace) -> int:
 
 
 def _ui_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", metavar="RUN", help="open it on this run")
+    parser.add_argument("run", nargs="?", metavar="RUN_OR_SWEEP", help="open it on this one")
     _add_overrides(parser)
     parser.add_argument("--port", type=int, default=5000, help="0: any that is free")
 
@@ -322,7 +441,7 @@ def _ui(asked: argparse.Namespace) -> int:
 
     from mnist_exp import ui
 
-    store = _open_store(asked.overrides)
+    store = api.open_store(asked.overrides)
     page = store.page(asked.run)
     if store.uri.startswith(("http://", "https://")):
         print(f"this store has a UI of its own: {store.uri.rstrip('/')}/{page}")
@@ -362,6 +481,11 @@ def _add_overrides(parser: argparse.ArgumentParser, such: str = "tracking.uri=..
     parser.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help=such)
 
 
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    kinds = ("png", "svg", "pdf")
+    parser.add_argument("--format", choices=kinds, default="png", help="of the figures written")
+
+
 VERBS = {
     verb.name: verb
     for verb in (
@@ -382,9 +506,16 @@ VERBS = {
         Verb(
             "evaluate",
             "RUN",
-            "the saved model of a run on the official test set",
+            "the saved model of a run on the official test set; figures",
             _evaluate_arguments,
             _evaluate,
+        ),
+        Verb(
+            "predict",
+            "RUN IMAGE ...",
+            "the class of image files, photographs of ink on paper included",
+            _predict_arguments,
+            _predict,
         ),
         Verb(
             "report",
@@ -394,6 +525,13 @@ VERBS = {
             _report,
         ),
         Verb("resume", "RUN_OR_SWEEP", "goes on where it stopped", _resume_arguments, _resume),
+        Verb(
+            "reproduce",
+            "RUN",
+            "trains it again from its record alone, and compares every epoch",
+            _reproduce_arguments,
+            _reproduce,
+        ),
         Verb(
             "sync",
             "",

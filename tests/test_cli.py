@@ -3,6 +3,7 @@
 Processes where the process is the point, and `cli.main` elsewhere.
 """
 
+import json
 import logging
 import re
 import shlex
@@ -22,8 +23,12 @@ import pytest
 import torch
 from helpers import ROOT, command, finish, fresh_store, start, write_idx
 from mlflow.entities import Run
+from PIL import Image
 
+import mnist_exp
 from mnist_exp import checkpoint, cli, signals, training
+from mnist_exp.data import Dataset
+from mnist_exp.metrics import wilson
 from mnist_exp.tracking import Store
 
 Call = Callable[..., tuple[int, str, str]]
@@ -206,7 +211,7 @@ def test_bad_value_in_an_empty_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words, parts",
     [
-        ("trian", ["trian", "Did you mean train?", "report, resume, sync, ui"]),
+        ("trian", ["trian", "Did you mean train?", "predict, report, resume, reproduce, sync"]),
         ("train optimizr.lr=1", ["optimizr", "Did you mean optimizer?"]),
         ("train model=cn", ["model=cn", "Did you mean cnn?"]),
         ("train dataset.val_size=60000", ["dataset.val_size=60000"]),
@@ -433,16 +438,109 @@ def test_command_that_opens_the_ui(finished: Started) -> None:
 
 
 @pytest.mark.parametrize("word", ["last", "prefix", "id"])
-def test_evaluate(word: str, finished: Started, call: Call) -> None:
+def test_evaluate(word: str, finished: Started, call: Call, tmp_path: Path) -> None:
     (run,) = runs(finished.store)
     known = {"prefix": run.info.run_id[:6], "id": run.info.run_id}
-    status, out, _ = call("evaluate", known.get(word, word), f"tracking.uri={finished.store}")
+    words = ["evaluate", known.get(word, word), f"tracking.uri={finished.store}"]
+    status, out, _ = call(*words, "--output", f"{tmp_path}/new/figures", "--format", "svg")
     assert status == 0
-    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines() if len(line.split()) > 1)
     assert lines["run"] == f"{run.info.run_id}  a b"
     loss, accuracy = run.data.metrics["test/loss"], run.data.metrics["test/accuracy"]
     assert lines["test/loss"] == f"{loss:.6f}  (recorded {loss:.6f})"
-    assert lines["test/accuracy"] == f"{accuracy:.2%}  (recorded {accuracy:.6f})"
+    low, high = wilson(round(10_000 * accuracy), 10_000)
+    within = f"95 % interval {low:.2%} to {high:.2%}"
+    assert lines["test/accuracy"] == f"{accuracy:.2%}  (recorded {accuracy:.2%})  {within}"
+    assert re.fullmatch(r"\d+\.\d\d% expected error, 15 bins of confidence", lines["calibration"])
+    assert re.search(r"^ *class +precision +recall +F1 +images *$", out, re.MULTILINE)
+    assert {*"0123456789"} <= lines.keys()  # a row a class
+    files = {path.name for path in (tmp_path / "new" / "figures").iterdir()}
+    names = ("mistakes", "confusion", "calibration", "curves", "first_layer")
+    assert files == {f"{name}.svg" for name in names} == {*lines["figures"].split(", ")}
+
+
+def picture(path: Path, digit: int = 0) -> Path:
+    """A drawing of MNIST's own, dark on light."""
+    image = load_embedded().test.images[digit, 0].numpy()
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(255 - image).resize((280, 280)).save(path)
+    return path
+
+
+def load_embedded() -> Dataset:
+    return mnist_exp.load(["dataset.val_size=0"])
+
+
+def test_predict(finished: Started, call: Call, tmp_path: Path) -> None:
+    images = [picture(tmp_path / "two words" / f"{i}.png", i) for i in range(2)]
+    words = ["predict", "last", *map(str, images), f"tracking.uri={finished.store}"]
+    status, out, err = call(*words, "--figure", f"{tmp_path}/seen.pdf")
+    assert (status, err) == (0, f"figure {tmp_path}/seen.pdf\n")
+    assert (tmp_path / "seen.pdf").read_bytes().startswith(b"%PDF")
+    for image in images:
+        row = next(line for line in out.splitlines() if line.strip().startswith(str(image)))
+        shares = re.findall(r"(\d)  (\d+\.\d\d)%", row)
+        assert len({name for name, _ in shares}) == 3
+        assert sorted(shares, key=lambda share: -float(share[1])) == shares
+
+
+def test_predict_as_json(finished: Started, call: Call, tmp_path: Path) -> None:
+    image = picture(tmp_path / "0.bmp")
+    words = ["predict", "last", str(image), f"tracking.uri={finished.store}", "--json"]
+    status, out, err = call(*words)
+    assert (status, err) == (0, "")
+    (found,) = json.loads(out)
+    assert found["file"] == str(image)
+    shares = [found["probability"], *(each["probability"] for each in found["next"])]
+    assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
+    assert len({found["class"], *(each["class"] for each in found["next"])}) == 3
+    raw = json.loads(call(*words, "--raw")[1])[0]  # dark ink, as it is: something else
+    assert raw["probability"] != found["probability"]
+
+
+def test_predict_what_is_no_image(finished: Started, call: Call, tmp_path: Path) -> None:
+    text, missing = tmp_path / "a text.png", tmp_path / "missing.png"
+    text.write_text("no image")
+    image = picture(tmp_path / "0.png")
+    files = [str(path) for path in (text, image, missing)]
+    status, out, err = call("predict", "last", *files, f"tracking.uri={finished.store}")
+    assert status == 1
+    assert str(image) in out and str(text) not in out  # the rest is done
+    complaints = err.splitlines()
+    assert complaints[0].startswith(f"mnist-exp: {text}: ") and "PNG" in complaints[0]
+    assert complaints[1] == f"mnist-exp: {missing}: there is no such file"
+    status, out, _ = call("predict", "last", *files, f"tracking.uri={finished.store}", "--json")
+    assert status == 1
+    assert ["error" in each for each in json.loads(out)] == [True, False, True]
+
+
+def test_predict_what_cannot_be(finished: Started, call: Call, tmp_path: Path) -> None:
+    image, store = str(picture(tmp_path / "0.png")), f"tracking.uri={finished.store}"
+    refused(call("predict", "last", store), "IMAGE", "mnist-exp predict RUN IMAGE ...")
+    refused(call("predict", "x", image, store), "x: there is no such run")
+    refused(call("predict", "last", image, store, "--figure", "a.jpg"), "a.jpg", ".png, .svg")
+    file = tmp_path / "a file"
+    file.touch()
+    refused(call("predict", "last", image, store, "--figure", f"{file}/a.png"), "a file/a.png")
+
+
+def test_reproduce(finished: Started, call: Call) -> None:
+    status, out, _ = call("reproduce", "last", f"tracking.uri={finished.store}")
+    assert status == 0
+    assert out.splitlines()[-1] == "identical"
+    assert "train/loss    2 epochs   none: identical" in out
+
+
+def test_reproduce_otherwise(finished: Started, call: Call) -> None:
+    words = ["reproduce", "last", f"tracking.uri={finished.store}"]
+    status, out, _ = call(*words, "--threads", "2")
+    assert status == 0
+    verdict, why = out.splitlines()[-2:]
+    assert (verdict, why) == ("within tolerance. What is not as it was:", "  threads: 1, now 2")
+    status, out, err = call(*words, "--device", "cuda:99")
+    assert (status, "training.device=cuda:99: it is not there" in err) == (2, True)
+    status, out, err = call(*words, "--threads", "0")
+    assert (status, "training.threads=0: must be from 1 to 1024" in err) == (2, True)
 
 
 def test_evaluate_what_is_not_there(finished: Started, call: Call, tmp_path: Path) -> None:

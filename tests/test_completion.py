@@ -136,7 +136,7 @@ def test_runs(chosen: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
         word = [f"tracking.uri={store}"]
-    for verb, sweep in (("evaluate", False), ("report", True), ("resume", None)):
+    for verb, sweep in (("predict", False), ("report", True), ("resume", None)):
         short = [f"{run_id[:8]}\t{name}" for run_id, name in tracking.listed(store, sweep)]
         assert candidates([verb, *word, ""]) == ["last\tthe newest", *short]
         assert candidates([verb, *word, short[0][:6]]) == short[:1]

@@ -26,8 +26,8 @@ import mnist_exp
 from mnist_exp import checkpoint, data, training, view
 from mnist_exp import config as configs
 from mnist_exp.errors import ConfigError
+from mnist_exp.evaluation import evaluate
 from mnist_exp.record import Result, ask_git
-from mnist_exp.run import evaluate
 from mnist_exp.tracking import Store
 
 EPOCH_METRICS = {
@@ -121,7 +121,7 @@ def test_images_with_steps(result: Result, client: mlflow.MlflowClient, fetch: A
     assert Counter((name, int(step)) for name, _, step in places) == Counter(
         [
             *[("train~first_30", 0), ("val~predictions", 1), ("val~predictions", 2)],
-            *[("test~mistakes", 2), ("test~confusion", 2)],
+            *[("test~mistakes", 2), ("test~confusion", 2), ("model~first_layer", 2)],
         ]
     )
     for path in pictures:

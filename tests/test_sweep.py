@@ -42,7 +42,7 @@ from mnist_exp import (
     training,
 )
 from mnist_exp import config as configs
-from mnist_exp.run import evaluate
+from mnist_exp.evaluation import evaluate
 from mnist_exp.tracking import Store
 
 BASE = [
@@ -367,8 +367,10 @@ def test_launchers_leave_the_same_records(launchers: dict[str, Done]) -> None:
         assert differ <= {
             *("mlflow.parentRunId", "output_dir", "stack_size", "choices", "overrides"),
             *("git_dirty", "command_line", "run_key", "mlflow.note.content"),
-            *("mlflow.loggedImages", "mlflow.log-model.history"),
+            *("mlflow.loggedImages", "mlflow.log-model.history", "first_losses"),
         }
+        first = [json.loads(run.data.tags["first_losses"]) for run in (a, b)]
+        assert first[0] == pytest.approx(first[1], rel=1e-5)
         same_points(basic.curves(a), stacked.curves(b), SIZES)
         for done, child in ((basic, a), (stacked, b)):
             kept = {f.path for f in done.client.list_artifacts(child.info.run_id)}

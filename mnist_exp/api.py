@@ -1,0 +1,149 @@
+"""What the package offers to Python: the verbs as functions, each importing what is heavy when it
+runs. Overrides are those of the command line; a run is `last`, a run id, or its beginning."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mnist_exp.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mnist_exp.data import Dataset
+    from mnist_exp.evaluation import Ensemble, Evaluation
+    from mnist_exp.prediction import Prediction
+    from mnist_exp.record import Result
+    from mnist_exp.reproduction import Reproduction
+    from mnist_exp.sweep import Swept
+    from mnist_exp.tracking import Store
+
+
+def load(overrides: Sequence[str] = ()) -> "Dataset":
+    """The data set that a run with these overrides would be trained on. Raises ConfigError."""
+    from mnist_exp import config as configs
+    from mnist_exp.job import load_dataset
+
+    return load_dataset(configs.validate(configs.task_config(configs.compose(overrides))).dataset)
+
+
+def build(overrides: Sequence[str] = ()) -> "torch.nn.Module":
+    """The model that a run with these overrides would start from. Raises ConfigError."""
+    from mnist_exp import config as configs
+    from mnist_exp.job import prepare
+    from mnist_exp.stack import Stack
+
+    job = prepare(configs.compose(overrides))
+    return Stack(job.build, [job.config.seed], job.device).model(0)
+
+
+def train(overrides: Sequence[str] = (), verbose: bool = False) -> "Result":
+    """Trains one run: `train(["model=cnn", "training.epochs=2"])`.
+
+    `verbose`: a line is printed for every epoch. Raises ConfigError, with nothing created, if the
+    run cannot be what was asked for, and RunFailed if it does not reach its end.
+    """
+    from mnist_exp import config as configs
+    from mnist_exp import run
+    from mnist_exp.console import Reporter, Terminal
+
+    return run.train_composed(configs.compose(overrides), Terminal() if verbose else Reporter())
+
+
+def train_sweep(overrides: Sequence[str], verbose: bool = False) -> "Swept":
+    """Trains a sweep: `train_sweep(["optimizer.lr=0.01,0.1", "seed=0,1"])`.
+
+    `verbose`: its progress and its report are printed. Raises ConfigError, with nothing created,
+    if one of its jobs cannot be run. Jobs that fail are in the report.
+    """
+    from mnist_exp import config as configs
+    from mnist_exp import grid
+
+    context, master = configs.compose_sweep(overrides)
+    jobs = grid.jobs(context, master)
+
+    from mnist_exp import sweep
+
+    return sweep.run_sweep(context, master, jobs, verbose)
+
+
+def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
+    """The saved model of a run on the official test set. Raises ConfigError."""
+    store = open_store(overrides)
+    found = store.find(run)
+
+    from mnist_exp import evaluation
+
+    return evaluation.evaluate(store, found)
+
+
+def ensemble(sweep: str = "last", overrides: Sequence[str] = ()) -> "Ensemble":
+    """A sweep's chosen cell, its seeds together, on the official test set. Raises ConfigError."""
+    store = open_store(overrides)
+    parent = store.find(sweep, sweep=True)
+
+    from mnist_exp import evaluation
+
+    return evaluation.ensemble(store, parent)
+
+
+def predict(
+    files: Sequence[str | Path],
+    run: str = "last",
+    overrides: Sequence[str] = (),
+    raw: bool = False,
+) -> "list[Prediction]":
+    """What the saved model of a run says of image files. Raises ConfigError.
+
+    raw: they are light ink on black, as in MNIST, and not to be inverted, cropped and centred.
+    """
+    store = open_store(overrides)
+    found = store.find(run)
+
+    from mnist_exp import prediction
+
+    return prediction.predict(store, found, [Path(file) for file in files], raw)
+
+
+def reproduce(
+    run: str = "last", overrides: Sequence[str] = (), verbose: bool = False
+) -> "Reproduction":
+    """Trains a run again from its record alone, and compares every epoch. Raises ConfigError.
+
+    `verbose`: a line is printed for every epoch.
+    """
+    store = open_store(overrides)
+    found = store.find(run)
+
+    from mnist_exp import reproduction
+    from mnist_exp.console import Reporter, Terminal
+
+    return reproduction.reproduce(store, found, Terminal() if verbose else Reporter())
+
+
+def store_uri(overrides: Sequence[str], required: bool = True) -> str:
+    """The store to look into. Raises ConfigError; `required`: also where no server answers."""
+    from mnist_exp import config as configs
+    from mnist_exp import tracking
+
+    config = configs.validate(configs.task_config(configs.compose(overrides)))
+    uri = tracking.store_uri(config.tracking.uri, configs.output_root())
+    tracking.check_store(uri, required=required)
+    return uri
+
+
+def open_store(overrides: Sequence[str] = ()) -> "Store":
+    """That store, opened, with what is waiting for it. Raises ConfigError; creates none."""
+    import logging
+
+    from mnist_exp import courier, tracking
+    from mnist_exp.config import output_root
+    from mnist_exp.tracker import index_at
+
+    uri = store_uri(overrides)
+    _, problems = courier.sync(index_at(output_root()), uri)
+    for folder, why in problems.items():
+        logging.getLogger(__name__).warning("%s: not in MLflow yet: %s", folder, why)
+    if not tracking.has_runs(uri):
+        raise ConfigError(f"{uri}: there are no runs yet. To make one: mnist-exp train")
+    return tracking.Store(uri)

@@ -1,0 +1,71 @@
+"""What a run's model says of image files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mnist_exp import photos, plots, saved
+from mnist_exp.photos import Photo, Unreadable
+from mnist_exp.tracking import Store
+
+NAMED = 3  # classes, the most probable first
+DRAWN = 60  # files that a figure shows; the pictures of more are not kept in memory
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one file; `problem` says why there is none."""
+
+    file: Path
+    photo: Photo | None = None
+    classes: Sequence[tuple[str, float]] = ()  # the most probable three, with their probabilities
+    problem: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs; probabilities from 0 to 1."""
+        if self.problem:
+            return {"file": str(self.file), "error": self.problem}
+        named = [{"class": name, "probability": share} for name, share in self.classes]
+        return {"file": str(self.file), **named[0], "next": named[1:]}
+
+
+def predict(store: Store, found: Any, files: Sequence[Path], raw: bool) -> list[Prediction]:
+    """One a file, in their order. found: a run, as `store.find` gives it.
+
+    raw: the files are taken as they are, for what is no photograph of ink on paper. Raises
+    ConfigError where the run has left no model.
+    """
+    dataset, stack = saved.fetch(store, found)
+    _, height, width = dataset.shape
+    predictions = []
+    for number, file in enumerate(files):
+        try:
+            photo = photos.read(file, (height, width), raw)
+        except Unreadable as problem:
+            predictions.append(Prediction(file, problem=str(problem)))
+            continue
+        image = torch.from_numpy(photo.seen)[None, None]  # [1, 1, H, W]
+        shares = stack.logits(dataset.normalise(image))[0, 0].double().softmax(-1)
+        best = shares.topk(min(NAMED, len(shares)))
+        names = [dataset.classes[i] for i in best.indices.tolist()]
+        classes = list(zip(names, best.values.tolist(), strict=True))
+        predictions.append(Prediction(file, photo if number < DRAWN else None, classes))
+    return predictions
+
+
+def draw(predictions: Sequence[Prediction], title: str) -> Any:
+    """A figure of what was given, beside what the network saw.
+
+    Of the first `DRAWN` files; one or more has to have been read.
+    """
+    drawn = [(p.photo, p.classes) for p in predictions if p.photo]
+    return plots.seen(
+        [photo.given for photo, _ in drawn],
+        np.stack([photo.seen for photo, _ in drawn]),
+        [classes for _, classes in drawn],
+        title,
+    )

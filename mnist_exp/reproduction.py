@@ -1,0 +1,259 @@
+"""A run once more, from its record in the store alone, and how far the two agree.
+
+With the same code, device, threads, and as many models in its stack, every number is the same to
+the last bit. Otherwise sums are rounded otherwise: by some 1e-7 in the first steps, which training
+amplifies. Of the seed MLP, 1 thread against 2, the training loss differs by up to 0.05 % in the
+first epoch and by up to 28 % within thirty; at a learning rate of 0.3, single validation losses by
+83 %. That is as much as what another seed does. So whether both are one computation is told by the
+losses of the first steps, and what comes later is held to what rounding alone has been seen to do.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from mnist_exp import config as configs
+from mnist_exp import run
+from mnist_exp.console import Reporter
+from mnist_exp.errors import ConfigError, RunFailed
+from mnist_exp.job import Job, prepare
+from mnist_exp.record import DIFF, FIRST_LOSSES
+from mnist_exp.report import Table
+from mnist_exp.tracker import Story, index_at
+from mnist_exp.tracking import Store, check_store
+
+STEPS = "first steps"
+LOSSES = ("train/loss", "val/loss", "test/loss")
+# What two runs of one computation may differ by, relative and in nats: either is enough.
+TOLERANCES = {
+    STEPS: (0.001, 0.0),
+    "train/loss": (0.3, 0.01),
+    "val/loss": (1.0, 0.02),
+    "test/loss": (1.0, 0.02),
+}
+FIRST_EPOCH = 0.01  # relative, of the first epoch's training loss
+TAGS = {  # what numbers can depend on: the tag, and what a person calls it
+    "version.mnist_exp": "mnist-exp",
+    "version.torch": "torch",
+    "version.python": "Python",
+    "device": "device",
+    "cpu": "instructions of the CPU",
+    "threads": "threads",
+    "compiled": "compiled step",
+    "stack_size": "models in its stack",
+}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of the losses of one kind, as they were recorded and as they are again."""
+
+    name: str
+    compared: int  # epochs, or steps
+    first: int | None = None  # that differs
+    beyond: int | None = None  # the first one beyond the tolerance
+    at: int = 0  # that one, or where the relative difference is greatest
+    recorded: float = 0.0  # there
+    again: float = 0.0
+
+    @property
+    def difference(self) -> float:
+        """The relative difference at `at`."""
+        return _relative(self.recorded, self.again)
+
+    @property
+    def allowed(self) -> str:
+        """The tolerance at `at`, for a person."""
+        relative, nats = _tolerance(self.name, self.at)
+        return f"{relative:g}" + (f", or {nats:g} nats" if nats else "")
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What has become of a run the second time."""
+
+    agreements: list[Agreement]
+    differences: list[str]  # of config, data, code, versions, device, ...: "threads: 2, now 1"
+    run_id: str  # of the second run, where it was kept
+
+    @property
+    def verdict(self) -> str:
+        """identical, within tolerance, or different."""
+        if any(each.beyond is not None for each in self.agreements):
+            return "different"
+        same = all(each.first is None for each in self.agreements)
+        return "identical" if same else "within tolerance"
+
+    def table(self) -> Table:
+        """A row for each kind of loss."""
+        header = ["loss", "compared", "first to differ", "where", "recorded", "again"]
+        header += ["difference", "allowed"]
+        rows = []
+        for one in self.agreements:
+            row = [one.name, f"{one.compared} {'steps' if one.name == STEPS else 'epochs'}"]
+            if one.first is None:
+                row += ["none: identical", *[""] * 5]
+            else:
+                where = f"{one.at} ({'greatest' if one.beyond is None else 'too great'})"
+                row += [str(one.first), where, f"{one.recorded:.8g}", f"{one.again:.8g}"]
+                row += [f"{one.difference:.2g}", one.allowed]
+            rows.append(row)
+        return header, rows
+
+
+def reproduce(
+    store: Store,
+    found: Any,
+    reporter: Reporter,
+    *,
+    keep: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+) -> Reproduction:
+    """Trains a run again, as `store.find` gives it, and compares the loss of every epoch.
+
+    keep: the store for the second run, which is gone otherwise. threads, device: in place of the
+    recorded ones. Raises ConfigError where the record does not tell enough, or the machine lacks
+    something.
+    """
+    run_id, status, tags = found.info.run_id, found.info.status, found.data.tags
+    if status == "RUNNING":
+        raise ConfigError(f"run {run_id}: it is still running. To reproduce it, wait for its end")
+    recorded = {key: dict(store.history(run_id, key)) for key in LOSSES}
+    if not recorded["train/loss"]:
+        raise ConfigError(f"run {run_id}: no epoch of it is recorded; the run is {status}")
+    with TemporaryDirectory(prefix="mnist-exp-") as temporary:
+        place = Path(temporary)
+        config = OmegaConf.load(store.fetch(run_id, "config.yaml", place))
+        diff = store.fetch(run_id, DIFF, place).read_text() if store.has(run_id, DIFF) else ""
+        assert isinstance(config, DictConfig)
+        differences = _changed_config(config, tags)
+        _as_recorded(config, tags, threads, device)
+        if keep is not None:
+            check_store(keep, config.tracking.experiment)
+            config.tracking.tags = {**config.tracking.tags, "reproduces": run_id}
+        job = _job(config, tags, None if keep else place / "run")
+        job = replace(job, store_uri=keep or job.store_uri)
+        folder = Path(job.composed.hydra.run.dir)
+        again = ""
+        try:
+            if keep is None:
+                job = replace(job, index=index_at(place))
+                run.execute([job], [folder], reporter)
+            else:
+                again = run.conduct(job, folder, reporter).run_id
+        except RunFailed as error:  # as the recorded one may have done
+            reporter.line(str(error))
+        story = Story.of(folder)
+        differences += _differences(found, job, story.tags, diff, _text(folder / DIFF))
+    agreements = [
+        agreement(STEPS, _steps(tags), _steps(story.tags)),
+        *(agreement(key, recorded[key], story.metrics.get(key, {})) for key in LOSSES),
+    ]
+    agreements = [each for each in agreements if each.compared]
+    return Reproduction(agreements, differences, again)
+
+
+def agreement(name: str, recorded: Mapping[int, float], again: Mapping[int, float]) -> Agreement:
+    """Compares losses by epoch, or by step. What was not recorded does not count."""
+    first = beyond = None
+    at, worst = 0, 0.0
+    for number in sorted(recorded):
+        before, now = recorded[number], again.get(number, math.nan)
+        if before == now or (math.isnan(before) and math.isnan(now)):
+            continue
+        first = number if first is None else first
+        if beyond is None and not _tolerated(name, number, before, now):
+            beyond = number
+        if not _relative(before, now) <= worst:
+            at, worst = number, _relative(before, now)
+    at = at if beyond is None else beyond
+    values = (recorded[at], again.get(at, math.nan)) if at else (0.0, 0.0)
+    return Agreement(name, len(recorded), first, beyond, at, *values)
+
+
+def _tolerance(name: str, number: int) -> tuple[float, float]:
+    """Relative, and in nats, of an epoch or a step."""
+    is_first = name == "train/loss" and number == 1
+    return (FIRST_EPOCH, 0.0) if is_first else TOLERANCES[name]
+
+
+def _tolerated(name: str, number: int, before: float, now: float) -> bool:
+    relative, nats = _tolerance(name, number)
+    return _relative(before, now) <= relative or abs(before - now) <= nats
+
+
+def _relative(before: float, now: float) -> float:
+    """nan where one is missing."""
+    return abs(now - before) / max(abs(before), 1e-12)
+
+
+def _steps(tags: Mapping[str, str]) -> dict[int, float]:
+    return dict(enumerate(json.loads(tags.get(FIRST_LOSSES, "[]")), start=1))
+
+
+def _changed_config(config: DictConfig, tags: Mapping[str, str]) -> list[str]:
+    if tags.get("config_hash") in (None, configs.identity(config)):
+        return []
+    return ["config.yaml: it is not what the run began with (its hash differs from config_hash)"]
+
+
+def _as_recorded(
+    config: DictConfig, tags: Mapping[str, str], threads: int | None, device: str | None
+) -> None:
+    """What the config leaves to the machine, as it was."""
+    if threads is not None or "threads" in tags:
+        config.training.threads = int(tags["threads"]) if threads is None else threads
+    if device is not None or "device" in tags:
+        config.training.device = tags["device"] if device is None else device
+    if "compiled" in tags:
+        config.training.compile = "always" if tags["compiled"] == "true" else "never"
+
+
+def _job(config: DictConfig, tags: Mapping[str, str], folder: Path | None) -> Job:
+    """The run, ready to be trained; in the usual place where no folder is given."""
+    composed = config.copy()
+    with open_dict(composed):
+        composed.hydra = configs.compose([]).hydra
+    with read_write(composed.hydra), open_dict(composed.hydra):
+        composed.hydra.runtime.choices = json.loads(tags.get("choices", "{}"))
+        if folder is not None:
+            composed.hydra.run.dir = str(folder)
+        else:
+            composed.hydra.run.dir = str(composed.hydra.run.dir)  # not another one a moment later
+    try:
+        return prepare(composed)
+    except ConfigError as error:
+        raise ConfigError(f"the run cannot be trained here as its record says: {error}") from error
+
+
+def _differences(
+    found: Any, job: Job, tags: Mapping[str, str], diff: str, diff_now: str
+) -> list[str]:
+    """What is not as it was, of what numbers can depend on."""
+    was = found.data.tags
+    said = []
+    inputs = found.inputs.dataset_inputs if found.inputs else []
+    digests = {tag.key: tag.value for each in inputs for tag in each.tags}
+    digest = job.load(job.config.dataset).digest
+    if digests.get("sha256", digest) != digest:
+        said.append(f"data: SHA-256 {digests['sha256'][:12]}..., now {digest[:12]}...")
+    commit = "mlflow.source.git.commit"
+    if was.get(commit) != tags.get(commit):
+        said.append(f"code: commit {was.get(commit, '?')[:8]}, now {tags.get(commit, '?')[:8]}")
+    elif diff != diff_now:
+        said.append("code: the uncommitted changes (uncommitted.diff)")
+    for tag, name in TAGS.items():
+        if tag in was and was[tag] != tags.get(tag):
+            said.append(f"{name}: {was[tag]}, now {tags.get(tag, '?')}")
+    return said
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""

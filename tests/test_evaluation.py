@@ -1,0 +1,171 @@
+"""Saved models on the official test set: exact numbers, their figures, and ensembles."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import fresh_store
+
+import mnist_exp
+from mnist_exp import data, metrics
+from mnist_exp.errors import ConfigError
+from mnist_exp.evaluation import Ensemble, Evaluation
+from mnist_exp.record import Result
+from mnist_exp.sweep import Swept
+
+SMALL = [
+    *("debug=fast", "training.compile=never", "training.threads=1", "training.device=cpu"),
+    "tracking.image_every=100",
+]
+
+
+# metrics
+
+
+@pytest.mark.parametrize(
+    "correct, seen, low, high",
+    [  # Newcombe, "Two-sided confidence intervals for the single proportion" (1998), table I
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson(correct: int, seen: int, low: float, high: float) -> None:
+    assert metrics.wilson(correct, seen) == pytest.approx((low, high), abs=5e-5)
+    assert metrics.wilson(seen - correct, seen) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_class_scores() -> None:
+    counts = np.array([[8, 2, 0, 0], [1, 4, 0, 0], [5, 0, 0, 0], [0, 0, 0, 0]])
+    first, second, missed, absent = metrics.class_scores(counts)
+    assert (first.precision, first.recall, first.images) == (8 / 14, 0.8, 10)
+    assert first.f1 == pytest.approx(2 / (14 / 8 + 1 / 0.8))
+    assert (second.precision, second.recall) == (4 / 6, 0.8)
+    assert math.isnan(missed.precision) and (missed.recall, missed.f1) == (0, 0)
+    assert math.isnan(absent.recall) and math.isnan(absent.f1) and absent.images == 0
+
+
+def test_calibration() -> None:
+    confidence = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
+    correct = torch.tensor([True, True, True, False, True, False])
+    found = metrics.calibration(confidence, correct, bins=10)
+    assert found.counts.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 4]
+    assert found.accuracy[[5, 9]].tolist() == [0.5, 0.75]
+    assert found.confidence[[5, 9]] == pytest.approx([0.55, 0.95], abs=1e-6)
+    assert np.isnan(found.accuracy[0])
+    assert found.error == pytest.approx((2 * 0.05 + 4 * 0.2) / 6, abs=1e-6)
+
+
+def test_calibration_at_the_edges() -> None:
+    found = metrics.calibration(torch.tensor([0.0, 0.5, 1.0]), torch.ones(3) > 0, bins=2)
+    assert found.counts.tolist() == [2, 1]
+
+
+# of a run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return fresh_store(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="module")
+def run(store: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    folder = tmp_path_factory.mktemp("a run")
+    return mnist_exp.train([*SMALL, f"tracking.uri={store}", f"hydra.run.dir={folder}/run"])
+
+
+@pytest.fixture(scope="module")
+def found(run: Result, store: str) -> Evaluation:
+    return mnist_exp.evaluate(run.run_id, [f"tracking.uri={store}"])
+
+
+@pytest.fixture(scope="module")
+def seeds(store: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    folder = tmp_path_factory.mktemp("a sweep")
+    words = ["optimizer.lr=0.001,0.1", "seed=0,1,2", f"hydra.sweep.dir={folder}/jobs"]
+    return mnist_exp.train_sweep([*SMALL, f"tracking.uri={store}", *words])
+
+
+@pytest.fixture(scope="module")
+def together(seeds: Swept, store: str) -> Ensemble:
+    return mnist_exp.ensemble(seeds.run_id, [f"tracking.uri={store}"])
+
+
+def test_numbers_are_those_of_the_run(run: Result, found: Evaluation) -> None:
+    recorded = {key: run.test[key] for key in ("test/loss", "test/accuracy")}
+    assert found.test == recorded == found.recorded
+    low, high = found.interval
+    assert low < found.test["test/accuracy"] < high
+
+
+def test_numbers_agree_with_each_other(found: Evaluation) -> None:
+    accuracy, images = found.test["test/accuracy"], len(found.dataset.test)
+    assert sum(one.images for one in found.classes) == images
+    hits = sum(one.recall * one.images for one in found.classes)
+    assert hits / images == pytest.approx(accuracy)
+    own = found.calibration
+    assert own.counts.sum() == images
+    assert np.nansum(own.accuracy * own.counts) / images == pytest.approx(accuracy)
+    assert 0 < own.error < 1
+
+
+def test_figures(found: Evaluation) -> None:
+    figures = found.draw()
+    assert set(figures) == {"mistakes", "confusion", "calibration", "curves", "first_layer"}
+
+
+# of several
+
+
+def test_probabilities_are_averaged(together: Ensemble) -> None:
+    shares = torch.stack([m.logits.double().softmax(-1) for m in together.members]).mean(0)
+    assert torch.allclose(together.whole.logits.softmax(-1), shares)
+    labels = together.whole.dataset.test.labels
+    assert together.whole.test["test/accuracy"] == (shares.argmax(-1) == labels).double().mean()
+    loss = -shares[torch.arange(len(labels)), labels].log().mean()
+    assert together.whole.test["test/loss"] == pytest.approx(float(loss))
+
+
+def test_members_are_the_chosen_cell(together: Ensemble, seeds: Swept) -> None:
+    chosen = seeds.report.chosen
+    assert chosen is not None and together.label == chosen.label == "lr=0.1"
+    assert [m.run_id for m in together.members] == [job.run_id for job in chosen.finished]
+    assert [m.test for m in together.members] == [
+        pytest.approx(m.recorded, rel=1e-6) for m in together.members
+    ]
+
+
+def test_what_an_ensemble_adds(together: Ensemble) -> None:
+    own = [m.test["test/accuracy"] for m in together.members]
+    assert together.spread("test/accuracy").n == 3
+    assert together.gain("test/accuracy") == pytest.approx(
+        together.whole.test["test/accuracy"] - sum(own) / 3
+    )
+    assert together.gain("test/loss") < 0  # the logarithm is concave
+
+
+def test_an_ensemble_of_one_is_none(store: str, tmp_path: Path) -> None:
+    words = [*SMALL, f"tracking.uri={store}", f"hydra.sweep.dir={tmp_path}/jobs"]
+    swept = mnist_exp.train_sweep([*words, "optimizer.lr=0.05,0.1"])
+    with pytest.raises(ConfigError, match=r"one finished run.*seed=0,1,2"):
+        mnist_exp.ensemble(swept.run_id, [f"tracking.uri={store}"])
+
+
+def test_the_module_is_evaluated_as_it_is_served(run: Result, found: Evaluation) -> None:
+    images = found.dataset.test.images.float() / 255
+    with torch.no_grad():
+        assert torch.allclose(run.model(images), found.logits, atol=1e-4)
+
+
+def test_one_data_set_serves_all_members(
+    seeds: Swept, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *a, **more: loaded.append(a) or load(*a, **more))
+    mnist_exp.ensemble(seeds.run_id, [f"tracking.uri={store}"])
+    assert len(loaded) == 1
