@@ -1,5 +1,5 @@
 # Everything runs in .venv, which `make setup` makes from requirements.lock.
-.PHONY: setup train test test-ui bench torture lock clean
+.PHONY: setup train test test-ui notebook bench torture lock clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,6 +16,10 @@ test: setup
 # In a browser of the system's: chromium, or google-chrome
 test-ui: setup
 	$(BIN)/pytest tests/ui -rs
+
+# Runs the notebook, and keeps its outputs in it.
+notebook: setup
+	$(BIN)/jupyter execute --inplace experiments/digit_classifier.ipynb
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench --output benchmarks/RESULTS.md
