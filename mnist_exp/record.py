@@ -145,7 +145,8 @@ class Record:
             self.fail(error)
         return isinstance(error, Exception)
 
-    def start(self, dataset: data.Dataset) -> None:
+    def start(self, dataset: data.Dataset, stack: Stack) -> None:
+        """Before training; `stack` has the run's model alone."""
         self.log.write(f"{self.job.name}  on {self.job.device}\n")
         self.tracker.params(dict(configs.leaves(self.job.asked)))
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
@@ -158,6 +159,16 @@ class Record:
             self.tracker.text(self.diff, DIFF)
         if self.finished:
             record_first(dataset, self.tracker)
+        if dataset.val is not None and self._image_every is not None:  # the UI's slider starts at 0
+            record_predictions(stack, dataset, self.tracker, 0)
+
+    @property
+    def _image_every(self) -> int | None:
+        """Epochs between two pictures of predictions; None: there are none."""
+        every = self.job.config.tracking.image_every
+        if every is None and self.finished:
+            return -(-self.job.config.training.epochs // 20)  # about 20 pictures
+        return every
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the record, as plain values."""
@@ -205,9 +216,7 @@ class Record:
             return
         if event.improved[k]:
             self.best = {"best/val_accuracy": values["val/accuracy"], "best/epoch": epoch}
-        every = self.job.config.tracking.image_every
-        if every is None and self.finished:  # about 20 pictures
-            every = -(-epochs // 20)
+        every = self._image_every
         if every is not None and (epoch % every == 0 or epoch == epochs or k in event.stopped):
             record_predictions(event.model(k), dataset, self.tracker, epoch)
 
@@ -324,7 +333,8 @@ def record_predictions(stack: Stack, dataset: data.Dataset, tracker: Tracker, ep
     assert val is not None
     images, labels = val.images[: pictures.SHOWN], val.labels[: pictures.SHOWN]
     shares = stack.logits(dataset.normalise(images))[0].softmax(-1).cpu()
-    figure = pictures.predictions(dataset, images, labels, shares, f"validation, epoch {epoch}")
+    title = f"validation, epoch {epoch}" if epoch else "validation, before training"
+    figure = pictures.predictions(dataset, images, labels, shares, title)
     tracker.image("val/predictions", plots.pixels(figure), epoch)
 
 

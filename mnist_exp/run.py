@@ -166,9 +166,9 @@ def _train(
     jobs = [record.job for record in records]
     own = jobs[0].config.training
     every = configs.checkpoint_every(own.checkpoint_every)
-    for _, record in _open(records):
+    for k, record in _open(records):
         with record:
-            record.start(dataset)
+            record.start(dataset, stack.take([k]))
     if state is not None:
         for record, own_state in zip(records, state["records"], strict=True):
             with record:

@@ -120,7 +120,7 @@ def test_images_with_steps(result: Result, client: mlflow.MlflowClient, fetch: A
     places = [Path(path).name.split("+")[:3] for path in pictures]
     assert Counter((name, int(step)) for name, _, step in places) == Counter(
         [
-            *[("train~first_30", 0), ("val~predictions", 1), ("val~predictions", 2)],
+            *[("train~first_30", 0), *(("val~predictions", epoch) for epoch in range(3))],
             *[("test~mistakes", 2), ("test~confusion", 2), ("model~first_layer", 2)],
         ]
     )
