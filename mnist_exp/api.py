@@ -69,22 +69,22 @@ def train_sweep(overrides: Sequence[str], verbose: bool = False) -> "Swept":
 
 def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
     """The saved model of a run on the official test set. Raises ConfigError."""
-    store = open_store(overrides)
+    store, root = open_store(overrides), moved(overrides)
     found = store.find(run)
 
     from mnist_exp import evaluation
 
-    return evaluation.evaluate(store, found)
+    return evaluation.evaluate(store, found, root)
 
 
 def ensemble(sweep: str = "last", overrides: Sequence[str] = ()) -> "Ensemble":
     """A sweep's chosen cell, its seeds together, on the official test set. Raises ConfigError."""
-    store = open_store(overrides)
+    store, root = open_store(overrides), moved(overrides)
     parent = store.find(sweep, sweep=True)
 
     from mnist_exp import evaluation
 
-    return evaluation.ensemble(store, parent)
+    return evaluation.ensemble(store, parent, root)
 
 
 def predict(
@@ -106,26 +106,53 @@ def predict(
 
 
 def reproduce(
-    run: str = "last", overrides: Sequence[str] = (), verbose: bool = False
+    run: str = "last",
+    overrides: Sequence[str] = (),
+    verbose: bool = False,
+    *,
+    keep: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
 ) -> "Reproduction":
-    """Trains a run again from its record alone, and compares every epoch. Raises ConfigError.
+    """Trains a run again from its record alone, and compares every epoch.
 
-    `verbose`: a line is printed for every epoch.
+    `verbose`: a line is printed for every epoch. keep: the store for the second run, which is gone
+    otherwise. threads, device: in place of the recorded ones. Raises ConfigError.
     """
-    store = open_store(overrides)
+    store, root = open_store(overrides), moved(overrides)
     found = store.find(run)
 
     from mnist_exp import reproduction
     from mnist_exp.console import Reporter, Terminal
 
-    return reproduction.reproduce(store, found, Terminal() if verbose else Reporter())
+    reporter = Terminal() if verbose else Reporter()
+    return reproduction.reproduce(
+        store, found, reporter, keep=keep, threads=threads, device=device, root=root
+    )
+
+
+def moved(overrides: Sequence[str]) -> str | None:
+    """Where a run's data is by now, if an override says so: dataset.root=FOLDER."""
+    from mnist_exp import config as configs
+
+    named = [o for o in overrides if o.startswith("dataset.root=")]
+    return configs.compose(named).dataset.root if named else None
 
 
 def store_uri(overrides: Sequence[str], required: bool = True) -> str:
-    """The store to look into. Raises ConfigError; `required`: also where no server answers."""
+    """The store to look into. Raises ConfigError; `required`: also where no server answers.
+
+    Of the overrides, those that can say something of a run that is on record already.
+    """
     from mnist_exp import config as configs
     from mnist_exp import tracking
 
+    for override in overrides:
+        if not override.startswith(("tracking.", "dataset.root=")):
+            raise ConfigError(
+                f"{override}: it would change nothing here, as the run is on record. What can be "
+                f"said is tracking.uri=..., the store, and dataset.root=FOLDER, where its data is"
+            )
     config = configs.validate(configs.task_config(configs.compose(overrides)))
     uri = tracking.store_uri(config.tracking.uri, configs.output_root())
     tracking.check_store(uri, required=required)

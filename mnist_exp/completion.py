@@ -10,6 +10,7 @@ import contextlib
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from mnist_exp.errors import ConfigError
 from mnist_exp.verbs import HYDRAS_OWN, VERBS, Verb
@@ -122,10 +123,10 @@ def _actions(verb: Verb) -> list[argparse.Action]:
 
 
 def _takes_files(action: argparse.Action, word: str) -> bool:
-    """What is neither an id nor a number nor one of a few names is left to the shell."""
     if action.metavar == "OVERRIDE":
         return "=" in word
-    return action.metavar not in ("RUN", "SWEEP") and action.type is not int and not action.choices
+    is_folder = action.dest in ("config_dir", "config_path")
+    return is_folder or action.type is Path or action.metavar in ("IMAGE", "RUN_OR_SWEEP")
 
 
 def _overrides(word: str, others: Sequence[str], values: dict[str, str]) -> Candidates:

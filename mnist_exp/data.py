@@ -31,6 +31,20 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a model has to know of the data that it was trained on."""
+
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]  # of an image: (1, H, W)
+    mean: float
+    std: float
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [..., H, W] -> float32 of mean 0 and deviation 1 over the training split."""
+        return images.to(torch.float32).sub_(255 * self.mean).mul_(1 / (255 * self.std))
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Every split of a data set, and what a record needs in order to identify it."""
 
@@ -56,9 +70,14 @@ class Dataset:
         val = self.val and self.val.to(device)
         return replace(self, train=train, val=val, test=test, first=first)
 
+    @property
+    def facts(self) -> Facts:
+        """What the model keeps of it."""
+        return Facts(self.classes, self.shape, self.mean, self.std)
+
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [..., H, W] -> float32 of mean 0 and deviation 1 over the training split."""
-        return images.to(torch.float32).sub_(255 * self.mean).mul_(1 / (255 * self.std))
+        """As its facts do."""
+        return self.facts.normalise(images)
 
 
 def load(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_exp import metrics, pictures, plots, results, saved, training
+from mnist_exp import files, metrics, pictures, plots, results, saved, training
 from mnist_exp.data import Dataset
 from mnist_exp.errors import ConfigError
 from mnist_exp.job import remembering
@@ -88,13 +88,14 @@ class Evaluation:
         return figures
 
 
-def evaluate(store: Store, found: Any) -> Evaluation:
+def evaluate(store: Store, found: Any, root: str | None = None) -> Evaluation:
     """The saved model of a run, as `store.find` gives it, on the official test set.
 
-    Raises ConfigError where the run has left none.
+    root: where its data is by now, if not where it was. Raises ConfigError where the run has left
+    no model.
     """
     run_id = found.info.run_id
-    dataset, stack = saved.fetch(store, found)
+    dataset, stack = saved.fetch(store, found, root=root)
     history = {key: store.history(run_id, key) for key in CURVES}
     best = found.data.metrics.get("best/epoch")
     return _evaluated(
@@ -118,7 +119,6 @@ def _evaluated(found: Any, dataset: Dataset, stack: Stack, **more: Any) -> Evalu
 class Ensemble:
     """The models of one cell of a sweep, which differ in their seeds, and all of them together."""
 
-    label: str  # of the cell
     members: list[Evaluation]
     whole: Evaluation
 
@@ -149,17 +149,18 @@ class Ensemble:
         return self.whole.test[key] - self.spread(key).mean
 
 
-def ensemble(store: Store, parent: Any) -> Ensemble:
+def ensemble(store: Store, parent: Any, root: str | None = None) -> Ensemble:
     """Averages the probabilities of a sweep's chosen cell over its seeds.
 
-    parent: its run, as `store.find` gives it. Raises ConfigError where there is no such cell, or it
-    has one model alone.
+    parent: its run, as `store.find` gives it; root: as for `evaluate`. Raises ConfigError where
+    there is no such cell, or it has one model alone.
     """
     run_id = parent.info.run_id
     chosen = results.summarise(results.of_store(store, run_id)).chosen
     if chosen is None:
         raise ConfigError(
-            f"sweep {run_id}: validation has chosen no cell, so there is nothing to average"
+            f"sweep {run_id}: validation has chosen no cell, so there is nothing to average. A "
+            f"sweep with finished runs and dataset.val_size=5000 has one"
         )
     if len(chosen.finished) < 2:
         raise ConfigError(
@@ -170,24 +171,19 @@ def ensemble(store: Store, parent: Any) -> Ensemble:
     members = []
     for job in chosen.finished:
         found = store.get(job.run_id)
-        members.append(_evaluated(found, *saved.fetch(store, found, load)))
+        members.append(_evaluated(found, *saved.fetch(store, found, load, root)))
     first = members[0]
     # the logarithm of the mean probability: logits as good as any
     shares = torch.stack([m.logits.double().log_softmax(-1) for m in members])
     logits = shares.logsumexp(0) - math.log(len(members))
     name = f"ensemble of {len(members)}, {chosen.label}"
-    return Ensemble(chosen.label, members, Evaluation(run_id, name, first.dataset, logits))
+    return Ensemble(members, Evaluation(run_id, name, first.dataset, logits))
 
 
 def save(figures: Mapping[str, Any], folder: Path, suffix: str) -> list[str]:
     """Writes figures into a folder, and returns the names of the files. Raises ConfigError."""
-    try:
+    with files.asked_for("--output", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             plots.save(figure, folder / f"{name}.{suffix}")
-    except OSError as error:
-        raise ConfigError(
-            f"--output {folder}: cannot be written ({error.strerror}). Choose another: "
-            f"--output FOLDER"
-        ) from error
     return [f"{name}.{suffix}" for name in figures]

@@ -3,8 +3,11 @@
 import errno
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from mnist_exp.errors import ConfigError
 
 
 def write(path: Path, text: str) -> None:
@@ -24,6 +27,18 @@ def write(path: Path, text: str) -> None:
             part.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def asked_for(option: str, path: Path) -> Iterator[None]:
+    """Raises ConfigError where `path`, which was named by `option`, cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {path}: cannot be written ({error.strerror}). Choose another place: "
+            f"{option} ..."
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -257,6 +257,8 @@ def _paper(light: Floats) -> Floats:
 
 def _otsu(values: Floats) -> float:
     """The threshold that leaves the least variance on its two sides (Otsu 1979)."""
+    if np.ptp(values) < 1e-3:  # of one shade, there is nothing to divide
+        return float(values.min())
     counts, edges = np.histogram(values, 128)
     middles = (edges[:-1] + edges[1:]) / 2
     below, sums = np.cumsum(counts), np.cumsum(counts * middles)

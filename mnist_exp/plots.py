@@ -33,7 +33,7 @@ from PIL import Image
 
 DPI = 128  # a power of two: pixels / DPI * DPI is exact, so a figure has the pixels it asks for
 ROWS, COLUMNS = 5, 6  # of a grid
-SHOWN = 60  # pictures beside what is seen of them
+PAIRS = 60  # pictures beside what is seen of them
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart with any common colour blindness.
 BLUE, GREEN, ORANGE = "#0072b2", "#009e73", "#d55e00"
@@ -734,13 +734,15 @@ def seen(
     seen: npt.NDArray[np.uint8],
     texts: Sequence[Sequence[tuple[str, float]]],
     title: str,
+    of: int = 0,
 ) -> Figure:
     """Pictures beside what the network saw of them, and what it takes them for.
 
     given: N pictures [H, W, 3] of any size; seen [N, h, w]; texts: for each picture its most
     probable classes, up to three, as (class, probability), the best first: that one is large, and
     orange with a question mark where its probability is below 50 %. The first 60 pictures are
-    shown. Raises ValueError for other shapes, and without a picture.
+    shown; `of`: how many there are, if these are not all. Raises ValueError for other shapes, and
+    without a picture.
     """
     total = len(given)
     if seen.ndim != 3 or seen.dtype != np.uint8 or not seen.size or len(seen) != total:
@@ -753,10 +755,10 @@ def seen(
     for i, ranked in enumerate(texts):
         if not 1 <= len(ranked) <= 3:
             raise ValueError(f"texts[{i}]: {len(ranked)} classes, not 1 to 3")
-    count, title = min(total, SHOWN), _short(title, 72)
+    count, title, of = min(total, PAIRS), _short(title, 72), max(of, total)
     doubtful = [ranked[0][1] < 0.5 for ranked in texts[:count]]
     caption = "given → as the network sees it" + "; ?: below 50%" * any(doubtful)
-    caption += f"; the first {count} of {total}" * (count < total)
+    caption += f"; the first {count} of {of}" * (count < of)
     # Of each picture the class, large, and under it its probability and the next classes.
     names = [
         _short(ranked[0][0]) + " ?" * is_doubtful

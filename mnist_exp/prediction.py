@@ -13,7 +13,6 @@ from mnist_exp.photos import Photo, Unreadable
 from mnist_exp.tracking import Store
 
 NAMED = 3  # classes, the most probable first
-DRAWN = 60  # files that a figure shows; the pictures of more are not kept in memory
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Prediction:
     """Of one file; `problem` says why there is none."""
 
     file: Path
-    photo: Photo | None = None
+    photo: Photo | None = None  # of as many as a figure shows; of more, memory would not do
     classes: Sequence[tuple[str, float]] = ()  # the most probable three, with their probabilities
     problem: str = ""
 
@@ -39,28 +38,29 @@ def predict(store: Store, found: Any, files: Sequence[Path], raw: bool) -> list[
     raw: the files are taken as they are, for what is no photograph of ink on paper. Raises
     ConfigError where the run has left no model.
     """
-    dataset, stack = saved.fetch(store, found)
-    _, height, width = dataset.shape
-    predictions = []
-    for number, file in enumerate(files):
+    facts, stack = saved.fetch_model(store, found)
+    predictions: list[Prediction] = []
+    kept = 0
+    for file in files:
         try:
-            photo = photos.read(file, (height, width), raw)
+            photo = photos.read(file, facts.shape[1:], raw)
         except Unreadable as problem:
             predictions.append(Prediction(file, problem=str(problem)))
             continue
         image = torch.from_numpy(photo.seen)[None, None]  # [1, 1, H, W]
-        shares = stack.logits(dataset.normalise(image))[0, 0].double().softmax(-1)
+        shares = stack.logits(facts.normalise(image))[0, 0].double().softmax(-1)
         best = shares.topk(min(NAMED, len(shares)))
-        names = [dataset.classes[i] for i in best.indices.tolist()]
+        names = [facts.classes[i] for i in best.indices.tolist()]
         classes = list(zip(names, best.values.tolist(), strict=True))
-        predictions.append(Prediction(file, photo if number < DRAWN else None, classes))
+        predictions.append(Prediction(file, photo if kept < plots.PAIRS else None, classes))
+        kept += 1
     return predictions
 
 
 def draw(predictions: Sequence[Prediction], title: str) -> Any:
     """A figure of what was given, beside what the network saw.
 
-    Of the first `DRAWN` files; one or more has to have been read.
+    One file or more has to have been read.
     """
     drawn = [(p.photo, p.classes) for p in predictions if p.photo]
     return plots.seen(
@@ -68,4 +68,5 @@ def draw(predictions: Sequence[Prediction], title: str) -> Any:
         np.stack([photo.seen for photo, _ in drawn]),
         [classes for _, classes in drawn],
         title,
+        of=sum(not p.problem for p in predictions),
     )

@@ -20,7 +20,17 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from mnist_exp import __version__, checkpoint, data, files, journal, pictures, plots, training
+from mnist_exp import (
+    __version__,
+    checkpoint,
+    data,
+    files,
+    journal,
+    pictures,
+    plots,
+    saved,
+    training,
+)
 from mnist_exp import config as configs
 from mnist_exp.console import epoch_line
 from mnist_exp.errors import ConfigError, RunFailed, reason_of
@@ -200,7 +210,7 @@ class Record:
 
     def _epoch(self, event: training.Epoch, k: int, dataset: data.Dataset) -> None:
         if k in event.failed:
-            path = self._save(event.model(k))
+            path = self._save(event.model(k), dataset)
             self._curves()
             raise RunFailed(f"{event.failed[k]}. Last finite weights: {path}")
         if not (values := event.metrics[k]):
@@ -222,7 +232,7 @@ class Record:
 
     def end(self, stack: Stack, dataset: data.Dataset) -> None:
         """The run is trained; `stack` has its model alone."""
-        path = self._save(stack)
+        path = self._save(stack, dataset)
         epoch = len(self.history)
         self.tracker.metrics(self.best, epoch)
         test, served = self.best, Served(stack.model(0), dataset.mean, dataset.std).eval()
@@ -267,10 +277,10 @@ class Record:
             self.tracker.end(status, reason)
             self.is_open = False
 
-    def _save(self, stack: Stack) -> Path:
+    def _save(self, stack: Stack, dataset: data.Dataset) -> Path:
         path = self.folder / "checkpoint.pt"
-        state = stack.model(0).state_dict()
-        checkpoint.save(path, {"model": state, "epochs": len(self.history)})
+        kept = saved.state(stack, dataset.facts)
+        checkpoint.save(path, {**kept, "epochs": len(self.history)})
         for file in (path, path.with_name(path.name + ".sha256")):
             self.tracker.artifact(file, "checkpoint")
         return path
@@ -368,6 +378,7 @@ def provenance() -> dict[str, str]:
         "command_line": shlex.join(sys.argv),
         "version.python": platform.python_version(),
         "version.torch": torch.__version__,
+        "version.numpy": np.__version__,  # whose generators decide the order of the data
         "version.mnist_exp": __version__,
     }
     if commit := ask_git("rev-parse", "HEAD"):
@@ -376,11 +387,20 @@ def provenance() -> dict[str, str]:
     return tags
 
 
+def _gpu(device: torch.device) -> dict[str, str]:
+    """Which one it is, and what its numbers depend on; of a CPU, nothing."""
+    if device.type != "cuda":
+        return {}
+    versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
+    return {"gpu": f"{torch.cuda.get_device_name(device)}, {versions}"}
+
+
 def common_tags(job: Job, size: int) -> dict[str, str]:
     """Tags that the runs of a stack have in common."""
     return {
         **provenance(),
         "device": str(job.device),
+        **_gpu(job.device),
         "threads": str(torch.get_num_threads()),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "compiled": "false",

@@ -10,7 +10,7 @@ losses of the first steps, and what comes later is held to what rounding alone h
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,14 +19,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from mnist_exp import config as configs
-from mnist_exp import run
+from mnist_exp import run, training
 from mnist_exp.console import Reporter
-from mnist_exp.errors import ConfigError, RunFailed
+from mnist_exp.errors import ConfigError, RunFailed, reason_of
 from mnist_exp.job import Job, prepare
-from mnist_exp.record import DIFF, FIRST_LOSSES
+from mnist_exp.record import DIFF, FIRST_LOSSES, Result
 from mnist_exp.report import Table
 from mnist_exp.tracker import Story, index_at
-from mnist_exp.tracking import Store, check_store
+from mnist_exp.tracking import Delivered, Store, check_store, dataset_digest
 
 STEPS = "first steps"
 LOSSES = ("train/loss", "val/loss", "test/loss")
@@ -38,11 +38,15 @@ TOLERANCES = {
     "test/loss": (1.0, 0.02),
 }
 FIRST_EPOCH = 0.01  # relative, of the first epoch's training loss
+CHANGED = "config.yaml: it is not what the run began with (its hash differs from config_hash)"
+UNKNOWN = "the first losses are not on record: rounding and another seed cannot be told apart"
 TAGS = {  # what numbers can depend on: the tag, and what a person calls it
     "version.mnist_exp": "mnist-exp",
     "version.torch": "torch",
+    "version.numpy": "NumPy",
     "version.python": "Python",
     "device": "device",
+    "gpu": "GPU",
     "cpu": "instructions of the CPU",
     "threads": "threads",
     "compiled": "compiled step",
@@ -80,15 +84,20 @@ class Reproduction:
 
     agreements: list[Agreement]
     differences: list[str]  # of config, data, code, versions, device, ...: "threads: 2, now 1"
-    run_id: str  # of the second run, where it was kept
+    same_config: bool = True  # as the run began with
+    # of the second run, where it was kept: folder, store, id, and whether MLflow has all of it
+    kept: Path | None = None
+    store: str = ""
+    run_id: str = ""
+    delivered: bool = False
 
     @property
     def verdict(self) -> str:
         """identical, within tolerance, or different."""
-        if any(each.beyond is not None for each in self.agreements):
-            return "different"
-        same = all(each.first is None for each in self.agreements)
-        return "identical" if same else "within tolerance"
+        if all(each.first is None for each in self.agreements):
+            return "identical"
+        beyond = any(each.beyond is not None for each in self.agreements)
+        return "different" if beyond or not self.same_config else "within tolerance"
 
     def table(self) -> Table:
         """A row for each kind of loss."""
@@ -96,7 +105,8 @@ class Reproduction:
         header += ["difference", "allowed"]
         rows = []
         for one in self.agreements:
-            row = [one.name, f"{one.compared} {'steps' if one.name == STEPS else 'epochs'}"]
+            unit = {STEPS: "steps", "test/loss": "at the end"}.get(one.name, "epochs")
+            row = [one.name, f"{one.compared} {unit}"]
             if one.first is None:
                 row += ["none: identical", *[""] * 5]
             else:
@@ -107,6 +117,34 @@ class Reproduction:
         return header, rows
 
 
+class _Compared(RunFailed):
+    """All that is on record is there again."""
+
+
+class _Until(Reporter):
+    """Ends the second run after the last epoch that the first one has recorded."""
+
+    def __init__(self, inner: Reporter, last: int) -> None:
+        self.inner, self.last = inner, last
+
+    def start(self, names: Sequence[str], device: str, epochs: int) -> None:
+        self.inner.start(names, device, epochs)
+
+    def progress(self, record: training.Progress) -> None:
+        self.inner.progress(record)
+
+    def line(self, text: str) -> None:
+        self.inner.line(text)
+
+    def stop(self) -> None:
+        self.inner.stop()
+
+    def epoch(self, record: training.Epoch) -> None:
+        self.inner.epoch(record)
+        if record.epoch == self.last:
+            raise _Compared(f"the first run has recorded no more than {self.last} epochs")
+
+
 def reproduce(
     store: Store,
     found: Any,
@@ -115,12 +153,13 @@ def reproduce(
     keep: str | None = None,
     threads: int | None = None,
     device: str | None = None,
+    root: str | None = None,
 ) -> Reproduction:
     """Trains a run again, as `store.find` gives it, and compares the loss of every epoch.
 
     keep: the store for the second run, which is gone otherwise. threads, device: in place of the
-    recorded ones. Raises ConfigError where the record does not tell enough, or the machine lacks
-    something.
+    recorded ones; root: where its data is by now. Raises ConfigError where the record does not tell
+    enough, or the machine lacks something, and RunFailed where the second run does not get as far.
     """
     run_id, status, tags = found.info.run_id, found.info.status, found.data.tags
     if status == "RUNNING":
@@ -131,33 +170,62 @@ def reproduce(
     with TemporaryDirectory(prefix="mnist-exp-") as temporary:
         place = Path(temporary)
         config = OmegaConf.load(store.fetch(run_id, "config.yaml", place))
-        diff = store.fetch(run_id, DIFF, place).read_text() if store.has(run_id, DIFF) else ""
+        diff = _text(store.fetch(run_id, DIFF, place)) if store.has(run_id, DIFF) else ""
         assert isinstance(config, DictConfig)
-        differences = _changed_config(config, tags)
-        _as_recorded(config, tags, threads, device)
+        changed = tags.get("config_hash") not in (None, configs.identity(config))
+        differences = [CHANGED] if changed else []
+        _as_recorded(config, tags, threads, device, root)
         if keep is not None:
-            check_store(keep, config.tracking.experiment)
+            try:
+                check_store(keep, config.tracking.experiment)
+            except ConfigError as error:
+                raise ConfigError(f"--keep {keep}: {error}") from error
             config.tracking.tags = {**config.tracking.tags, "reproduces": run_id}
-        job = _job(config, tags, None if keep else place / "run")
+        try:
+            job = _job(config, tags, None if keep else place / "run")
+        except ConfigError as error:
+            typed = f"--device {device}" if device else f"--threads {threads}" if threads else ""
+            said = typed or "as its record says (another device: --device cpu)"
+            raise ConfigError(f"run {run_id} cannot be trained here, {said}: {error}") from error
         job = replace(job, store_uri=keep or job.store_uri)
         folder = Path(job.composed.hydra.run.dir)
-        again = ""
-        try:
-            if keep is None:
-                job = replace(job, index=index_at(place))
-                run.execute([job], [folder], reporter)
-            else:
-                again = run.conduct(job, folder, reporter).run_id
-        except RunFailed as error:  # as the recorded one may have done
-            reporter.line(str(error))
+        last = max(recorded["train/loss"])
+        until = reporter if last == job.config.training.epochs else _Until(reporter, last)
+        if keep is None:
+            job = replace(job, index=index_at(place))
+        outcome = _train(job, folder, until, keep is not None, bool(recorded["test/loss"]))
         story = Story.of(folder)
+        steps = agreement(STEPS, _steps(tags), _steps(story.tags))
+        agreements = [
+            steps,
+            *(agreement(key, recorded[key], story.metrics.get(key, {})) for key in LOSSES),
+        ]
+        if isinstance(outcome, Exception) and not isinstance(outcome, _Compared):
+            differences.insert(0, f"the second run failed: {reason_of(outcome)}")
+        if not steps.compared:
+            differences.append(UNKNOWN)
         differences += _differences(found, job, story.tags, diff, _text(folder / DIFF))
-    agreements = [
-        agreement(STEPS, _steps(tags), _steps(story.tags)),
-        *(agreement(key, recorded[key], story.metrics.get(key, {})) for key in LOSSES),
-    ]
-    agreements = [each for each in agreements if each.compared]
-    return Reproduction(agreements, differences, again)
+    return Reproduction(
+        [each for each in agreements if each.compared],
+        differences,
+        same_config=not changed,
+        kept=folder if keep else None,
+        store=job.store_uri,
+        run_id=run.name_of(folder) if keep else "",
+        delivered=Delivered.of(folder, job.store_uri).ended,
+    )
+
+
+def _train(
+    job: Job, folder: Path, reporter: Reporter, kept: bool, finished: bool
+) -> Result | Exception:
+    """What the second run has come to. `finished`: with the test set, as the first one."""
+    if not kept:
+        return run.execute([job], [folder], reporter, finished=finished)[0]
+    try:
+        return run.conduct(job, folder, reporter, finished=finished)
+    except Exception as error:  # a model can raise anything
+        return error
 
 
 def agreement(name: str, recorded: Mapping[int, float], again: Mapping[int, float]) -> Agreement:
@@ -198,16 +266,16 @@ def _steps(tags: Mapping[str, str]) -> dict[int, float]:
     return dict(enumerate(json.loads(tags.get(FIRST_LOSSES, "[]")), start=1))
 
 
-def _changed_config(config: DictConfig, tags: Mapping[str, str]) -> list[str]:
-    if tags.get("config_hash") in (None, configs.identity(config)):
-        return []
-    return ["config.yaml: it is not what the run began with (its hash differs from config_hash)"]
-
-
 def _as_recorded(
-    config: DictConfig, tags: Mapping[str, str], threads: int | None, device: str | None
+    config: DictConfig,
+    tags: Mapping[str, str],
+    threads: int | None,
+    device: str | None,
+    root: str | None,
 ) -> None:
-    """What the config leaves to the machine, as it was."""
+    """What the config leaves to the machine, as it was, but for what is asked for."""
+    if root is not None:
+        config.dataset.root = root
     if threads is not None or "threads" in tags:
         config.training.threads = int(tags["threads"]) if threads is None else threads
     if device is not None or "device" in tags:
@@ -227,10 +295,7 @@ def _job(config: DictConfig, tags: Mapping[str, str], folder: Path | None) -> Jo
             composed.hydra.run.dir = str(folder)
         else:
             composed.hydra.run.dir = str(composed.hydra.run.dir)  # not another one a moment later
-    try:
-        return prepare(composed)
-    except ConfigError as error:
-        raise ConfigError(f"the run cannot be trained here as its record says: {error}") from error
+    return prepare(composed)
 
 
 def _differences(
@@ -239,11 +304,9 @@ def _differences(
     """What is not as it was, of what numbers can depend on."""
     was = found.data.tags
     said = []
-    inputs = found.inputs.dataset_inputs if found.inputs else []
-    digests = {tag.key: tag.value for each in inputs for tag in each.tags}
-    digest = job.load(job.config.dataset).digest
-    if digests.get("sha256", digest) != digest:
-        said.append(f"data: SHA-256 {digests['sha256'][:12]}..., now {digest[:12]}...")
+    before, now = dataset_digest(found), job.load(job.config.dataset).digest
+    if before not in ("", now):
+        said.append(f"data: SHA-256 {before[:12]}..., now {now[:12]}...")
     commit = "mlflow.source.git.commit"
     if was.get(commit) != tags.get(commit):
         said.append(f"code: commit {was.get(commit, '?')[:8]}, now {tags.get(commit, '?')[:8]}")

@@ -143,17 +143,14 @@ def report_again(
             recipe = _recipe(config, choices, run_id, found.chosen)
         figures = draw(found)
         if output is not None:
-            try:
+            with files.asked_for("--output", output):
                 output.mkdir(parents=True, exist_ok=True)
                 write(found, figures, recipe, output, suffix)
-            except OSError as error:
-                fault = f"--output {output}: cannot be written ({error.strerror})"
-                raise ConfigError(fault) from error
-        files = write(found, figures, recipe, Path(temporary))
-        for file in files:
+        written = write(found, figures, recipe, Path(temporary))
+        for file in written:
             store.put(run_id, file)
     show(found, reporter)
-    return [file.name for file in files]
+    return [file.name for file in written]
 
 
 def of_store(store: Store, parent: str) -> list[JobRecord]:

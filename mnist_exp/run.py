@@ -48,14 +48,16 @@ def train_composed(composed: DictConfig, reporter: Reporter) -> Result:
     return conduct(job, folder, reporter)
 
 
-def conduct(job: Job, folder: Path, reporter: Reporter, resume: bool = False) -> Result:
+def conduct(
+    job: Job, folder: Path, reporter: Reporter, *, resume: bool = False, finished: bool = True
+) -> Result:
     """One run, its record delivered to MLflow while it is trained."""
     courier = Courier(job.store_uri, job.index, reporter.line)
     courier.watch([folder])
     courier.start()
     patience = INTERRUPTED_SECONDS
     try:
-        (outcome,) = execute([job], [folder], reporter, resume=resume)
+        (outcome,) = execute([job], [folder], reporter, resume=resume, finished=finished)
         patience = job.config.tracking.flush_seconds
     except (KeyboardInterrupt, Terminated) as error:
         if Story.of(folder).key:

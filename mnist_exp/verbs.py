@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -219,13 +220,11 @@ def _check_figure(option: str, path: Path | None) -> None:
 
 
 def _save_figure(option: str, path: Path, figure: Any) -> None:
-    from mnist_exp import plots
+    from mnist_exp import files, plots
 
-    try:
+    with files.asked_for(option, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         plots.save(figure, path)
-    except OSError as error:
-        raise ConfigError(f"{option} {path}: cannot be written ({error.strerror})") from error
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -243,7 +242,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(asked: argparse.Namespace) -> int:
-    store = api.open_store(asked.overrides)
+    store, root = api.open_store(asked.overrides), api.moved(asked.overrides)
     recorded = store.find(asked.run, sweep=asked.ensemble)  # before torch's seconds of import
 
     from mnist_exp import evaluation
@@ -252,11 +251,14 @@ def _evaluate(asked: argparse.Namespace) -> int:
 
     terminal = Terminal()
     if asked.ensemble:
-        together = evaluation.ensemble(store, recorded)
-        terminal.table("members", *together.table())
+        together = evaluation.ensemble(store, recorded, root)
         found = together.whole
     else:
-        found = evaluation.evaluate(store, recorded)
+        found = evaluation.evaluate(store, recorded, root)
+    folder = asked.output or output_root() / "outputs" / "evaluations" / found.run_id[:8]
+    files = evaluation.save(found.draw(), folder, asked.format)
+    if asked.ensemble:
+        terminal.table("members", *together.table())
     print(f"run            {found.run_id}  {found.name}")
     low, high = found.interval
     within = f"  95 % interval {low:.2%} to {high:.2%}"
@@ -277,15 +279,15 @@ def _evaluate(asked: argparse.Namespace) -> int:
             f"loss, to the mean of its members"
         )
     terminal.table("classes", *found.table())
-    folder = asked.output or output_root() / "outputs" / "evaluations" / found.run_id[:8]
-    files = evaluation.save(found.draw(), folder, asked.format)
     print(f"figures        {', '.join(files)}\noutput         {folder.resolve()}")
     return 0
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run id, its beginning, or last")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="PNG, JPEG, BMP, ...")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="PNG, JPEG, BMP, ...; and tracking.uri=..."
+    )
     parser.add_argument(
         "--raw",
         action="store_true",
@@ -303,7 +305,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _predict(asked: argparse.Namespace) -> int:
     _check_figure("--figure", asked.figure)
-    overrides = [word for word in asked.images if word.startswith("tracking.") and "=" in word]
+    overrides = [w for w in asked.images if re.match(r"[\w.]+=", w) and not os.path.exists(w)]
     files = [Path(word) for word in asked.images if word not in overrides]
     if not files:
         raise ConfigError("IMAGE: none is given. To predict: mnist-exp predict RUN IMAGE ...")
@@ -389,7 +391,7 @@ def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _reproduce(asked: argparse.Namespace) -> int:
-    store = api.open_store(asked.overrides)
+    store, root = api.open_store(asked.overrides), api.moved(asked.overrides)
     found = store.find(asked.run)  # before torch's seconds of import
 
     from mnist_exp import reproduction
@@ -397,11 +399,18 @@ def _reproduce(asked: argparse.Namespace) -> int:
 
     terminal = Terminal()
     again = reproduction.reproduce(
-        store, found, terminal, keep=asked.keep, threads=asked.threads, device=asked.device
+        store,
+        found,
+        terminal,
+        keep=asked.keep,
+        threads=asked.threads,
+        device=asked.device,
+        root=root,
     )
     print(f"run {found.info.run_id}  {found.info.run_name}")
-    if again.run_id:
-        print(f"again {again.run_id}")
+    if again.kept is not None:
+        print(f"again {again.run_id}\noutput {again.kept}")
+        _say_where(again.run_id[:8], again)
     terminal.table("recorded, and again", *again.table())
     print(again.verdict + (". What is not as it was:" if again.differences else ""))
     for difference in again.differences:

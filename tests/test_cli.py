@@ -514,10 +514,19 @@ def test_predict_what_is_no_image(finished: Started, call: Call, tmp_path: Path)
     assert ["error" in each for each in json.loads(out)] == [True, False, True]
 
 
+def test_predict_more_than_a_figure_shows(finished: Started, call: Call, tmp_path: Path) -> None:
+    image, bad = str(picture(tmp_path / "0.png")), [str(tmp_path / "no.png")] * 61
+    words = ["predict", "last", f"tracking.uri={finished.store}", "--figure", f"{tmp_path}/a.svg"]
+    assert call(*words, *bad, image)[0] == 1  # what could not be read takes no room
+    assert (tmp_path / "a.svg").exists()
+    assert call(*words, *[image] * 61)[0] == 0
+
+
 def test_predict_what_cannot_be(finished: Started, call: Call, tmp_path: Path) -> None:
     image, store = str(picture(tmp_path / "0.png")), f"tracking.uri={finished.store}"
     refused(call("predict", "last", store), "IMAGE", "mnist-exp predict RUN IMAGE ...")
     refused(call("predict", "x", image, store), "x: there is no such run")
+    refused(call("predict", "last", image, store, "seed=1"), "seed=1: it would change nothing")
     refused(call("predict", "last", image, store, "--figure", "a.jpg"), "a.jpg", ".png, .svg")
     file = tmp_path / "a file"
     file.touch()
@@ -528,7 +537,7 @@ def test_reproduce(finished: Started, call: Call) -> None:
     status, out, _ = call("reproduce", "last", f"tracking.uri={finished.store}")
     assert status == 0
     assert out.splitlines()[-1] == "identical"
-    assert "train/loss    2 epochs   none: identical" in out
+    assert re.search(r"train/loss +2 epochs +none: identical", out)
 
 
 def test_reproduce_otherwise(finished: Started, call: Call) -> None:

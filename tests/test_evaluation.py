@@ -1,15 +1,18 @@
 """Saved models on the official test set: exact numbers, their figures, and ensembles."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import fresh_store
+from helpers import fresh_store, write_idx
+from matplotlib.text import Text
+from PIL import Image
 
 import mnist_exp
-from mnist_exp import data, metrics
+from mnist_exp import cli, data, metrics
 from mnist_exp.errors import ConfigError
 from mnist_exp.evaluation import Ensemble, Evaluation
 from mnist_exp.record import Result
@@ -113,9 +116,47 @@ def test_numbers_agree_with_each_other(found: Evaluation) -> None:
     assert 0 < own.error < 1
 
 
+def test_data_that_has_moved_or_changed(store: str, tmp_path: Path) -> None:
+    before = write_idx(tmp_path / "before", size=14, classes=2)
+    words = [*SMALL, f"tracking.uri={store}", f"hydra.run.dir={tmp_path}/run", "dataset=idx"]
+    own = [f"dataset.root={before}", "dataset.train_size=null", "dataset.val_size=30"]
+    done = mnist_exp.train([*words, *own])
+    after = before.rename(tmp_path / "after")
+    there = [f"tracking.uri={store}"]
+    with pytest.raises(ConfigError, match="before: there is no such folder"):
+        mnist_exp.evaluate(done.run_id, there)
+    found = mnist_exp.evaluate(done.run_id, [*there, f"dataset.root={after}"])
+    assert found.test == found.recorded
+    again = mnist_exp.reproduce(done.run_id, [*there, f"dataset.root={after}"])
+    assert again.verdict == "identical"
+    image = tmp_path / "a.png"
+    Image.new("L", (14, 14), 200).save(image)
+    (taken,) = mnist_exp.predict([image], done.run_id, there, raw=True)  # which needs no data
+    assert {name for name, _ in taken.classes} == {"0", "1"}
+    labels = after / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-2] + bytes([1, 0]))
+    with pytest.raises(ConfigError, match="this is not the data of run"):
+        mnist_exp.evaluate(done.run_id, [*there, f"dataset.root={after}"])
+
+
+def test_what_is_on_record_is_not_overridden(run: Result, store: str) -> None:
+    with pytest.raises(ConfigError, match=r"^seed=7: it would change nothing here"):
+        mnist_exp.evaluate(run.run_id, [f"tracking.uri={store}", "seed=7"])
+
+
 def test_figures(found: Evaluation) -> None:
     figures = found.draw()
     assert set(figures) == {"mistakes", "confusion", "calibration", "curves", "first_layer"}
+
+    def written(name: str) -> str:
+        return " ".join(text.get_text() for text in figures[name].findobj(Text))
+
+    assert f"expected calibration error {found.calibration.error:.2%}" in written("calibration")
+    assert f"{found.test['test/accuracy']:.2%} right" in written("confusion")
+    wrong = round(len(found.dataset.test) * (1 - found.test["test/accuracy"]))
+    assert f"most confident of {wrong} mistakes" in written("mistakes")
+    assert f"best epoch {found.best_epoch}" in written("curves")
+    assert "64 units" in written("first_layer")
 
 
 # of several
@@ -132,7 +173,8 @@ def test_probabilities_are_averaged(together: Ensemble) -> None:
 
 def test_members_are_the_chosen_cell(together: Ensemble, seeds: Swept) -> None:
     chosen = seeds.report.chosen
-    assert chosen is not None and together.label == chosen.label == "lr=0.1"
+    assert chosen is not None and chosen.label == "lr=0.1"
+    assert together.whole.name == "ensemble of 3, lr=0.1"
     assert [m.run_id for m in together.members] == [job.run_id for job in chosen.finished]
     assert [m.test for m in together.members] == [
         pytest.approx(m.recorded, rel=1e-6) for m in together.members
@@ -146,6 +188,31 @@ def test_what_an_ensemble_adds(together: Ensemble) -> None:
         together.whole.test["test/accuracy"] - sum(own) / 3
     )
     assert together.gain("test/loss") < 0  # the logarithm is concave
+
+
+def test_an_ensemble_as_it_is_printed(
+    together: Ensemble,
+    seeds: Swept,
+    store: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["evaluate", seeds.run_id[:8], f"tracking.uri={store}"]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*words, "--ensemble", "--output", f"{tmp_path}/figures"])
+    out = capsys.readouterr().out
+    for member in together.members:
+        assert re.search(rf"^ *{member.run_id[:8]} .* seed=\d +\d\d\.\d\d%", out, re.MULTILINE)
+    assert together.spread("test/accuracy").percent() in out
+    gain = 100 * together.gain("test/accuracy")
+    assert f"adds           {gain:+.2f} percentage points of accuracy" in out
+    assert "recorded" not in out
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        *("mistakes.png", "confusion.png", "calibration.png")
+    }
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    assert f"mnist-exp evaluate {seeds.run_id[:8]} --ensemble" in capsys.readouterr().err
 
 
 def test_an_ensemble_of_one_is_none(store: str, tmp_path: Path) -> None:

@@ -430,3 +430,12 @@ def test_a_network_trained_on_mnist_reads_them(mnist: Dataset, tmp_path: Path) -
         with torch.no_grad():
             logits = model(mnist.normalise(torch.from_numpy(images)[:, None]))
         assert (logits.argmax(1) == labels).float().mean() >= 0.9
+
+
+def test_ink_of_one_shade(tmp_path: Path) -> None:
+    """To the last bit but one, which left nothing to divide into dark and light."""
+    picture = Image.new("RGB", (23, 23), (205, 205, 205))
+    line = [(6.9, 4.6), (16.1, 4.6), (9.2, 18.4)]
+    ImageDraw.Draw(picture).line(line, fill=(137, 28, 212), width=1)
+    image = seen(picture, tmp_path)
+    assert image.max() == 255 and max(box(image)) == 20

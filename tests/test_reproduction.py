@@ -13,7 +13,8 @@ from helpers import fresh_store
 from omegaconf import OmegaConf
 
 import mnist_exp
-from mnist_exp import api, config, data
+from mnist_exp import api, config, data, training
+from mnist_exp import run as package_run
 from mnist_exp.console import Reporter
 from mnist_exp.errors import ConfigError, RunFailed
 from mnist_exp.record import Result
@@ -145,6 +146,85 @@ def test_another_thread_count_is_within_tolerance(again: Callable[..., Reproduct
     found = again(threads=2)
     assert found.verdict == "within tolerance"
     assert found.differences == ["threads: 1, now 2"]
+
+
+def test_another_seed_is_different_without_first_losses(
+    again: Callable[..., Reproduction], edited: Callable, run: Result, store: str
+) -> None:
+    """The record of a run from before they were kept: losses alone could not tell."""
+    client = mlflow.MlflowClient(store)
+    losses = client.get_run(run.run_id).data.tags["first_losses"]
+    client.delete_tag(run.run_id, "first_losses")
+    try:
+        found = again(threads=2)
+        assert found.verdict == "within tolerance"
+        assert any("first losses are not on record" in said for said in found.differences)
+        edited("training.label_smoothing", 1e-6)
+        assert again().verdict == "different"
+    finally:
+        client.set_tag(run.run_id, "first_losses", losses)
+
+
+def test_a_second_run_that_fails_says_why(
+    again: Callable[..., Reproduction], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fit = training.fit
+
+    def failing(*arguments: object, **more: object) -> Iterator[object]:
+        for event in fit(*arguments, **more):  # type: ignore[arg-type]
+            yield event
+            if isinstance(event, training.Epoch):
+                raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(training, "fit", failing)
+    monkeypatch.setattr(config, "output_root", lambda: tmp_path)
+    for keep in (None, fresh_store(tmp_path / "kept")):
+        found = again(keep=keep)
+        assert found.verdict == "different"
+        assert found.differences[0] == "the second run failed: RuntimeError: out of luck"
+        assert [each.beyond for each in found.agreements] == [None, 2, 2, 3]
+
+
+def test_no_more_is_trained_than_was_recorded(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupting(Reporter):
+        def epoch(self, record: training.Epoch) -> None:
+            if record.epoch == 2:
+                raise KeyboardInterrupt
+
+    words = [f"tracking.uri={store}", f"hydra.run.dir={tmp_path}/run", "training.epochs=50"]
+    composed = config.compose([*SMALL, *words, "schedule=cosine"])
+    with pytest.raises(KeyboardInterrupt):
+        package_run.train_composed(composed, Interrupting())
+    predict, splits = training.predict, []
+    monkeypatch.setattr(
+        training,
+        "predict",
+        lambda stack, d, split: splits.append(split) or predict(stack, d, split),
+    )
+    found = mnist_exp.reproduce("last", [f"tracking.uri={store}"])
+    assert found.verdict == "identical" and found.differences == []
+    assert [(each.name, each.compared) for each in found.agreements[1:]] == [
+        ("train/loss", 2),
+        ("val/loss", 2),
+    ]
+    assert len(splits) == 2  # validation, after each epoch; and no test set
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ({"device": "cuda:99"}, "cannot be trained here, --device cuda:99: training.device"),
+        ({"threads": 5000}, "cannot be trained here, --threads 5000: training.threads=5000"),
+        ({"keep": "nonsense"}, "--keep nonsense: "),
+    ],
+)
+def test_what_was_typed_is_named(
+    asked: dict[str, object], said: str, again: Callable[..., Reproduction]
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        again(**asked)
 
 
 def test_another_seed_is_different(again: Callable[..., Reproduction], edited: Callable) -> None:
