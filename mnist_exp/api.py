@@ -10,6 +10,7 @@ from mnist_exp.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from mnist_exp.config import Config
     from mnist_exp.data import Dataset
     from mnist_exp.evaluation import Ensemble, Evaluation
     from mnist_exp.prediction import Prediction
@@ -21,10 +22,17 @@ if TYPE_CHECKING:
 
 def load(overrides: Sequence[str] = ()) -> "Dataset":
     """The data set that a run with these overrides would be trained on. Raises ConfigError."""
-    from mnist_exp import config as configs
+    config = _config(overrides)  # before torch's seconds of import
+
     from mnist_exp.job import load_dataset
 
-    return load_dataset(configs.validate(configs.task_config(configs.compose(overrides))).dataset)
+    return load_dataset(config.dataset)
+
+
+def _config(overrides: Sequence[str]) -> "Config":
+    from mnist_exp import config as configs
+
+    return configs.validate(configs.task_config(configs.compose(overrides)))
 
 
 def build(overrides: Sequence[str] = ()) -> "torch.nn.Module":
@@ -153,8 +161,7 @@ def store_uri(overrides: Sequence[str], required: bool = True) -> str:
                 f"{override}: it would change nothing here, as the run is on record. What can be "
                 f"said is tracking.uri=..., the store, and dataset.root=FOLDER, where its data is"
             )
-    config = configs.validate(configs.task_config(configs.compose(overrides)))
-    uri = tracking.store_uri(config.tracking.uri, configs.output_root())
+    uri = tracking.store_uri(_config(overrides).tracking.uri, configs.output_root())
     tracking.check_store(uri, required=required)
     return uri
 

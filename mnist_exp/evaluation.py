@@ -53,7 +53,7 @@ class Evaluation:
         true, predicted = self.dataset.test.labels, self.logits.argmax(-1)
         return metrics.class_scores(metrics.confusion(true, predicted, len(self.dataset.classes)))
 
-    @property
+    @cached_property
     def calibration(self) -> Calibration:
         """How well its confidence says how often it is right."""
         return metrics.calibration(self.logits.double().softmax(-1).amax(-1), self._correct)

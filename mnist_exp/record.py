@@ -155,8 +155,8 @@ class Record:
             self.fail(error)
         return isinstance(error, Exception)
 
-    def start(self, dataset: data.Dataset, stack: Stack) -> None:
-        """Before training; `stack` has the run's model alone."""
+    def start(self, dataset: data.Dataset, stack: Stack, k: int) -> None:
+        """Before training; the run is number k of the stack."""
         self.log.write(f"{self.job.name}  on {self.job.device}\n")
         self.tracker.params(dict(configs.leaves(self.job.asked)))
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
@@ -170,7 +170,7 @@ class Record:
         if self.finished:
             record_first(dataset, self.tracker)
         if dataset.val is not None and self._image_every is not None:  # the UI's slider starts at 0
-            record_predictions(stack, dataset, self.tracker, 0)
+            record_predictions(stack.take([k]), dataset, self.tracker, 0)
 
     @property
     def _image_every(self) -> int | None:

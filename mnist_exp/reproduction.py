@@ -158,8 +158,9 @@ def reproduce(
     """Trains a run again, as `store.find` gives it, and compares the loss of every epoch.
 
     keep: the store for the second run, which is gone otherwise. threads, device: in place of the
-    recorded ones; root: where its data is by now. Raises ConfigError where the record does not tell
-    enough, or the machine lacks something, and RunFailed where the second run does not get as far.
+    recorded ones; root: where its data is by now. That the second run fails is one of the
+    differences. Raises ConfigError where the record does not tell enough, or the machine lacks
+    something.
     """
     run_id, status, tags = found.info.run_id, found.info.status, found.data.tags
     if status == "RUNNING":

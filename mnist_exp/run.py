@@ -170,7 +170,7 @@ def _train(
     every = configs.checkpoint_every(own.checkpoint_every)
     for k, record in _open(records):
         with record:
-            record.start(dataset, stack.take([k]))
+            record.start(dataset, stack, k)
     if state is not None:
         for record, own_state in zip(records, state["records"], strict=True):
             with record:

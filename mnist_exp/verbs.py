@@ -23,6 +23,9 @@ HYDRAS_OWN = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--inf
               "--experimental-rerun")  # fmt: skip
 
 
+FORMATS = ("png", "svg", "pdf")  # of a figure: plots has them too, whose import takes half a second
+
+
 @dataclass(frozen=True)
 class Verb:
     """What can be typed behind `mnist-exp`."""
@@ -215,7 +218,7 @@ def _show(asked: argparse.Namespace) -> int:
 
 
 def _check_figure(option: str, path: Path | None) -> None:
-    if path is not None and path.suffix.lower() not in (".png", ".svg", ".pdf"):
+    if path is not None and path.suffix.lower().removeprefix(".") not in FORMATS:
         raise ConfigError(f"{option} {path}: must end in .png, .svg or .pdf")
 
 
@@ -242,19 +245,17 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(asked: argparse.Namespace) -> int:
-    store, root = api.open_store(asked.overrides), api.moved(asked.overrides)
-    recorded = store.find(asked.run, sweep=asked.ensemble)  # before torch's seconds of import
+    if asked.ensemble:
+        together = api.ensemble(asked.run, asked.overrides)
+        found = together.whole
+    else:
+        found = api.evaluate(asked.run, asked.overrides)
 
     from mnist_exp import evaluation
     from mnist_exp.config import output_root
     from mnist_exp.console import Terminal
 
     terminal = Terminal()
-    if asked.ensemble:
-        together = evaluation.ensemble(store, recorded, root)
-        found = together.whole
-    else:
-        found = evaluation.evaluate(store, recorded, root)
     folder = asked.output or output_root() / "outputs" / "evaluations" / found.run_id[:8]
     files = evaluation.save(found.draw(), folder, asked.format)
     if asked.ensemble:
@@ -491,8 +492,7 @@ def _add_overrides(parser: argparse.ArgumentParser, such: str = "tracking.uri=..
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
-    kinds = ("png", "svg", "pdf")
-    parser.add_argument("--format", choices=kinds, default="png", help="of the figures written")
+    parser.add_argument("--format", choices=FORMATS, default="png", help="of the figures written")
 
 
 VERBS = {

@@ -1,10 +1,12 @@
 """A small data set, learnable but not at once, made in a moment."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from faulty_server import FaultyServer, Upstream
+from helpers import fresh_store
 from torch import Tensor
 
 from mnist_exp.data import Dataset, Split
@@ -16,6 +18,18 @@ def _split(patterns: Tensor, count: int, generator: torch.Generator) -> Split:
     labels = torch.randint(CLASSES, (count,), generator=generator)
     noise = torch.randint(0, 160, (count, 1, *patterns.shape[1:]), generator=generator)
     return Split((patterns[labels][:, None] + noise).to(torch.uint8), labels)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For the runs of a module's tests."""
+    return tmp_path_factory.mktemp("a module")
+
+
+@pytest.fixture(scope="module")
+def store(folder: Path) -> str:
+    """The URI of a store of a module's own."""
+    return fresh_store(folder)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import fresh_store, write_idx
+from helpers import write_idx
 from matplotlib.text import Text
 from PIL import Image
 
@@ -68,11 +68,6 @@ def test_calibration_at_the_edges() -> None:
 
 
 # of a run
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return fresh_store(tmp_path_factory.mktemp("evaluation"))
 
 
 @pytest.fixture(scope="module")

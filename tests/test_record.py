@@ -42,16 +42,6 @@ OVERRIDES = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("a record")
-
-
-@pytest.fixture(scope="module")
-def store(folder: Path) -> str:
-    return fresh_store(folder)
-
-
-@pytest.fixture(scope="module")
 def overrides(folder: Path, store: str) -> list[str]:
     return [*OVERRIDES, f"tracking.uri={store}", f"hydra.run.dir='{folder}/run'"]
 

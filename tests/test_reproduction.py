@@ -82,11 +82,6 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return fresh_store(tmp_path_factory.mktemp("reproduction"))
-
-
-@pytest.fixture(scope="module")
 def run(store: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
     folder = tmp_path_factory.mktemp("a run")
     words = [f"tracking.uri={store}", f"hydra.run.dir={folder}/run", "training.threads=1"]

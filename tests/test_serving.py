@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import fresh_store
 
 import mnist_exp
 from mnist_exp.record import Result
@@ -32,16 +31,6 @@ models = [mlflow.pytorch.load_model(uri) for uri in sys.argv[1:]]
 with torch.no_grad():
     print(json.dumps([model(images).tolist() for model in models]))
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("serving")
-
-
-@pytest.fixture(scope="module")
-def store(folder: Path) -> str:
-    return fresh_store(folder)
 
 
 @pytest.fixture(scope="module")
