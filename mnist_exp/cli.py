@@ -1,13 +1,14 @@
 """The command line: `mnist-exp VERB`. A thin layer that imports nothing heavy before it must."""
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mnist_exp import __version__, signals
+from mnist_exp import __version__, signals, streams
 from mnist_exp.errors import BROKEN_PIPE, ConfigError, RunFailed, Terminated
 from mnist_exp.verbs import VERBS, command
 
@@ -34,6 +35,7 @@ def program() -> NoReturn:
     clearing up before it ends takes one to three seconds.
     """
     status = 1  # of an exception that main() lets pass, whose traceback Python has printed
+    output = streams.replace()
 
     def vanish() -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -48,7 +50,12 @@ def program() -> NoReturn:
         main()
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
-        signals.ignore()  # all is written
+        signals.ignore()
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+        if output.problem and not status:
+            print(f"mnist-exp: the output cannot be written: {output.problem}", file=sys.stderr)
+            status = 1
         raise
 
 
@@ -70,10 +77,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             traceback.print_exc()
         _complain(str(error), 2 if isinstance(error, ConfigError) else 1)
     except (KeyboardInterrupt, Terminated) as ended:
+        status = int(ended.code or 1) if isinstance(ended, Terminated) else 130
         text = "terminated" if isinstance(ended, Terminated) else "interrupted"
         if folders := getattr(ended, "__notes__", []):
             text += f". To go on with it:\n{command('resume', folders[0])}"
-        _complain(text, int(ended.code or 1) if isinstance(ended, Terminated) else 130)
+        elif status == BROKEN_PIPE:
+            sys.exit(status)  # as below: no run was ended by it
+        _complain(text, status)
     except BrokenPipeError:  # nobody reads the last lines, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
