@@ -34,6 +34,7 @@ from PIL import Image
 DPI = 128  # a power of two: pixels / DPI * DPI is exact, so a figure has the pixels it asks for
 ROWS, COLUMNS = 5, 6  # of a grid
 PAIRS = 60  # pictures beside what is seen of them
+UNITS = 64  # of a first layer
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart with any common colour blindness.
 BLUE, GREEN, ORANGE = "#0072b2", "#009e73", "#d55e00"
@@ -622,28 +623,25 @@ def _number(value: float) -> str:
     return text
 
 
-def weights(images: Floats, title: str, caption: str = "", limit: int = 64) -> Figure:
+def weights(images: Floats, title: str) -> Figure:
     """The weights of a first layer, an image for each unit or filter, in reading order.
 
-    images [N, H, W] with N from 1 on, of which the first `limit` are shown, 8 in a row at most up
-    to 64. A colour means the same weight in all of them: 0 is nearly white, and the scale ends at
+    images [N, H, W] with N from 1 on, of which the first 64 are shown, 8 in a row at most. A colour
+    means the same weight in all of them: 0 is nearly white, and the scale ends at
     the greatest magnitude shown. A weight that isn't finite is black. Raises ValueError for other
-    shapes and for a limit below 1.
+    shapes.
     """
     if images.ndim != 3 or not np.issubdtype(images.dtype, np.floating) or not images.size:
         raise ValueError(f"images: {images.dtype} {images.shape}, not float [1.., H, W]")
-    if limit < 1:
-        raise ValueError(f"limit: {limit}, not 1 or more")
-    shown = images[:limit]
-    if len(shown) < len(images):
-        caption = f"{caption}; " * bool(caption) + f"the first {len(shown)} of {len(images)}"
-    title, caption = _short(title, 72), _short(caption, 110)
+    shown = images[:UNITS]
+    caption = f"the first {UNITS} of {len(images)}" * (len(images) > UNITS)
+    title = _short(title, 72)
     most = float(np.abs(shown[np.isfinite(shown)]).max(initial=0.0)) or 1.0
 
     # In pixels. As square as goes with the fewest gaps in the last row.
     count = len(shown)
     fewest = math.ceil(math.sqrt(count))
-    across = min(range(fewest, max(8, fewest) + 1), key=lambda columns: -count % columns)
+    across = min(range(fewest, 9), key=lambda columns: -count % columns)
     scale = _scale(max(shown.shape[1:]), min(168, max(1, 900 // across)))
     tiles = _resampled(np.ma.masked_invalid(shown.astype(np.float64)), scale)
     _, high, wide = tiles.shape
