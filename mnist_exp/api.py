@@ -3,7 +3,7 @@ runs. Overrides are those of the command line; a run is `last`, a run id, or its
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mnist_exp.errors import ConfigError
 
@@ -32,7 +32,14 @@ def load(overrides: Sequence[str] = ()) -> "Dataset":
 def _config(overrides: Sequence[str]) -> "Config":
     from mnist_exp import config as configs
 
-    return configs.validate(configs.task_config(configs.compose(overrides)))
+    return configs.validate(configs.task_config(configs.compose(_listed("overrides", overrides))))
+
+
+def _listed(name: str, given: Sequence[Any]) -> list[Any]:
+    """A text is a sequence too, of its letters, and never what is meant. Raises ConfigError."""
+    if isinstance(given, str | bytes | Path):
+        raise ConfigError(f"{name}: must be a list, [{given!r}], and not {given!r} itself")
+    return list(given)
 
 
 def build(overrides: Sequence[str] = ()) -> "torch.nn.Module":
@@ -41,7 +48,7 @@ def build(overrides: Sequence[str] = ()) -> "torch.nn.Module":
     from mnist_exp.job import prepare
     from mnist_exp.stack import Stack
 
-    job = prepare(configs.compose(overrides))
+    job = prepare(configs.compose(_listed("overrides", overrides)))
     return Stack(job.build, [job.config.seed], job.device).model(0)
 
 
@@ -55,7 +62,8 @@ def train(overrides: Sequence[str] = (), verbose: bool = False) -> "Result":
     from mnist_exp import run
     from mnist_exp.console import Reporter, Terminal
 
-    return run.train_composed(configs.compose(overrides), Terminal() if verbose else Reporter())
+    composed = configs.compose(_listed("overrides", overrides))
+    return run.train_composed(composed, Terminal() if verbose else Reporter())
 
 
 def train_sweep(overrides: Sequence[str], verbose: bool = False) -> "Swept":
@@ -67,7 +75,7 @@ def train_sweep(overrides: Sequence[str], verbose: bool = False) -> "Swept":
     from mnist_exp import config as configs
     from mnist_exp import grid
 
-    context, master = configs.compose_sweep(overrides)
+    context, master = configs.compose_sweep(_listed("overrides", overrides))
     jobs = grid.jobs(context, master)
 
     from mnist_exp import sweep
@@ -105,12 +113,13 @@ def predict(
 
     raw: they are light ink on black, as in MNIST, and not to be inverted, cropped and centred.
     """
+    paths = [Path(file) for file in _listed("files", files)]
     store = open_store(overrides)
     found = store.find(run)
 
     from mnist_exp import prediction
 
-    return prediction.predict(store, found, [Path(file) for file in files], raw)
+    return prediction.predict(store, found, paths, raw)
 
 
 def reproduce(
@@ -155,7 +164,7 @@ def store_uri(overrides: Sequence[str], required: bool = True) -> str:
     from mnist_exp import config as configs
     from mnist_exp import tracking
 
-    for override in overrides:
+    for override in _listed("overrides", overrides):
         if not override.startswith(("tracking.", "dataset.root=")):
             raise ConfigError(
                 f"{override}: it would change nothing here, as the run is on record. What can be "

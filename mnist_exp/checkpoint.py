@@ -42,23 +42,27 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What was saved, on the CPU. Raises ConfigError where the file is not what was written."""
+def load(path: Path, name: str = "") -> dict[str, Any]:
+    """What was saved, on the CPU. Raises ConfigError where the file is not what was written.
+
+    `name`: of the file, in the messages, if a person does not know it by its path.
+    """
+    name = name or str(path)
     if not path.exists():
-        raise ConfigError(f"{path}: there is no such checkpoint")
+        raise ConfigError(f"{name}: there is no such checkpoint")
     sidecar = _sidecar(path)
     if not sidecar.exists():
-        raise ConfigError(f"{path}: not to be trusted, as {sidecar.name} is not beside it")
-    other = ConfigError(f"{path}: not a checkpoint of tensors and plain values alone")
+        raise ConfigError(f"{name}: not to be trusted, as {sidecar.name} is not beside it")
+    other = ConfigError(f"{name}: not a checkpoint of tensors and plain values alone")
     with path.open("rb") as file:  # opened once: what is loaded is what was checked
         digests = _digests(path)
         found = hashlib.file_digest(file, "sha256").hexdigest()
         if found not in digests:
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return load(path)  # saved anew since it was opened, and its sidecar with it
+                return load(path, name)  # saved anew since it was opened, and its sidecar with it
             listed = " or ".join(f"{digest[:12]}..." for digest in digests) or "none"
             raise ConfigError(
-                f"{path}: damaged, its SHA-256 is {found[:12]}... but {sidecar.name} has {listed}"
+                f"{name}: damaged, its SHA-256 is {found[:12]}... but {sidecar.name} has {listed}"
             )
         file.seek(0)
         try:

@@ -10,13 +10,12 @@ import contextlib
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from mnist_exp.errors import ConfigError
 from mnist_exp.verbs import HYDRAS_OWN, VERBS, Verb
 
 FILES = ":files"  # instead of candidates: the shell is to complete the name of a file
-SHOWN = 50  # runs
+OFFERED = 50  # runs
 _KINDS = {"RUN": False, "SWEEP": True, "RUN_OR_SWEEP": None}  # metavar -> is it a sweep
 
 Candidates = list[tuple[str, str]]  # with their descriptions
@@ -126,7 +125,8 @@ def _takes_files(action: argparse.Action, word: str) -> bool:
     if action.metavar == "OVERRIDE":
         return "=" in word
     is_folder = action.dest in ("config_dir", "config_path")
-    return is_folder or action.type is Path or action.metavar in ("IMAGE", "RUN_OR_SWEEP")
+    is_file = action.dest in ("output", "figure") or action.metavar in ("IMAGE", "RUN_OR_SWEEP")
+    return is_folder or is_file
 
 
 def _overrides(word: str, others: Sequence[str], values: dict[str, str]) -> Candidates:
@@ -147,7 +147,7 @@ def _runs(sweep: bool | None, overrides: Sequence[str]) -> Candidates:
         return []
     runs = tracking.listed(uri, sweep)
     alike = Counter(run_id[:8] for run_id, _ in runs)
-    short = [(r[:8] if alike[r[:8]] == 1 else r, name) for r, name in runs[:SHOWN]]
+    short = [(r[:8] if alike[r[:8]] == 1 else r, name) for r, name in runs[:OFFERED]]
     return [("last", "the newest"), *short] if short else []
 
 
@@ -159,7 +159,7 @@ _mnist_exp() {
     COMPREPLY=()
     while IFS= read -r candidate; do
         COMPREPLY+=("$candidate")
-    done < <(COMP_WORDBREAKS=$COMP_WORDBREAKS "${1/#\~/$HOME}" completion bash \
+    done < <("${1/#\~/$HOME}" completion bash --breaks "$COMP_WORDBREAKS" \
         --line "${COMP_LINE:0:COMP_POINT}" 2>/dev/null </dev/null)
     case ${COMPREPLY[0]-} in
         :files) COMPREPLY=(); compopt -o default ;;

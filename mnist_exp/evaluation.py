@@ -29,11 +29,11 @@ class Evaluation:
 
     run_id: str
     name: str
-    dataset: Dataset
-    logits: Tensor  # [N, classes]
+    dataset: Dataset = field(repr=False)
+    logits: Tensor = field(repr=False)  # [N, classes]
     recorded: Mapping[str, float] = field(default_factory=dict)  # what the run itself had found
-    model: nn.Module | None = None  # None: it is several
-    history: History = field(default_factory=dict)  # of its training
+    model: nn.Module | None = field(default=None, repr=False)  # None: it is several
+    history: History = field(default_factory=dict, repr=False)  # of its training
     best_epoch: int | None = None  # whose weights these are, if validation chose them
 
     @cached_property
@@ -65,7 +65,7 @@ class Evaluation:
     def table(self) -> Table:
         """A row a class."""
         rows = [
-            [name, f"{one.precision:.2%}", f"{one.recall:.2%}", f"{one.f1:.2%}", f"{one.images}"]
+            [name, *map(_share, (one.precision, one.recall, one.f1)), str(one.images)]
             for name, one in zip(self.dataset.classes, self.classes, strict=True)
         ]
         return ["class", "precision", "recall", "F1", "images"], rows
@@ -86,6 +86,10 @@ class Evaluation:
         if layer is not None:
             figures["first_layer"] = layer
         return figures
+
+
+def _share(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2%}"
 
 
 def evaluate(store: Store, found: Any, root: str | None = None) -> Evaluation:
@@ -110,6 +114,7 @@ def evaluate(store: Store, found: Any, root: str | None = None) -> Evaluation:
 
 def _evaluated(found: Any, dataset: Dataset, stack: Stack, **more: Any) -> Evaluation:
     (logits,) = training.predict(stack, dataset, dataset.test)
+    saved.check_finite(logits, found)
     recorded = {k: v for k, v in found.data.metrics.items() if k.startswith("test/")}
     info = found.info
     return Evaluation(info.run_id, info.run_name, dataset, logits, recorded, **more)

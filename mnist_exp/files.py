@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +40,22 @@ def asked_for(option: str, path: Path) -> Iterator[None]:
             f"{option} {path}: cannot be written ({error.strerror}). Choose another place: "
             f"{option} ..."
         ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OSError for a folder in which nothing could be written, or that cannot be made, as far
+    as a look can tell. Creates nothing."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    tempfile.TemporaryFile(dir=place).close()  # it has no name, and leaves no trace
+
+
+def check_file(path: Path) -> None:
+    """The same for a file, which may be there already."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    check_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -101,6 +101,8 @@ def _decode(file: IO[bytes], length: int) -> Bytes:
         found = re.search(r"\d+", str(error))
         _check_pixels(int(found.group()) if found else 2 * MOST_PIXELS)
         raise Unreadable(f"it is damaged: {error}") from None
+    except MemoryError:
+        raise Unreadable("it is too large to be decoded") from None
     except Exception as error:  # a decoder can raise anything
         if isinstance(error, EOFError) or "truncated" in str(error).lower():
             raise Unreadable(f"it is cut off after {length:,} bytes, or damaged") from None

@@ -1,7 +1,7 @@
 """What a run's model says of image files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ class Prediction:
     """Of one file; `problem` says why there is none."""
 
     file: Path
-    photo: Photo | None = None  # of as many as a figure shows; of more, memory would not do
+    photo: Photo | None = field(
+        default=None, repr=False
+    )  # of as many as a figure shows; of more, memory would not do
     classes: Sequence[tuple[str, float]] = ()  # the most probable three, with their probabilities
     problem: str = ""
 
@@ -36,7 +38,7 @@ def predict(store: Store, found: Any, files: Sequence[Path], raw: bool) -> list[
     """One a file, in their order. found: a run, as `store.find` gives it.
 
     raw: the files are taken as they are, for what is no photograph of ink on paper. Raises
-    ConfigError where the run has left no model.
+    ConfigError where the run has left no model, or one that gives no numbers.
     """
     facts, stack = saved.fetch_model(store, found)
     predictions: list[Prediction] = []
@@ -48,7 +50,9 @@ def predict(store: Store, found: Any, files: Sequence[Path], raw: bool) -> list[
             predictions.append(Prediction(file, problem=str(problem)))
             continue
         image = torch.from_numpy(photo.seen)[None, None]  # [1, 1, H, W]
-        shares = stack.logits(facts.normalise(image))[0, 0].double().softmax(-1)
+        logits = stack.logits(facts.normalise(image))[0, 0]
+        saved.check_finite(logits, found)
+        shares = logits.double().softmax(-1)
         best = shares.topk(min(NAMED, len(shares)))
         names = [facts.classes[i] for i in best.indices.tolist()]
         classes = list(zip(names, best.values.tolist(), strict=True))

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,13 +86,12 @@ def write_configs(job: Job, folder: Path) -> None:
 
 def check_folder(folder: Path, key: str = "hydra.run.dir") -> None:
     """Raises ConfigError for an output folder that cannot be made, as far as a look can tell."""
-    place = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        tempfile.TemporaryFile(dir=place).close()  # it has no name, and leaves no trace
+        files.check_folder(folder)
     except OSError as error:
         raise ConfigError(
-            f"{folder}: the output folder cannot be made, as {place} cannot be written "
-            f"({error.strerror}). Choose another: {key}=FOLDER"
+            f"{folder}: the output folder cannot be made or written ({error.strerror}). Choose "
+            f"another: {key}=FOLDER"
         ) from error
 
 

@@ -10,24 +10,26 @@ losses of the first steps, and what comes later is held to what rounding alone h
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
 from mnist_exp import config as configs
-from mnist_exp import run, training
+from mnist_exp import journal, run, saved, training
 from mnist_exp.console import Reporter
 from mnist_exp.errors import ConfigError, RunFailed, reason_of
 from mnist_exp.job import Job, prepare
 from mnist_exp.record import DIFF, FIRST_LOSSES, Result
 from mnist_exp.report import Table
 from mnist_exp.tracker import Story, index_at
-from mnist_exp.tracking import Delivered, Store, check_store, dataset_digest
+from mnist_exp.tracking import Delivered, Store, check_store, choices_of, dataset_digest, tag_of
 
+PREFIX = "mnist-exp-"  # of the temporary folder of a second run
 STEPS = "first steps"
 LOSSES = ("train/loss", "val/loss", "test/loss")
 # What two runs of one computation may differ by, relative and in nats: either is enough.
@@ -111,8 +113,8 @@ class Reproduction:
                 row += ["none: identical", *[""] * 5]
             else:
                 where = f"{one.at} ({'greatest' if one.beyond is None else 'too great'})"
-                row += [str(one.first), where, f"{one.recorded:.8g}", f"{one.again:.8g}"]
-                row += [f"{one.difference:.2g}", one.allowed]
+                row += [str(one.first), where, _number(one.recorded, 8), _number(one.again, 8)]
+                row += [_number(one.difference, 2), one.allowed]
             rows.append(row)
         return header, rows
 
@@ -165,17 +167,18 @@ def reproduce(
     run_id, status, tags = found.info.run_id, found.info.status, found.data.tags
     if status == "RUNNING":
         raise ConfigError(f"run {run_id}: it is still running. To reproduce it, wait for its end")
+    first, choices = tag_of(found, FIRST_LOSSES, _losses, {}), choices_of(found)
     recorded = {key: dict(store.history(run_id, key)) for key in LOSSES}
     if not recorded["train/loss"]:
         raise ConfigError(f"run {run_id}: no epoch of it is recorded; the run is {status}")
-    with TemporaryDirectory(prefix="mnist-exp-") as temporary:
+    _clear_up()
+    with TemporaryDirectory(prefix=PREFIX) as temporary:
         place = Path(temporary)
-        config = OmegaConf.load(store.fetch(run_id, "config.yaml", place))
+        config = saved.config_of(store, run_id, place)
         diff = _text(store.fetch(run_id, DIFF, place)) if store.has(run_id, DIFF) else ""
-        assert isinstance(config, DictConfig)
         changed = tags.get("config_hash") not in (None, configs.identity(config))
         differences = [CHANGED] if changed else []
-        _as_recorded(config, tags, threads, device, root)
+        _as_recorded(config, found, threads, device, root)
         if keep is not None:
             try:
                 check_store(keep, config.tracking.experiment)
@@ -183,7 +186,7 @@ def reproduce(
                 raise ConfigError(f"--keep {keep}: {error}") from error
             config.tracking.tags = {**config.tracking.tags, "reproduces": run_id}
         try:
-            job = _job(config, tags, None if keep else place / "run")
+            job = _job(config, choices, None if keep else place / "run")
         except ConfigError as error:
             typed = f"--device {device}" if device else f"--threads {threads}" if threads else ""
             said = typed or "as its record says (another device: --device cpu)"
@@ -196,7 +199,7 @@ def reproduce(
             job = replace(job, index=index_at(place))
         outcome = _train(job, folder, until, keep is not None, bool(recorded["test/loss"]))
         story = Story.of(folder)
-        steps = agreement(STEPS, _steps(tags), _steps(story.tags))
+        steps = agreement(STEPS, first, _losses(story.tags.get(FIRST_LOSSES, "[]")))
         agreements = [
             steps,
             *(agreement(key, recorded[key], story.metrics.get(key, {})) for key in LOSSES),
@@ -215,6 +218,14 @@ def reproduce(
         run_id=run.name_of(folder) if keep else "",
         delivered=Delivered.of(folder, job.store_uri).ended,
     )
+
+
+def _clear_up() -> None:
+    """What second runs have left whose process was killed."""
+    for left in Path(gettempdir()).glob(f"{PREFIX}*"):
+        story = Story.of(left / "run")
+        if story.key and not journal.is_alive(story.owner):
+            shutil.rmtree(left, ignore_errors=True)  # another user's stays
 
 
 def _train(
@@ -247,6 +258,11 @@ def agreement(name: str, recorded: Mapping[int, float], again: Mapping[int, floa
     return Agreement(name, len(recorded), first, beyond, at, *values)
 
 
+def _number(value: float, digits: int) -> str:
+    """A dash for a loss that is not there."""
+    return "-" if math.isnan(value) else f"{value:.{digits}g}"
+
+
 def _tolerance(name: str, number: int) -> tuple[float, float]:
     """Relative, and in nats, of an epoch or a step."""
     is_first = name == "train/loss" and number == 1
@@ -263,35 +279,37 @@ def _relative(before: float, now: float) -> float:
     return abs(now - before) / max(abs(before), 1e-12)
 
 
-def _steps(tags: Mapping[str, str]) -> dict[int, float]:
-    return dict(enumerate(json.loads(tags.get(FIRST_LOSSES, "[]")), start=1))
+def _losses(text: str) -> dict[int, float]:
+    """By their step."""
+    return dict(enumerate(map(float, json.loads(text)), start=1))
 
 
 def _as_recorded(
     config: DictConfig,
-    tags: Mapping[str, str],
+    found: Any,
     threads: int | None,
     device: str | None,
     root: str | None,
 ) -> None:
     """What the config leaves to the machine, as it was, but for what is asked for."""
+    tags = found.data.tags
     if root is not None:
         config.dataset.root = root
-    if threads is not None or "threads" in tags:
-        config.training.threads = int(tags["threads"]) if threads is None else threads
+    before = tag_of(found, "threads", int, config.training.threads)
+    config.training.threads = before if threads is None else threads
     if device is not None or "device" in tags:
         config.training.device = tags["device"] if device is None else device
     if "compiled" in tags:
         config.training.compile = "always" if tags["compiled"] == "true" else "never"
 
 
-def _job(config: DictConfig, tags: Mapping[str, str], folder: Path | None) -> Job:
+def _job(config: DictConfig, choices: Mapping[str, str | None], folder: Path | None) -> Job:
     """The run, ready to be trained; in the usual place where no folder is given."""
     composed = config.copy()
     with open_dict(composed):
         composed.hydra = configs.compose([]).hydra
     with read_write(composed.hydra), open_dict(composed.hydra):
-        composed.hydra.runtime.choices = json.loads(tags.get("choices", "{}"))
+        composed.hydra.runtime.choices = choices
         if folder is not None:
             composed.hydra.run.dir = str(folder)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_exp import config as configs
-from mnist_exp import files, journal, plots, report, run
+from mnist_exp import files, journal, plots, report, run, saved
 from mnist_exp.config import Config, SweepConfig
 from mnist_exp.console import Reporter
 from mnist_exp.courier import Courier
@@ -19,7 +19,7 @@ from mnist_exp.job import Load
 from mnist_exp.record import described, provenance
 from mnist_exp.report import Cell, JobRecord
 from mnist_exp.tracker import Beginning, Story, Tracker, index_at
-from mnist_exp.tracking import Delivered, Store
+from mnist_exp.tracking import Delivered, Store, choices_of
 
 CURVES = ("train/loss", "val/loss", "val/accuracy")
 BEST = "best.yaml"  # the recipe of the chosen cell
@@ -138,8 +138,8 @@ def report_again(
         recipe = ""
         if found.chosen is not None:
             best = found.chosen.finished[0].run_id
-            config = store.fetch(best, "config.yaml", Path(temporary))
-            choices = store.get(best).data.tags["choices"]
+            config = saved.config_of(store, best, Path(temporary))
+            choices = choices_of(store.get(best))
             recipe = _recipe(config, choices, run_id, found.chosen)
         figures = draw(found)
         if output is not None:
@@ -253,8 +253,9 @@ def conclude(
     recipe = ""
     if found.chosen is not None:
         best = Path(manifest.jobs[found.chosen.finished[0].number]["folder"])
-        choices, name = Story.of(best).tags["choices"], Delivered.of(folder).run_id
-        recipe = _recipe(best / "config.yaml", choices, name or folder.name, found.chosen)
+        choices, name = json.loads(Story.of(best).tags["choices"]), Delivered.of(folder).run_id
+        config = saved.read_config(best / "config.yaml")
+        recipe = _recipe(config, choices, name or folder.name, found.chosen)
     figures = draw(found)
     for path in write(found, figures, recipe, folder):
         parent.artifact(path)
@@ -361,20 +362,18 @@ def draw(found: Report) -> dict[str, Any]:
     return figures
 
 
-def _recipe(recorded: Path, choices: str, sweep: str, chosen: Cell) -> str:
+def _recipe(config: DictConfig, choices: Mapping[str, str | None], sweep: str, chosen: Cell) -> str:
     """The recipe of the chosen cell, from the resolved config of the run with its first seed.
 
-    choices: which option that had in each group, as JSON.
+    choices: which option that had in each group.
     """
-    config = OmegaConf.load(recorded)
-    assert isinstance(config, DictConfig)
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     val = chosen.val_accuracy
     comment = f"The best of sweep {sweep[:8]}: {chosen.label}"
     if val is not None:
         comment += f", validation accuracy {val.percent()}"
-    options = _options(json.loads(choices), config)
+    options = _options(choices, config)
     return report.recipe({str(k): v for k, v in plain.items()}, options, comment)
 
 

@@ -1,7 +1,6 @@
 """The saved model of a run, alone or with the data set that it was trained on."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from mnist_exp import checkpoint
 from mnist_exp import config as configs
@@ -17,7 +17,7 @@ from mnist_exp.data import Dataset, Facts
 from mnist_exp.errors import ConfigError
 from mnist_exp.job import Load, load_dataset
 from mnist_exp.stack import Stack
-from mnist_exp.tracking import Store, dataset_digest
+from mnist_exp.tracking import Store, dataset_digest, first_line
 
 
 def state(stack: Stack, facts: Facts) -> dict[str, Any]:
@@ -31,16 +31,16 @@ def fetch_model(store: Store, found: Any) -> tuple[Facts, Stack]:
 
     Raises ConfigError.
     """
-    with _fetched(store, found) as (recorded, weights):
-        config, kept = _config(recorded), checkpoint.load(weights)
-        if "data" not in kept:
-            raise ConfigError(
-                f"run {found.info.run_id}: its checkpoint does not say which classes it knows, as "
-                f"an earlier version has written it. Train it again"
-            )
-        own = kept["data"]
-        facts = Facts(tuple(own["classes"]), tuple(own["shape"]), own["mean"], own["std"])
-        return facts, _stack(config, kept["model"], facts, weights)
+    config, kept = _fetched(store, found)
+    name = f"run {found.info.run_id}"
+    if "data" not in kept:
+        raise ConfigError(
+            f"{name}: its checkpoint does not say which classes it knows, as an earlier version "
+            f"has written it. Train it again"
+        )
+    own = kept["data"]
+    facts = Facts(tuple(own["classes"]), tuple(own["shape"]), own["mean"], own["std"])
+    return facts, _stack(configs.validate(config), kept["model"], facts, name)
 
 
 def fetch(
@@ -50,56 +50,85 @@ def fetch(
 
     Raises ConfigError, also where the data is not what the run was trained on.
     """
-    with _fetched(store, found) as (recorded, weights):
-        dataset, stack = recall(recorded, weights, load, root)
+    config, kept = _fetched(store, found)
+    if root is not None:
+        config.dataset.root = root
+    own, name = configs.validate(config), f"run {found.info.run_id}"
+    dataset = load(own.dataset)
     digest = dataset_digest(found)
     if digest not in ("", dataset.digest):
         raise ConfigError(
-            f"{dataset.source}: this is not the data of run {found.info.run_id}: its SHA-256 is "
+            f"{dataset.source}: this is not the data of {name}: its SHA-256 is "
             f"{dataset.digest[:12]}..., and was {digest[:12]}... To name the right folder: "
             f"dataset.root=FOLDER"
         )
-    return dataset, stack
+    return dataset, _stack(own, kept["model"], dataset.facts, name)
 
 
-def recall(
-    recorded: Path, weights: Path, load: Load, root: str | None = None
-) -> tuple[Dataset, Stack]:
+def recall(recorded: Path, weights: Path, load: Load) -> tuple[Dataset, Stack]:
     """The same from files: a run's resolved config, and its checkpoint. Raises ConfigError."""
-    config = _config(recorded, root)
+    config = configs.validate(read_config(recorded))
     dataset = load(config.dataset)
-    return dataset, _stack(config, checkpoint.load(weights)["model"], dataset.facts, weights)
+    weights_of = checkpoint.load(weights)["model"]
+    return dataset, _stack(config, weights_of, dataset.facts, str(weights.parent))
 
 
-@contextmanager
-def _fetched(store: Store, found: Any) -> Iterator[tuple[Path, Path]]:
-    """Copies of a run's config and checkpoint, for as long as they are needed."""
-    run_id = found.info.run_id
+def config_of(store: Store, run_id: str, folder: Path) -> DictConfig:
+    """A run's config, as its record has it, checked; `folder` gets a copy. Raises ConfigError."""
+    path = store.fetch(run_id, "config.yaml", folder)
+    return read_config(path, f"run {run_id}, config.yaml in its record")
+
+
+def check_finite(logits: Tensor, found: Any) -> None:
+    """Raises ConfigError where a run's model gives no numbers, as one that has diverged."""
+    if logits.isfinite().all():
+        return
+    status, reason = found.info.status, found.data.tags.get("reason")
+    raise ConfigError(
+        f"run {found.info.run_id}: with its weights, outputs are infinite or no numbers (nan). The "
+        f"run is {status}" + (f": {reason}" if reason else "")
+    )
+
+
+def _fetched(store: Store, found: Any) -> tuple[DictConfig, dict[str, Any]]:
+    """A run's config, and what its checkpoint holds."""
+    run_id, status = found.info.run_id, found.info.status
     with TemporaryDirectory() as folder:
         try:
-            weights = store.fetch(run_id, "checkpoint", Path(folder)) / "checkpoint.pt"
+            path = store.fetch(run_id, "checkpoint", Path(folder)) / "checkpoint.pt"
         except ConfigError as error:
-            raise ConfigError(f"{error}; the run is {found.info.status}") from error
-        yield store.fetch(run_id, "config.yaml", Path(folder)), weights
+            more = f". To go on with it: mnist-exp resume {run_id[:8]}" * (status == "KILLED")
+            raise ConfigError(f"{error}; the run is {status}{more}") from error
+        config = config_of(store, run_id, Path(folder))
+        return config, checkpoint.load(path, f"run {run_id}, checkpoint/checkpoint.pt")
 
 
-def _config(recorded: Path, root: str | None = None) -> Config:
-    asked = OmegaConf.load(recorded)
-    assert isinstance(asked, DictConfig)
-    if root is not None:
-        asked.dataset.root = root
-    return configs.validate(asked)
+def read_config(path: Path, name: str = "") -> DictConfig:
+    """A run's resolved config, checked. `name`: of the file, as for `checkpoint.load`.
+
+    Raises ConfigError.
+    """
+    name = name or str(path)
+    try:
+        config = OmegaConf.load(path)
+    except Exception as error:  # whatever a parser of YAML raises
+        raise ConfigError(f"{name}: it cannot be read as YAML, {first_line(error)}") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{name}: it holds no keys with their values")
+    try:
+        configs.validate(config)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    return config
 
 
-def _stack(
-    config: Config, weights: Mapping[str, torch.Tensor], facts: Facts, source: Path
-) -> Stack:
+def _stack(config: Config, weights: Mapping[str, Tensor], facts: Facts, name: str) -> Stack:
     build = configs.build_model(config, facts.shape, len(facts.classes))
     stack = Stack(build, [config.seed], torch.device("cpu"))
     shapes = [{n: t.shape for n, t in s.items()} for s in (weights, stack.module.state_dict())]
     if shapes[0] != shapes[1]:
         raise ConfigError(
-            f"{source}: this checkpoint does not fit {config.model['_target_']} as it is now: the "
+            f"{name}: its checkpoint does not fit {config.model['_target_']} as it is now: the "
             f"code has changed since"
         )
     # a buffer that is no part of the state is as the constructor made it

@@ -14,7 +14,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from mnist_exp import journal, view
+from mnist_exp import files, journal, view
 from mnist_exp.errors import ConfigError
 from mnist_exp.journal import Entry, Index
 from mnist_exp.tracker import Story
@@ -89,7 +89,7 @@ def check_store(uri: str, experiment: str | None = None, required: bool = True) 
             reason = getattr(error, "reason", error)
             raise ConfigError(
                 f"{_said(uri)}: no MLflow server answers there ({reason}). Start it, or "
-                f"choose another store: tracking.uri=sqlite:////ABSOLUTE/PATH.db"
+                f"{_another_store(uri)}"
             ) from error
     elif not uri.startswith(_SERVED):
         raise ConfigError(
@@ -103,14 +103,13 @@ def check_store(uri: str, experiment: str | None = None, required: bool = True) 
 def _check_sqlite(uri: str, path: Path, experiment: str | None) -> None:
     def fail(reason: str) -> None:
         raise ConfigError(
-            f"{_said(uri)}: cannot be opened, {reason}. Choose another store: "
-            f"tracking.uri=sqlite:////ABSOLUTE/PATH.db"
+            f"{_said(uri)}: cannot be opened, {reason}. To go on, {_another_store(uri)}"
         )
 
     if not path.parent.is_dir():
         fail(f"there is no folder {path.parent}")
-    try:  # SQLite needs its journal beside the database; this file has no name, and leaves no trace
-        tempfile.TemporaryFile(dir=path.parent).close()
+    try:  # SQLite needs its journal beside the database
+        files.check_folder(path.parent)
     except OSError as error:
         fail(f"the folder {path.parent} cannot be written ({error.strerror})")
     if not path.exists():
@@ -193,6 +192,13 @@ def listed(uri: str, sweep: bool | None) -> list[tuple[str, str]]:
 def _said(uri: str) -> str:
     """How the store was chosen, for messages: what would have to be changed."""
     return f"{ENVIRONMENT if os.environ.get(ENVIRONMENT) == uri else 'tracking.uri'}={uri}"
+
+
+def _another_store(uri: str) -> str:
+    """How to choose one, where this one will not do."""
+    if os.environ.get(ENVIRONMENT) == uri:
+        return f"set {ENVIRONMENT} to another store, or unset it: it counts before tracking.uri"
+    return "choose another store: tracking.uri=sqlite:////ABSOLUTE/PATH.db"
 
 
 def first_line(error: Exception) -> str:
@@ -306,7 +312,8 @@ class Store:
     def children(self, parent: str) -> list[Any]:
         """The runs of a sweep, as MLflow has them, by the number of their job."""
         runs = self._search(f"tags.`mlflow.parentRunId` = '{parent}'")
-        jobs = [r for r in runs if "job" in r.data.tags]  # what somebody else has nested is not
+        # what somebody else has nested is not one
+        jobs = [r for r in runs if r.data.tags.get("job", "").isdecimal()]
         return sorted(jobs, key=lambda r: int(r.data.tags["job"]))
 
     def history(self, run_id: str, key: str) -> list[tuple[int, float]]:
@@ -645,6 +652,22 @@ class _Letter:
                 description.save(f"{folder}/MLmodel")
                 self.client.log_model_artifacts(model.model_id, folder)
             self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+
+def tag_of(run: Any, tag: str, read: Callable[[str], Any], default: Any) -> Any:
+    """What a run's tag says, if it has it. Raises ConfigError where `read` cannot read it."""
+    text = run.data.tags.get(tag)
+    try:
+        return default if text is None else read(text)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"run {run.info.run_id}: its tag {tag} is damaged, {text[:60]!r}"
+        ) from error
+
+
+def choices_of(run: Any) -> dict[str, str | None]:
+    """Which option of each config group a run was made of. Raises ConfigError."""
+    return dict(tag_of(run, "choices", lambda text: dict(json.loads(text)), {}))
 
 
 def dataset_digest(run: Any) -> str:

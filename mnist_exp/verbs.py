@@ -193,7 +193,7 @@ def _hydra(words: list[str]) -> int:
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
     _add_overrides(parser, "dataset=kmnist, ...")
-    parser.add_argument("--output", "-o", type=Path, help="the picture: a .png, .svg or .pdf file")
+    parser.add_argument("--output", "-o", type=_path, help="the picture: a .png, .svg or .pdf file")
 
 
 def _show(asked: argparse.Namespace) -> int:
@@ -217,9 +217,32 @@ def _show(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _path(text: str) -> Path:
+    if not text:  # which Path takes for the current folder
+        raise argparse.ArgumentTypeError("it is empty: a file or a folder has to be named")
+    return Path(text)
+
+
 def _check_figure(option: str, path: Path | None) -> None:
-    if path is not None and path.suffix.lower().removeprefix(".") not in FORMATS:
+    """Before the work: raises ConfigError where the figure could not be written after it."""
+    if path is None:
+        return
+    if path.suffix.lower().removeprefix(".") not in FORMATS:
         raise ConfigError(f"{option} {path}: must end in .png, .svg or .pdf")
+
+    from mnist_exp import files
+
+    with files.asked_for(option, path):
+        files.check_file(path)
+
+
+def _check_folder(option: str, folder: Path | None) -> None:
+    """The same for a folder of files."""
+    from mnist_exp import files
+
+    if folder is not None:
+        with files.asked_for(option, folder):
+            files.check_folder(folder)
 
 
 def _save_figure(option: str, path: Path, figure: Any) -> None:
@@ -239,47 +262,48 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="RUN is a sweep: average the probabilities of its chosen cell over the seeds",
     )
     parser.add_argument(
-        "--output", "-o", type=Path, help="the folder of the figures, if not in outputs/"
+        "--output", "-o", type=_path, help="the folder of the figures, if not in outputs/"
     )
     _add_format(parser)
 
 
 def _evaluate(asked: argparse.Namespace) -> int:
+    _check_folder("--output", asked.output)
     if asked.ensemble:
         together = api.ensemble(asked.run, asked.overrides)
-        found = together.whole
+        evaluated = together.whole
     else:
-        found = api.evaluate(asked.run, asked.overrides)
+        evaluated = api.evaluate(asked.run, asked.overrides)
 
     from mnist_exp import evaluation
     from mnist_exp.config import output_root
     from mnist_exp.console import Terminal
 
     terminal = Terminal()
-    folder = asked.output or output_root() / "outputs" / "evaluations" / found.run_id[:8]
-    files = evaluation.save(found.draw(), folder, asked.format)
+    folder = asked.output or output_root() / "outputs" / "evaluations" / evaluated.run_id[:8]
+    files = evaluation.save(evaluated.draw(), folder, asked.format)
     if asked.ensemble:
         terminal.table("members", *together.table())
-    print(f"run            {found.run_id}  {found.name}")
-    low, high = found.interval
+    print(f"run            {evaluated.run_id}  {evaluated.name}")
+    low, high = evaluated.interval
     within = f"  95 % interval {low:.2%} to {high:.2%}"
-    for key, value in found.test.items():
+    for key, value in evaluated.test.items():
         form = ".2%" if key.endswith("accuracy") else ".6f"
-        known = found.recorded.get(key)
+        known = evaluated.recorded.get(key)
         before = "not recorded" if known is None else f"recorded {known:{form}}"
         print(
             f"{key:14} {value:{form}}"
             + f"  ({before})" * (not asked.ensemble)
             + within * key.endswith("accuracy")
         )
-    print(f"calibration    {found.calibration.error:.2%} expected error, 15 bins of confidence")
+    print(f"calibration    {evaluated.calibration.error:.2%} expected error, 15 bins of confidence")
     if asked.ensemble:
         accuracy, loss = (together.gain(key) for key in ("test/accuracy", "test/loss"))
         print(
             f"adds           {100 * accuracy:+.2f} percentage points of accuracy, {loss:+.4f} of "
             f"loss, to the mean of its members"
         )
-    terminal.table("classes", *found.table())
+    terminal.table("classes", *evaluated.table())
     print(f"figures        {', '.join(files)}\noutput         {folder.resolve()}")
     return 0
 
@@ -287,7 +311,10 @@ def _evaluate(asked: argparse.Namespace) -> int:
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run id, its beginning, or last")
     parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="PNG, JPEG, BMP, ...; and tracking.uri=..."
+        "images",
+        metavar="IMAGE",
+        nargs="+",
+        help="PNG, JPEG, BMP, ... (./-NAME where a name begins with a dash); and tracking.uri=...",
     )
     parser.add_argument(
         "--raw",
@@ -298,7 +325,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--figure",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="draw what was given and what the network saw: a .png, .svg or .pdf file",
     )
@@ -321,28 +348,36 @@ def _predict(asked: argparse.Namespace) -> int:
     if asked.figure is not None and read:
         _save_figure("--figure", asked.figure, prediction.draw(predictions, found.info.run_name))
         print(f"figure {asked.figure.resolve()}", file=sys.stderr)
+    elif asked.figure is not None:
+        print(f"mnist-exp: --figure {asked.figure}: no image, no figure", file=sys.stderr)
     if asked.json:
         print(json.dumps([one.as_json() for one in predictions], indent=1))
     elif read:
         rows = [
-            [str(one.file), *(f"{name}  {share:.2%}" for name, share in one.classes)]
+            [_printable(one.file), *(f"{name}  {share:.2%}" for name, share in one.classes)]
             for one in read
         ]
         Terminal().table(found.info.run_name, ["image", "class", "next", "after that"], rows)
     for one in predictions:
         if one.problem:
-            print(f"mnist-exp: {one.file}: {one.problem}", file=sys.stderr)
+            print(f"mnist-exp: {_printable(one.file)}: {one.problem}", file=sys.stderr)
     return 0 if len(read) == len(predictions) else 1
+
+
+def _printable(path: Path) -> str:
+    """A name can hold line breaks, and what moves a terminal's cursor."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", metavar="SWEEP", help="the id of its parent run, or last")
     _add_overrides(parser)
-    parser.add_argument("--output", "-o", type=Path, help="a folder for the files, as well")
+    parser.add_argument("--output", "-o", type=_path, help="a folder for the files, as well")
     _add_format(parser)
 
 
 def _report(asked: argparse.Namespace) -> int:
+    _check_folder("--output", asked.output)
     store = api.open_store(asked.overrides)
     parent = store.find(asked.sweep, sweep=True)
 
@@ -470,6 +505,7 @@ def _completion_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # what the shell's script asks with
     parser.add_argument("--line", help=argparse.SUPPRESS)
+    parser.add_argument("--breaks", default="", help=argparse.SUPPRESS)  # COMP_WORDBREAKS
 
 
 def _completion(asked: argparse.Namespace) -> int:
@@ -480,8 +516,7 @@ def _completion(asked: argparse.Namespace) -> int:
         return 0
     with contextlib.suppress(Exception), warnings.catch_warnings():  # somebody is typing
         warnings.simplefilter("ignore")
-        breaks = os.environ.get("COMP_WORDBREAKS", "")
-        for line in completion.answer(asked.shell, asked.line, breaks):
+        for line in completion.answer(asked.shell, asked.line, asked.breaks):
             print(line)
     return 0
 

@@ -5,6 +5,7 @@ Processes where the process is the point, and `cli.main` elsewhere.
 
 import json
 import logging
+import os
 import re
 import shlex
 import signal
@@ -292,6 +293,17 @@ def test_store_that_cannot_be_opened(uri: str, reason: str, call: Call, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "text.db"]
 
 
+def test_store_of_the_environment_that_cannot_be_opened(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is typed would not count beside it."""
+    for uri in (f"sqlite:///{tmp_path}/none/a.db", f"http://127.0.0.1:{closed_port()}"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        answer = call("evaluate", "last")
+        refused(answer, f"MLFLOW_TRACKING_URI={uri}: ", "or unset it")
+        assert "tracking.uri=sqlite" not in answer[2]
+
+
 def test_port_of_the_ui(call: Call, tmp_path: Path) -> None:
     store = f"tracking.uri={fresh_store(tmp_path)}"
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -528,9 +540,62 @@ def test_predict_what_cannot_be(finished: Started, call: Call, tmp_path: Path) -
     refused(call("predict", "x", image, store), "x: there is no such run")
     refused(call("predict", "last", image, store, "seed=1"), "seed=1: it would change nothing")
     refused(call("predict", "last", image, store, "--figure", "a.jpg"), "a.jpg", ".png, .svg")
-    file = tmp_path / "a file"
+
+
+def test_outputs_that_cannot_be_are_refused_before_the_work(
+    finished: Started, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, folder = tmp_path / "a file", tmp_path / "folder.png"
     file.touch()
-    refused(call("predict", "last", image, store, "--figure", f"{file}/a.png"), "a file/a.png")
+    folder.mkdir()
+    monkeypatch.setattr("mnist_exp.saved.fetch", None)  # no model is looked at
+    monkeypatch.setattr("mnist_exp.saved.fetch_model", None)
+    store = f"tracking.uri={finished.store}"
+    predict = ["predict", "last", str(picture(tmp_path / "0.png")), store, "--figure"]
+    refused(call(*predict, f"{file}/a.png"), "--figure", "a file/a.png", "Not a directory")
+    refused(call(*predict, str(folder)), "--figure", "folder.png", "it is a folder")
+    refused(call("evaluate", "last", store, "--output", str(file)), f"--output {file}", "Not a dir")
+    refused(call("report", "last", store, "--output", f"{file}/x"), "a file/x", "Not a directory")
+    refused(call("show", "--output", str(folder)), "--output", "folder.png", "it is a folder")
+    for words in (predict, ["evaluate", "last", store, "-o"], ["show", "-o"]):
+        status, _, err = call(*words, "")
+        assert (status, "it is empty: a file or a folder has to be named" in err) == (2, True)
+
+
+def test_predict_names_what_a_name_can_hold(finished: Started, call: Call, tmp_path: Path) -> None:
+    names = ["a\nb.png", "a\x1b[2Jb.png", "\udcff.png"]
+    words = ["predict", "last", f"tracking.uri={finished.store}"]
+    status, out, err = call(*words, *(f"{tmp_path}/{n}" for n in names), "--figure", "a.png")
+    assert (status, out) == (1, "")
+    ends = [line.rpartition("/")[2] for line in err.splitlines()]
+    assert ends[1:] == [
+        f"{name}: there is no such file" for name in (r"a\nb.png", r"a\x1b[2Jb.png", r"\udcff.png")
+    ]
+    assert ends[0] == "mnist-exp: --figure a.png: no image, no figure"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_run_survives_an_output_that_cannot_be_written(tmp_path: Path) -> None:
+    words = shlex.join([sys.executable, "-m", "mnist_exp"])
+    own = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def typed(line: str) -> tuple[int, str]:
+        done = subprocess.run(line, shell=True, env=own, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    full = "mnist-exp: the output cannot be written: No space left on device\n"
+    assert typed(f"{words} --help > /dev/full") == (1, full)
+    assert typed(f"{words} --help >&-") == typed(f"{words} --help >&- 2>&-") == (0, "")
+    assert typed(f"{words} nonsense 2> /dev/full") == (2, "")
+    trained = []
+    for name, redirected in (("full", "> /dev/full"), ("closed", ">&- 2>&- <&-")):
+        uri = fresh_store(tmp_path / name)
+        train = shlex.join(["train", *SMALL, f"tracking.uri={uri}"])
+        output = shlex.quote(f"hydra.run.dir={tmp_path}/{name}/run")
+        trained.append(typed(f"{words} {train} {output} {redirected}"))
+        (run,) = runs(uri)
+        assert run.info.status == "FINISHED"
+    assert trained == [(1, full), (0, "")]
 
 
 def test_reproduce(finished: Started, call: Call) -> None:

@@ -204,7 +204,8 @@ def program(tmp_path: Path) -> Path:
     (tmp_path / "my folder" / "a b.png").touch()
     path = tmp_path / "bin" / "mnist-exp"
     path.parent.mkdir()
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} -m mnist_exp "$@"\n')
+    # which sets variables of its own, COMP_WORDBREAKS among them
+    path.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m mnist_exp "$@"\n')
     path.chmod(0o755)
     return path
 

@@ -2,8 +2,11 @@
 
 import math
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -12,8 +15,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 import mnist_exp
-from mnist_exp import cli, data, metrics
-from mnist_exp.errors import ConfigError
+from mnist_exp import cli, config, data, metrics, training
+from mnist_exp import run as train
+from mnist_exp.console import Reporter
+from mnist_exp.errors import ConfigError, RunFailed
 from mnist_exp.evaluation import Ensemble, Evaluation
 from mnist_exp.record import Result
 from mnist_exp.sweep import Swept
@@ -132,6 +137,110 @@ def test_data_that_has_moved_or_changed(store: str, tmp_path: Path) -> None:
     labels.write_bytes(labels.read_bytes()[:-2] + bytes([1, 0]))
     with pytest.raises(ConfigError, match="this is not the data of run"):
         mnist_exp.evaluate(done.run_id, [*there, f"dataset.root={after}"])
+
+
+@pytest.fixture
+def damaged(run: Result, store: str, tmp_path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Changes what the store holds as the run's config.yaml, and puts it back."""
+    client = mlflow.MlflowClient(store)
+    path = Path(client.download_artifacts(run.run_id, "config.yaml", str(tmp_path)))
+    before = path.read_bytes()
+
+    def damage(content: bytes) -> None:
+        path.write_bytes(content)
+        client.log_artifact(run.run_id, str(path))
+
+    yield damage
+    damage(before)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "it holds no keys with their values|has no value"),
+        (b"- a\n- b\n", "it holds no keys with their values"),
+        (b"a: [b\n", "it cannot be read as YAML"),
+        (b"\xff\xfe\x00", "it cannot be read as YAML"),
+        (b"just text\n", "just text: there is no such key"),
+        (b"seed: 1\n", "has no value"),
+        (b"seed: 1\nmodel: ${nothing}\n", "nothing"),
+    ],
+)
+def test_damaged_config(
+    content: bytes, said: str, damaged: Callable[[bytes], None], run: Result, store: str
+) -> None:
+    damaged(content)
+    there = [f"tracking.uri={store}"]
+    for use in (
+        lambda: mnist_exp.evaluate(run.run_id, there),
+        lambda: mnist_exp.predict(["a.png"], run.run_id, there),
+        lambda: mnist_exp.reproduce(run.run_id, there),
+    ):
+        with pytest.raises(ConfigError, match=rf"^run {run.run_id}, config\.yaml in.*({said})"):
+            use()
+
+
+def test_a_model_that_gives_no_numbers(store: str, tmp_path: Path) -> None:
+    there = [f"tracking.uri={store}"]
+    image = tmp_path / "a.png"
+    Image.new("L", (28, 28), 200).save(image)
+    with pytest.raises(RunFailed, match="diverged"):
+        mnist_exp.train([*SMALL, *there, f"hydra.run.dir={tmp_path}/run", "optimizer.lr=1e30"])
+    said = r"outputs are infinite or no numbers \(nan\)\. The run is FAILED: diverged: "
+    with pytest.raises(ConfigError, match=said):
+        mnist_exp.evaluate("last", there)
+    with pytest.raises(ConfigError, match=said):
+        mnist_exp.predict([image], "last", there, raw=True)
+
+
+def test_a_checkpoint_that_is_damaged_or_not_there(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = [f"tracking.uri={store}"]
+    done = mnist_exp.train([*SMALL, *there, f"hydra.run.dir={tmp_path}/run"])
+    client = mlflow.MlflowClient(store)
+    folder = Path(client.download_artifacts(done.run_id, "checkpoint", str(tmp_path)))
+    weights = bytearray((folder / "checkpoint.pt").read_bytes())
+    weights[500] ^= 1
+    (folder / "checkpoint.pt").write_bytes(weights)
+    client.log_artifact(done.run_id, str(folder / "checkpoint.pt"), "checkpoint")
+    with pytest.raises(ConfigError, match=rf"^run {done.run_id}, checkpoint/.*: damaged, its SHA"):
+        mnist_exp.evaluate(done.run_id, there)
+
+    class Interrupting(Reporter):
+        def epoch(self, record: training.Epoch) -> None:
+            raise KeyboardInterrupt
+
+    composed = config.compose([*SMALL, *there, f"hydra.run.dir={tmp_path}/killed"])
+    with pytest.raises(KeyboardInterrupt):
+        train.train_composed(composed, Interrupting())
+    with pytest.raises(
+        ConfigError, match=r"no artifact checkpoint; the run is KILLED.*mnist-exp res"
+    ):
+        mnist_exp.evaluate("last", there)
+
+
+def test_a_text_is_not_a_list(store: str) -> None:
+    for use in (
+        lambda: mnist_exp.load("dataset=mnist"),
+        lambda: mnist_exp.build("model=cnn"),
+        lambda: mnist_exp.train("model=cnn"),
+        lambda: mnist_exp.train_sweep("seed=0,1"),
+        lambda: mnist_exp.evaluate("last", f"tracking.uri={store}"),
+    ):
+        with pytest.raises(ConfigError, match=r"^overrides: must be a list, \['.*'\], and not"):
+            use()
+    with pytest.raises(ConfigError, match=r"^files: must be a list, \['a\.png'\]"):
+        mnist_exp.predict("a.png", "last", [f"tracking.uri={store}"])
+
+
+def test_a_class_that_is_never_predicted_has_no_precision(found: Evaluation) -> None:
+    logits = found.logits.clone()
+    logits[:, 3] = -1e9
+    blind = replace(found, logits=logits)
+    rows = blind.table()[1]
+    assert rows[3][:4] == ["3", "-", "0.00%", "0.00%"]
+    assert len(repr(blind)) < 500  # no screens of tensors
 
 
 def test_what_is_on_record_is_not_overridden(run: Result, store: str) -> None:

@@ -3,13 +3,15 @@
 import json
 import math
 import shutil
+import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
 import torch
-from helpers import fresh_store
+from helpers import finish, fresh_store, start
 from omegaconf import OmegaConf
 
 import mnist_exp
@@ -137,6 +139,28 @@ def test_nothing_is_left(again: Callable[..., Reproduction], store: str) -> None
     assert (sorted(outputs.rglob("*")) if outputs.exists() else []) == files
 
 
+def test_what_a_killed_one_has_left_is_removed(
+    again: Callable[..., Reproduction],
+    run: Result,
+    store: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["reproduce", run.run_id, f"tracking.uri={store}"]
+    process = start(words, tmp_path, TMPDIR=str(tmp_path))
+    assert process.stdout is not None
+    assert " on cpu" in process.stdout.readline()  # it begins
+    process.send_signal(signal.SIGSTOP)
+    (left,) = tmp_path.glob("mnist-exp-*")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    again()
+    assert left.exists()  # it may go on
+    process.kill()
+    finish(process)
+    again()
+    assert list(tmp_path.glob("mnist-exp-*")) == []
+
+
 def test_another_thread_count_is_within_tolerance(again: Callable[..., Reproduction]) -> None:
     found = again(threads=2)
     assert found.verdict == "within tolerance"
@@ -178,6 +202,8 @@ def test_a_second_run_that_fails_says_why(
         assert found.verdict == "different"
         assert found.differences[0] == "the second run failed: RuntimeError: out of luck"
         assert [each.beyond for each in found.agreements] == [None, 2, 2, 3]
+        losses = found.table()[1][1]
+        assert losses[5:7] == ["-", "-"]  # the second epoch is not there again
 
 
 def test_no_more_is_trained_than_was_recorded(
@@ -259,6 +285,34 @@ def test_code_and_versions_are_compared(
             client.set_tag(run.run_id, tag, before[tag])
     assert said[0].startswith("code: commit 00000000, now ")
     assert said[1] == f"torch: 1.0, now {torch.__version__}"
+
+
+@pytest.mark.parametrize(
+    "tag, value",
+    [
+        *[("first_losses", value) for value in ("[1.0,", "5", '["a"]')],
+        ("threads", "two"),
+        ("choices", "[1]"),
+        ("choices", "nonsense"),
+    ],
+)
+def test_a_damaged_tag_is_named(
+    tag: str,
+    value: str,
+    again: Callable[..., Reproduction],
+    run: Result,
+    store: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = mlflow.MlflowClient(store)
+    before = client.get_run(run.run_id).data.tags[tag]
+    client.set_tag(run.run_id, tag, value)
+    monkeypatch.setattr(training, "fit", None)  # nothing is trained for it
+    try:
+        with pytest.raises(ConfigError, match=rf"^run {run.run_id}: its tag {tag} is damaged, "):
+            again()
+    finally:
+        client.set_tag(run.run_id, tag, before)
 
 
 def test_other_data_is_named(
