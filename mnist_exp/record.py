@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 FIRST_LOSSES = "first_losses"  # a tag
 DIFF = "uncommitted.diff"  # an artifact
 FIRST_STEPS = 8
+LINE = 80  # characters that MLflow's page of a run has room for
 
 
 @dataclass(frozen=True)
@@ -410,7 +411,13 @@ def common_tags(job: Job, size: int) -> dict[str, str]:
 
 def described(what: str, *words: str) -> dict[str, str]:
     """The description that MLflow's UI shows of a run: Markdown, and the command that leads on."""
-    command = shlex.join(["mnist-exp", "train", *words])
+    lines = ["mnist-exp train"]
+    for word in map(shlex.quote, words):  # a long line would push aside what is beside it
+        if len(lines[-1]) + len(word) < LINE:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"  {word}")
+    command = " \\\n".join(lines)
     return {"mlflow.note.content": f"{what}\n\n```\n{command}\n```"}
 
 

@@ -77,7 +77,9 @@ def test_status_and_name(record: Run, client: mlflow.MlflowClient) -> None:
              for key in getattr(record.data, kind)}  # fmt: skip
     assert set(shown) <= known  # a column that no run has would be left out
     description = record.data.tags["mlflow.note.content"]
-    assert f"mnist-exp train {record.data.tags['overrides']}" in description
+    assert max(map(len, description.splitlines())) < 150  # but for what is one word
+    joined = description.replace(" \\\n ", "")
+    assert f"mnist-exp train {record.data.tags['overrides']}" in joined
 
 
 def test_params_are_the_dotted_leaves(record: Run, fetch: Any) -> None:

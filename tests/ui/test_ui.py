@@ -215,6 +215,7 @@ def test_run(page: Page, served: Served) -> None:
     expect(page.get_by_role("heading", name=NAME)).to_be_visible()
     again = f"mnist-exp train training.epochs={EPOCHS} dataset.train_size=5000"
     expect(page.get_by_text(again).first).to_be_visible()
+    expect(page.get_by_text("About this run")).to_be_in_viewport(ratio=1)
     keep(page, "run")
 
 
@@ -240,6 +241,8 @@ def test_charts_of_a_run(page: Page, served: Served) -> None:
             break
         page.mouse.wheel(0, 100)
         page.wait_for_timeout(50)
+    for key in ("train/first_30", "val/predictions"):  # in their panels, as a person would
+        card(page, key).locator("img").first.evaluate("image => image.scrollIntoView()")
     curves.evaluate("card => card.scrollIntoView()")
     keep(page, "charts")
 
@@ -280,7 +283,7 @@ def test_report_of_a_sweep(page: Page, served: Served) -> None:
     expect(best).to_contain_text(accuracy)
     page.get_by_text("Show more").click()
     expect(
-        page.get_by_text(re.compile(r"^mnist-exp train experiments=.*best\.yaml"))
+        page.get_by_text(re.compile(r"^mnist-exp train .*experiments=.*best\.yaml"))
     ).to_be_visible()
     keep(page, "report")
     page.get_by_role("tab", name="Artifacts").click()
