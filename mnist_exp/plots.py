@@ -6,6 +6,7 @@ matplotlib's process-wide state, so it is set under a lock for as long as a figu
 drawn, and put back.
 """
 
+import functools
 import io
 import math
 import threading
@@ -23,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
@@ -151,9 +152,14 @@ def _width(text: str, size: float) -> float:
     return float(width) * DPI / 72
 
 
+@functools.cache
+def _characters() -> frozenset[int]:
+    return frozenset(get_font(findfont(STYLE["font.family"])).get_charmap())
+
+
 def _short(text: str, length: int = 16) -> str:
-    """One line of at most `length` characters."""
-    text = " ".join(text.split())
+    """One line of at most `length` characters that the font has; matplotlib warns of others."""
+    text = "".join(c if ord(c) in _characters() else "\ufffd" for c in " ".join(text.split()))
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 

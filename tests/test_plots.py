@@ -850,3 +850,10 @@ def test_pyplot_is_never_imported() -> None:
         "assert not {'matplotlib.pyplot', 'torch', 'mlflow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+def test_a_name_in_a_script_that_the_font_has_not(tmp_path: Path) -> None:
+    """Without a warning, which is an error here."""
+    figure = plots.grid(noise(2), ["数", "字"], title="識別")
+    assert plots.pixels(figure).std() > 0
+    plots.save(figure, tmp_path / "a.svg")
