@@ -3,7 +3,7 @@ runs. Overrides are those of the command line; a run is `last`, a run id, or its
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mnist_exp.errors import ConfigError
 
@@ -32,14 +32,7 @@ def load(overrides: Sequence[str] = ()) -> "Dataset":
 def _config(overrides: Sequence[str]) -> "Config":
     from mnist_exp import config as configs
 
-    return configs.validate(configs.task_config(configs.compose(_listed("overrides", overrides))))
-
-
-def _listed(name: str, given: Sequence[Any]) -> list[Any]:
-    """A text is a sequence too, of its letters, and never what is meant. Raises ConfigError."""
-    if isinstance(given, str | bytes | Path):
-        raise ConfigError(f"{name}: must be a list, [{given!r}], and not {given!r} itself")
-    return list(given)
+    return configs.validate(configs.task_config(configs.compose(overrides)))
 
 
 def build(overrides: Sequence[str] = ()) -> "torch.nn.Module":
@@ -48,7 +41,7 @@ def build(overrides: Sequence[str] = ()) -> "torch.nn.Module":
     from mnist_exp.job import prepare
     from mnist_exp.stack import Stack
 
-    job = prepare(configs.compose(_listed("overrides", overrides)))
+    job = prepare(configs.compose(overrides))
     return Stack(job.build, [job.config.seed], job.device).model(0)
 
 
@@ -62,8 +55,7 @@ def train(overrides: Sequence[str] = (), verbose: bool = False) -> "Result":
     from mnist_exp import run
     from mnist_exp.console import Reporter, Terminal
 
-    composed = configs.compose(_listed("overrides", overrides))
-    return run.train_composed(composed, Terminal() if verbose else Reporter())
+    return run.train_composed(configs.compose(overrides), Terminal() if verbose else Reporter())
 
 
 def train_sweep(overrides: Sequence[str], verbose: bool = False) -> "Swept":
@@ -75,7 +67,7 @@ def train_sweep(overrides: Sequence[str], verbose: bool = False) -> "Swept":
     from mnist_exp import config as configs
     from mnist_exp import grid
 
-    context, master = configs.compose_sweep(_listed("overrides", overrides))
+    context, master = configs.compose_sweep(overrides)
     jobs = grid.jobs(context, master)
 
     from mnist_exp import sweep
@@ -85,7 +77,7 @@ def train_sweep(overrides: Sequence[str], verbose: bool = False) -> "Swept":
 
 def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
     """The saved model of a run on the official test set. Raises ConfigError."""
-    store, root = open_store(overrides), moved(overrides)
+    store, root = open_store(overrides, data=True), moved(overrides)
     found = store.find(run)
 
     from mnist_exp import evaluation
@@ -95,7 +87,7 @@ def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
 
 def ensemble(sweep: str = "last", overrides: Sequence[str] = ()) -> "Ensemble":
     """A sweep's chosen cell, its seeds together, on the official test set. Raises ConfigError."""
-    store, root = open_store(overrides), moved(overrides)
+    store, root = open_store(overrides, data=True), moved(overrides)
     parent = store.find(sweep, sweep=True)
 
     from mnist_exp import evaluation
@@ -113,13 +105,15 @@ def predict(
 
     raw: they are light ink on black, as in MNIST, and not to be inverted, cropped and centred.
     """
-    paths = [Path(file) for file in _listed("files", files)]
+    from mnist_exp.config import check_list
+
+    check_list("files", files)
     store = open_store(overrides)
     found = store.find(run)
 
     from mnist_exp import prediction
 
-    return prediction.predict(store, found, paths, raw)
+    return prediction.predict(store, found, [Path(file) for file in files], raw)
 
 
 def reproduce(
@@ -136,7 +130,7 @@ def reproduce(
     `verbose`: a line is printed for every epoch. keep: the store for the second run, which is gone
     otherwise. threads, device: in place of the recorded ones. Raises ConfigError.
     """
-    store, root = open_store(overrides), moved(overrides)
+    store, root = open_store(overrides, data=True), moved(overrides)
     found = store.find(run)
 
     from mnist_exp import reproduction
@@ -149,41 +143,52 @@ def reproduce(
 
 
 def moved(overrides: Sequence[str]) -> str | None:
-    """Where a run's data is by now, if an override says so: dataset.root=FOLDER."""
+    """Where a run's data is by now, if an override says so: dataset.root=FOLDER.
+
+    Raises ConfigError.
+    """
     from mnist_exp import config as configs
 
     named = [o for o in overrides if o.startswith("dataset.root=")]
     return configs.compose(named).dataset.root if named else None
 
 
-def store_uri(overrides: Sequence[str], required: bool = True) -> str:
-    """The store to look into. Raises ConfigError; `required`: also where no server answers.
+def store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = True) -> str:
+    """The store to look into, which is nearly all that can be said of a run that is on record.
 
-    Of the overrides, those that can say something of a run that is on record already.
+    Raises ConfigError for overrides that say something else; `required`: also where no server
+    answers. `data`: they may say where the run's data is, too.
     """
     from mnist_exp import config as configs
     from mnist_exp import tracking
 
-    for override in _listed("overrides", overrides):
-        if not override.startswith(("tracking.", "dataset.root=")):
+    configs.check_list("overrides", overrides)
+    for override in overrides:
+        if not override.startswith(("tracking.uri=", *["dataset.root="] * data)):
+            more = ", and dataset.root=FOLDER, where its data is" * data
             raise ConfigError(
                 f"{override}: it would change nothing here, as the run is on record. What can be "
-                f"said is tracking.uri=..., the store, and dataset.root=FOLDER, where its data is"
+                f"said is tracking.uri=..., the store{more}"
             )
-    uri = tracking.store_uri(_config(overrides).tracking.uri, configs.output_root())
+    asked = _config(overrides).tracking.uri
+    tracking.say_store(asked)
+    uri = tracking.store_uri(asked, configs.output_root())
     tracking.check_store(uri, required=required)
     return uri
 
 
-def open_store(overrides: Sequence[str] = ()) -> "Store":
-    """That store, opened, with what is waiting for it. Raises ConfigError; creates none."""
+def open_store(overrides: Sequence[str] = (), *, data: bool = False) -> "Store":
+    """What `store_uri` names, opened, after what was waiting for it has been brought there.
+
+    Raises ConfigError, also where there is no such store yet.
+    """
     import logging
 
     from mnist_exp import courier, tracking
     from mnist_exp.config import output_root
     from mnist_exp.tracker import index_at
 
-    uri = store_uri(overrides)
+    uri = store_uri(overrides, data=data)
     _, problems = courier.sync(index_at(output_root()), uri)
     for folder, why in problems.items():
         logging.getLogger(__name__).warning("%s: not in MLflow yet: %s", folder, why)

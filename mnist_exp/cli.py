@@ -38,11 +38,7 @@ def program() -> NoReturn:
     output = streams.replace()
 
     def vanish() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError):
-                return  # nobody reads: Python's own way to end knows what to say
+        streams.flush()
         os._exit(status)
 
     atexit.register(vanish)  # called after all that will be registered from here on
@@ -50,17 +46,18 @@ def program() -> NoReturn:
         main()
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
-        signals.ignore()
-        with contextlib.suppress(BrokenPipeError):
-            sys.stdout.flush()
+        if not streams.flush() and not status:
+            status = BROKEN_PIPE
         if output.problem and not status:
-            print(f"mnist-exp: the output cannot be written: {output.problem}", file=sys.stderr)
+            _say(f"the output cannot be written: {output.problem}")
             status = 1
+        signals.ignore()  # all is written, and the status is known
         raise
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a verb and exits: 0 well, 1 a run failed, 2 a bad command, 130 and 143 interrupted."""
+    """Runs a verb and exits: 0 well, 1 a run failed, 2 a bad command; 130, 143, 129 interrupted;
+    141 nobody reads the output."""
     words = list(sys.argv[1:] if argv is None else argv)
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     signals.handle()
@@ -79,19 +76,24 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, Terminated) as ended:
         status = int(ended.code or 1) if isinstance(ended, Terminated) else 130
         text = "terminated" if isinstance(ended, Terminated) else "interrupted"
+        text = "ended, as nobody reads the output" if status == BROKEN_PIPE else text
         if folders := getattr(ended, "__notes__", []):
             text += f". To go on with it:\n{command('resume', folders[0])}"
         elif status == BROKEN_PIPE:
             sys.exit(status)  # as below: no run was ended by it
         _complain(text, status)
     except BrokenPipeError:  # nobody reads the last lines, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
 
 
 def _complain(text: str, status: int) -> NoReturn:
-    print(f"mnist-exp: {text}", file=sys.stderr)
+    _say(text)
     sys.exit(status)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"mnist-exp: {text}", file=sys.stderr)
 
 
 def _dispatch(words: list[str]) -> int:

@@ -16,7 +16,8 @@ from mnist_exp.verbs import HYDRAS_OWN, VERBS, Verb
 
 FILES = ":files"  # instead of candidates: the shell is to complete the name of a file
 OFFERED = 50  # runs
-_KINDS = {"RUN": False, "SWEEP": True, "RUN_OR_SWEEP": None}  # metavar -> is it a sweep
+# metavar -> is it a sweep
+_KINDS = {"RUN": False, "SWEEP": True, "RUN_OR_SWEEP": None, "RUN_OR_FOLDER": None}
 
 Candidates = list[tuple[str, str]]  # with their descriptions
 
@@ -124,9 +125,8 @@ def _actions(verb: Verb) -> list[argparse.Action]:
 def _takes_files(action: argparse.Action, word: str) -> bool:
     if action.metavar == "OVERRIDE":
         return "=" in word
-    is_folder = action.dest in ("config_dir", "config_path")
-    is_file = action.dest in ("output", "figure") or action.metavar in ("IMAGE", "RUN_OR_SWEEP")
-    return is_folder or is_file
+    is_hydras = action.dest == "config_path"
+    return is_hydras or action.metavar in ("FILE", "FOLDER", "IMAGE", "RUN_OR_FOLDER")
 
 
 def _overrides(word: str, others: Sequence[str], values: dict[str, str]) -> Candidates:

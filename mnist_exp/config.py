@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import reprlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,12 +151,21 @@ def compose(
     `config_dir`: one more folder of config groups, as Hydra's `--config-dir`.
     Raises ConfigError, with the override at fault and the nearest that exists.
     """
+    check_list("overrides", overrides)
     try:
         config = _compose(_words(overrides, config_dir), config_name)
         str(config.hydra.run.dir)  # an interpolation in it may lead nowhere
     except COMPOSITION_ERRORS as error:
         raise explain(error, overrides) from error
     return config
+
+
+def check_list(name: str, given: object) -> None:
+    """Raises ConfigError for what is no list of texts or paths; a text is one of its letters."""
+    if isinstance(given, str | Path):
+        raise ConfigError(f"{name}: must be a list, as in [{given!r}], and not {given!r} itself")
+    if not isinstance(given, Sequence) or not all(isinstance(one, str | Path) for one in given):
+        raise ConfigError(f"{name}: must be a list of texts, and is {reprlib.repr(given)}")
 
 
 def _words(overrides: Sequence[str], config_dir: str | None) -> list[str]:
@@ -226,6 +236,7 @@ def compose_sweep(
     overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None
 ) -> tuple[HydraContext, DictConfig]:
     """What Hydra's launchers need, and the config that the jobs of a sweep have in common."""
+    check_list("overrides", overrides)
     words = _words(overrides, config_dir)
     try:
         return _compose_sweep(words, config_name)

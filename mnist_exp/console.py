@@ -117,7 +117,7 @@ class Terminal(Reporter):
         self.console.print(self.prefix + text, markup=False)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+        table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False)
         for name in header:
             table.add_column(Text(name), overflow="fold")
         for row in rows:

@@ -16,11 +16,10 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.job import remembering
 from mnist_exp.metrics import Calibration, ClassScore
 from mnist_exp.plots import History
+from mnist_exp.record import CURVES
 from mnist_exp.report import Spread, Table
 from mnist_exp.stack import Stack
 from mnist_exp.tracking import Store
-
-CURVES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,7 @@ def evaluate(store: Store, found: Any, root: str | None = None) -> Evaluation:
     history = {key: store.history(run_id, key) for key in CURVES}
     best = found.data.metrics.get("best/epoch")
     return _evaluated(
+        store,
         found,
         dataset,
         stack,
@@ -112,9 +112,9 @@ def evaluate(store: Store, found: Any, root: str | None = None) -> Evaluation:
     )
 
 
-def _evaluated(found: Any, dataset: Dataset, stack: Stack, **more: Any) -> Evaluation:
+def _evaluated(store: Store, found: Any, dataset: Dataset, stack: Stack, **more: Any) -> Evaluation:
     (logits,) = training.predict(stack, dataset, dataset.test)
-    saved.check_finite(logits, found)
+    saved.check_finite(logits, store, found)
     recorded = {k: v for k, v in found.data.metrics.items() if k.startswith("test/")}
     info = found.info
     return Evaluation(info.run_id, info.run_name, dataset, logits, recorded, **more)
@@ -176,7 +176,7 @@ def ensemble(store: Store, parent: Any, root: str | None = None) -> Ensemble:
     members = []
     for job in chosen.finished:
         found = store.get(job.run_id)
-        members.append(_evaluated(found, *saved.fetch(store, found, load, root)))
+        members.append(_evaluated(store, found, *saved.fetch(store, found, load, root)))
     first = members[0]
     # the logarithm of the mean probability: logits as good as any
     shares = torch.stack([m.logits.double().log_softmax(-1) for m in members])

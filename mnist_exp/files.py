@@ -36,9 +36,9 @@ def asked_for(option: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = error.strerror or error
         raise ConfigError(
-            f"{option} {path}: cannot be written ({error.strerror}). Choose another place: "
-            f"{option} ..."
+            f"{option} {path}: cannot be written ({reason}). Choose another place: {option} ..."
         ) from error
 
 
@@ -50,12 +50,13 @@ def check_folder(folder: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """The same for a file, which may be there already."""
+    """Raises OSError for a file that could not be written, as far as a look can tell."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
-    if path.exists() and not os.access(path, os.W_OK):
+    if not path.exists():
+        check_folder(path.parent)
+    elif not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    check_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

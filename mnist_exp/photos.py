@@ -30,7 +30,7 @@ TURNS = {  # by EXIF's orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-BLANK = "it is blank: nothing stands out from the background"
+BLANK = "it is blank, or no ink can be told from its background"
 
 
 class Unreadable(ValueError):

@@ -738,15 +738,16 @@ def seen(
     seen: npt.NDArray[np.uint8],
     texts: Sequence[Sequence[tuple[str, float]]],
     title: str,
+    names: Sequence[str],
     of: int = 0,
 ) -> Figure:
     """Pictures beside what the network saw of them, and what it takes them for.
 
     given: N pictures [H, W, 3] of any size; seen [N, h, w]; texts: for each picture its most
     probable classes, up to three, as (class, probability), the best first: that one is large, and
-    orange with a question mark where its probability is below 50 %. The first 60 pictures are
-    shown; `of`: how many there are, if these are not all. Raises ValueError for other shapes, and
-    without a picture.
+    orange with a question mark where its probability is below 50 %; names: of the pictures. The
+    first 60 are shown; `of`: how many there are, if these are not all. Raises ValueError for other
+    shapes, and without a picture.
     """
     total = len(given)
     if seen.ndim != 3 or seen.dtype != np.uint8 or not seen.size or len(seen) != total:
@@ -754,8 +755,9 @@ def seen(
     for i, picture in enumerate(given):
         if picture.dtype != np.uint8 or picture.shape[2:] != (3,) or not picture.size:
             raise ValueError(f"given[{i}]: {picture.dtype} {picture.shape}, not uint8 [H, W, 3]")
-    if len(texts) != total:
-        raise ValueError(f"texts: {len(texts)} for {total} pictures")
+    for name, own in (("texts", texts), ("names", names)):
+        if len(own) != total:
+            raise ValueError(f"{name}: {len(own)} for {total} pictures")
     for i, ranked in enumerate(texts):
         if not 1 <= len(ranked) <= 3:
             raise ValueError(f"texts[{i}]: {len(ranked)} classes, not 1 to 3")
@@ -764,7 +766,7 @@ def seen(
     caption = "given → as the network sees it" + "; ?: below 50%" * any(doubtful)
     caption += f"; the first {count} of {of}" * (count < of)
     # Of each picture the class, large, and under it its probability and the next classes.
-    names = [
+    classes = [
         _short(ranked[0][0]) + " ?" * is_doubtful
         for ranked, is_doubtful in zip(texts, doubtful, strict=False)
     ]
@@ -775,30 +777,31 @@ def seen(
 
     # In pixels: two boxes and the text beside them, the pairs apart, 3 in a row.
     box, arrow, gap = 112, 26, 10
-    large = min(18.0, 18.0 * 150 / max(1.0, *(_width(name, 18.0) for name in names)))
-    room = max(_width(name, large) for name in names)
+    large = min(18.0, 18.0 * 150 / max(1.0, *(_width(name, 18.0) for name in classes)))
+    room = max(_width(name, large) for name in classes)
     room = math.ceil(max(room, *(_width(line, TEXT) for lines in below for line in lines)))
-    step = 2 * box + arrow + gap + room + 28
-    across, top = min(3, count), 68
+    step, down = 2 * box + arrow + gap + room + 28, box + 40
+    across, top = min(3, count), 86
     needed = across * step - 28, _width(title, TITLE), _width(caption, SMALL)
     width = 16 + math.ceil(max(needed))
-    height = top + math.ceil(count / across) * (box + 16) - 6
+    height = top + math.ceil(count / across) * down - 30
     mosaic = np.full((height, width, 4), 255, np.uint8)
     with _style():
         figure = _figure(width, height, title, caption)
         figure.add_artist(_Pixels(mosaic))
         for i in range(count):
-            y, x = top + i // across * (box + 16), 8 + i % across * step
+            y, x = top + i // across * down, 8 + i % across * step
             _paste(mosaic, _boxed(given[i], box), y, x, box)
             _paste(mosaic, _boxed(seen[i], box)[..., None], y, x + box + arrow, box)
             colour = ORANGE if doubtful[i] else INK
-            for text, size, ink, right, down in (
+            for text, size, ink, right, lower in (
+                (_short(names[i], 32), SMALL, DISCREET, 0, -6),
                 ("→", TITLE, DISCREET, box + 5, 64),
-                (names[i], large, colour, 2 * box + arrow + gap, 34),
+                (classes[i], large, colour, 2 * box + arrow + gap, 34),
                 (below[i][0], TEXT, colour, 2 * box + arrow + gap, 58),
                 ("\n".join(below[i][1:]), SMALL, DISCREET, 2 * box + arrow + gap, 110),
             ):
-                place = (x + right) / width, 1 - (y + down) / height
+                place = (x + right) / width, 1 - (y + lower) / height
                 figure.text(*place, text, fontsize=size, color=ink)
     return figure
 

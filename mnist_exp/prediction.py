@@ -20,9 +20,8 @@ class Prediction:
     """Of one file; `problem` says why there is none."""
 
     file: Path
-    photo: Photo | None = field(
-        default=None, repr=False
-    )  # of as many as a figure shows; of more, memory would not do
+    # of as many as a figure shows; of more, memory would not do
+    photo: Photo | None = field(default=None, repr=False)
     classes: Sequence[tuple[str, float]] = ()  # the most probable three, with their probabilities
     problem: str = ""
 
@@ -51,7 +50,7 @@ def predict(store: Store, found: Any, files: Sequence[Path], raw: bool) -> list[
             continue
         image = torch.from_numpy(photo.seen)[None, None]  # [1, 1, H, W]
         logits = stack.logits(facts.normalise(image))[0, 0]
-        saved.check_finite(logits, found)
+        saved.check_finite(logits, store, found)
         shares = logits.double().softmax(-1)
         best = shares.topk(min(NAMED, len(shares)))
         names = [facts.classes[i] for i in best.indices.tolist()]
@@ -72,5 +71,6 @@ def draw(predictions: Sequence[Prediction], title: str) -> Any:
         np.stack([photo.seen for photo, _ in drawn]),
         [classes for _, classes in drawn],
         title,
+        names=[p.file.name for p in predictions if p.photo],
         of=sum(not p.problem for p in predictions),
     )

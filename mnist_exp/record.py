@@ -41,6 +41,7 @@ from mnist_exp.tracking import save_model
 
 log = logging.getLogger(__name__)
 
+CURVES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")  # that are drawn of a run
 FIRST_LOSSES = "first_losses"  # a tag
 DIFF = "uncommitted.diff"  # an artifact
 FIRST_STEPS = 8

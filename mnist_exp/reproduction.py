@@ -8,10 +8,11 @@ first epoch and by up to 28 % within thirty; at a learning rate of 0.3, single v
 losses of the first steps, and what comes later is held to what rounding alone has been seen to do.
 """
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -27,9 +28,17 @@ from mnist_exp.job import Job, prepare
 from mnist_exp.record import DIFF, FIRST_LOSSES, Result
 from mnist_exp.report import Table
 from mnist_exp.tracker import Story, index_at
-from mnist_exp.tracking import Delivered, Store, check_store, choices_of, dataset_digest, tag_of
+from mnist_exp.tracking import (
+    Delivered,
+    Store,
+    check_store,
+    choices_of,
+    dataset_digest,
+    how_it_ended,
+    tag_of,
+)
 
-PREFIX = "mnist-exp-"  # of the temporary folder of a second run
+PREFIX, OWNER = "mnist-exp-reproduce-", "owner.json"  # the temporary folder, and whose it is
 STEPS = "first steps"
 LOSSES = ("train/loss", "val/loss", "test/loss")
 # What two runs of one computation may differ by, relative and in nats: either is enough.
@@ -77,20 +86,22 @@ class Agreement:
     def allowed(self) -> str:
         """The tolerance at `at`, for a person."""
         relative, nats = _tolerance(self.name, self.at)
-        return f"{relative:g}" + (f", or {nats:g} nats" if nats else "")
+        return f"{100 * relative:g} %" + (f", or {nats:g} nats" if nats else "")
 
 
 @dataclass(frozen=True)
 class Reproduction:
     """What has become of a run the second time."""
 
+    run_id: str
+    name: str
     agreements: list[Agreement]
     differences: list[str]  # of config, data, code, versions, device, ...: "threads: 2, now 1"
     same_config: bool = True  # as the run began with
     # of the second run, where it was kept: folder, store, id, and whether MLflow has all of it
     kept: Path | None = None
     store: str = ""
-    run_id: str = ""
+    kept_id: str = ""
     delivered: bool = False
 
     @property
@@ -114,7 +125,7 @@ class Reproduction:
             else:
                 where = f"{one.at} ({'greatest' if one.beyond is None else 'too great'})"
                 row += [str(one.first), where, _number(one.recorded, 8), _number(one.again, 8)]
-                row += [_number(one.difference, 2), one.allowed]
+                row += [_number(100 * one.difference, 2) + " %", one.allowed]
             rows.append(row)
         return header, rows
 
@@ -164,78 +175,90 @@ def reproduce(
     differences. Raises ConfigError where the record does not tell enough, or the machine lacks
     something.
     """
-    run_id, status, tags = found.info.run_id, found.info.status, found.data.tags
+    run_id, status = found.info.run_id, found.info.status
     if status == "RUNNING":
         raise ConfigError(f"run {run_id}: it is still running. To reproduce it, wait for its end")
-    first, choices = tag_of(found, FIRST_LOSSES, _losses, {}), choices_of(found)
+    steps, choices = tag_of(found, FIRST_LOSSES, _losses, {}), choices_of(found)
     recorded = {key: dict(store.history(run_id, key)) for key in LOSSES}
     if not recorded["train/loss"]:
-        raise ConfigError(f"run {run_id}: no epoch of it is recorded; the run is {status}")
-    _clear_up()
-    with TemporaryDirectory(prefix=PREFIX) as temporary:
-        place = Path(temporary)
+        raise ConfigError(f"run {run_id}: no epoch of it is recorded; {how_it_ended(store, found)}")
+    with _place() as place:
         config = saved.config_of(store, run_id, place)
         diff = _text(store.fetch(run_id, DIFF, place)) if store.has(run_id, DIFF) else ""
-        changed = tags.get("config_hash") not in (None, configs.identity(config))
-        differences = [CHANGED] if changed else []
+        changed = found.data.tags.get("config_hash") not in (None, configs.identity(config))
         _as_recorded(config, found, threads, device, root)
         if keep is not None:
-            try:
-                check_store(keep, config.tracking.experiment)
-            except ConfigError as error:
-                raise ConfigError(f"--keep {keep}: {error}") from error
+            check_store(keep, config.tracking.experiment, option="--keep")
             config.tracking.tags = {**config.tracking.tags, "reproduces": run_id}
         try:
-            job = _job(config, choices, None if keep else place / "run")
+            job = _job(config, choices, keep, place)
         except ConfigError as error:
-            typed = f"--device {device}" if device else f"--threads {threads}" if threads else ""
-            said = typed or "as its record says (another device: --device cpu)"
-            raise ConfigError(f"run {run_id} cannot be trained here, {said}: {error}") from error
-        job = replace(job, store_uri=keep or job.store_uri)
+            said = _refusal(str(error), threads, device)
+            raise ConfigError(f"run {run_id} cannot be trained here, {said}") from error
         folder = Path(job.composed.hydra.run.dir)
-        last = max(recorded["train/loss"])
-        until = reporter if last == job.config.training.epochs else _Until(reporter, last)
-        if keep is None:
-            job = replace(job, index=index_at(place))
-        outcome = _train(job, folder, until, keep is not None, bool(recorded["test/loss"]))
+        outcome = _train(job, folder, reporter, recorded, kept=keep is not None)
         story = Story.of(folder)
-        steps = agreement(STEPS, first, _losses(story.tags.get(FIRST_LOSSES, "[]")))
         agreements = [
-            steps,
+            agreement(STEPS, steps, _losses(story.tags.get(FIRST_LOSSES, "[]"))),
             *(agreement(key, recorded[key], story.metrics.get(key, {})) for key in LOSSES),
         ]
+        differences = [CHANGED] if changed else []
         if isinstance(outcome, Exception) and not isinstance(outcome, _Compared):
             differences.insert(0, f"the second run failed: {reason_of(outcome)}")
-        if not steps.compared:
+        if not steps:
             differences.append(UNKNOWN)
         differences += _differences(found, job, story.tags, diff, _text(folder / DIFF))
     return Reproduction(
+        run_id,
+        found.info.run_name,
         [each for each in agreements if each.compared],
         differences,
         same_config=not changed,
-        kept=folder if keep else None,
+        kept=folder if keep is not None else None,
         store=job.store_uri,
-        run_id=run.name_of(folder) if keep else "",
+        kept_id=run.name_of(folder) if keep is not None else "",
         delivered=Delivered.of(folder, job.store_uri).ended,
     )
 
 
-def _clear_up() -> None:
-    """What second runs have left whose process was killed."""
-    for left in Path(gettempdir()).glob(f"{PREFIX}*"):
-        story = Story.of(left / "run")
-        if story.key and not journal.is_alive(story.owner):
-            shutil.rmtree(left, ignore_errors=True)  # another user's stays
+@contextlib.contextmanager
+def _place() -> Iterator[Path]:
+    """A temporary folder. What a process that was killed has left is removed by the next one."""
+    for owner in Path(gettempdir()).glob(f"{PREFIX}*/{OWNER}"):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # another user's
+            if journal.is_alive(json.loads(owner.read_text())) is False:
+                shutil.rmtree(owner.parent)
+    with TemporaryDirectory(prefix=PREFIX) as folder:
+        Path(folder, OWNER).write_text(json.dumps(journal.owner()))
+        yield Path(folder)
+
+
+def _refusal(error: str, threads: int | None, device: str | None) -> str:
+    """Why a run cannot be trained again, and as what: what was typed, if anything was."""
+    typed = [f"--threads {threads}"] * (threads is not None)
+    typed += [f"--device {device}"] * (device is not None)
+    hint = ". To choose another device: --device cpu" * error.startswith("training.device=")
+    return f"{' and '.join(typed) or 'as its record says'}: {error}{hint}"
 
 
 def _train(
-    job: Job, folder: Path, reporter: Reporter, kept: bool, finished: bool
+    job: Job,
+    folder: Path,
+    reporter: Reporter,
+    recorded: Mapping[str, Mapping[int, float]],
+    *,
+    kept: bool,
 ) -> Result | Exception:
-    """What the second run has come to. `finished`: with the test set, as the first one."""
+    """What the second run has come to, which goes as far as the first one has recorded."""
+    last, finished = max(recorded["train/loss"]), bool(recorded["test/loss"])
+    if last < job.config.training.epochs:
+        reporter = _Until(reporter, last)
     if not kept:
         return run.execute([job], [folder], reporter, finished=finished)[0]
     try:
         return run.conduct(job, folder, reporter, finished=finished)
+    except ConfigError:  # nothing was trained
+        raise
     except Exception as error:  # a model can raise anything
         return error
 
@@ -259,7 +282,7 @@ def agreement(name: str, recorded: Mapping[int, float], again: Mapping[int, floa
 
 
 def _number(value: float, digits: int) -> str:
-    """A dash for a loss that is not there."""
+    """A dash for a loss that is not there, or was no number."""
     return "-" if math.isnan(value) else f"{value:.{digits}g}"
 
 
@@ -303,18 +326,19 @@ def _as_recorded(
         config.training.compile = "always" if tags["compiled"] == "true" else "never"
 
 
-def _job(config: DictConfig, choices: Mapping[str, str | None], folder: Path | None) -> Job:
-    """The run, ready to be trained; in the usual place where no folder is given."""
+def _job(
+    config: DictConfig, choices: Mapping[str, str | None], keep: str | None, place: Path
+) -> Job:
+    """The run, ready to be trained: within `place`, or in the usual one if it is to be kept."""
     composed = config.copy()
     with open_dict(composed):
         composed.hydra = configs.compose([]).hydra
     with read_write(composed.hydra), open_dict(composed.hydra):
         composed.hydra.runtime.choices = choices
-        if folder is not None:
-            composed.hydra.run.dir = str(folder)
-        else:
-            composed.hydra.run.dir = str(composed.hydra.run.dir)  # not another one a moment later
-    return prepare(composed)
+        # as it is now: it says the time
+        composed.hydra.run.dir = str(composed.hydra.run.dir if keep else place / "run")
+    job = prepare(composed)
+    return replace(job, store_uri=keep) if keep else replace(job, index=index_at(place))
 
 
 def _differences(

@@ -16,6 +16,7 @@ from mnist_exp.errors import RunFailed, Terminated
 from mnist_exp.job import Job, Load, prepare
 from mnist_exp.models import Served
 from mnist_exp.record import (
+    CURVES,
     Record,
     Result,
     ask_git,
@@ -263,8 +264,7 @@ def finish(folder: Path, load: Load) -> dict[str, float]:
     dataset, stack = saved.recall(folder / "config.yaml", folder / "checkpoint.pt", load)
     tracker = Tracker.reopen(folder, index_at(configs.output_root()))
     story = Story.of(folder)
-    keys = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
-    history = {key: story.history(key) for key in keys}
+    history = {key: story.history(key) for key in CURVES}
     epoch = max(step for step, _ in history["train/loss"])
     record_first(dataset, tracker)
     test = record_test(stack, dataset, tracker, epoch)

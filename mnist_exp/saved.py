@@ -17,7 +17,7 @@ from mnist_exp.data import Dataset, Facts
 from mnist_exp.errors import ConfigError
 from mnist_exp.job import Load, load_dataset
 from mnist_exp.stack import Stack
-from mnist_exp.tracking import Store, dataset_digest, first_line
+from mnist_exp.tracking import Store, dataset_digest, how_it_ended
 
 
 def state(stack: Stack, facts: Facts) -> dict[str, Any]:
@@ -66,7 +66,10 @@ def fetch(
 
 
 def recall(recorded: Path, weights: Path, load: Load) -> tuple[Dataset, Stack]:
-    """The same from files: a run's resolved config, and its checkpoint. Raises ConfigError."""
+    """A run's data set and model from files: its resolved config, and its checkpoint.
+
+    Raises ConfigError.
+    """
     config = configs.validate(read_config(recorded))
     dataset = load(config.dataset)
     weights_of = checkpoint.load(weights)["model"]
@@ -74,31 +77,32 @@ def recall(recorded: Path, weights: Path, load: Load) -> tuple[Dataset, Stack]:
 
 
 def config_of(store: Store, run_id: str, folder: Path) -> DictConfig:
-    """A run's config, as its record has it, checked; `folder` gets a copy. Raises ConfigError."""
+    """A run's config, as its record has it, checked. folder: where a copy of the file is left.
+
+    Raises ConfigError where the run has none, or one that is damaged.
+    """
     path = store.fetch(run_id, "config.yaml", folder)
     return read_config(path, f"run {run_id}, config.yaml in its record")
 
 
-def check_finite(logits: Tensor, found: Any) -> None:
-    """Raises ConfigError where a run's model gives no numbers, as one that has diverged."""
-    if logits.isfinite().all():
+def check_finite(logits: Tensor, store: Store, found: Any) -> None:
+    """Raises ConfigError where a run's model gives no probabilities, as one that has diverged."""
+    if not logits.log_softmax(-1).isnan().any():  # -inf is a class that cannot be
         return
-    status, reason = found.info.status, found.data.tags.get("reason")
     raise ConfigError(
-        f"run {found.info.run_id}: with its weights, outputs are infinite or no numbers (nan). The "
-        f"run is {status}" + (f": {reason}" if reason else "")
+        f"run {found.info.run_id}: with its weights, outputs are infinite or no numbers (nan); "
+        f"{how_it_ended(store, found)}"
     )
 
 
 def _fetched(store: Store, found: Any) -> tuple[DictConfig, dict[str, Any]]:
     """A run's config, and what its checkpoint holds."""
-    run_id, status = found.info.run_id, found.info.status
+    run_id = found.info.run_id
     with TemporaryDirectory() as folder:
         try:
             path = store.fetch(run_id, "checkpoint", Path(folder)) / "checkpoint.pt"
         except ConfigError as error:
-            more = f". To go on with it: mnist-exp resume {run_id[:8]}" * (status == "KILLED")
-            raise ConfigError(f"{error}; the run is {status}{more}") from error
+            raise ConfigError(f"{error}; {how_it_ended(store, found)}") from error
         config = config_of(store, run_id, Path(folder))
         return config, checkpoint.load(path, f"run {run_id}, checkpoint/checkpoint.pt")
 
@@ -111,12 +115,15 @@ def read_config(path: Path, name: str = "") -> DictConfig:
     name = name or str(path)
     try:
         config = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"{name}: it cannot be read ({error.strerror})") from error
     except Exception as error:  # whatever a parser of YAML raises
-        raise ConfigError(f"{name}: it cannot be read as YAML, {first_line(error)}") from error
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{name}: it cannot be read as YAML, {said}") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{name}: it holds no keys with their values")
     try:
-        configs.validate(config)
+        configs.validate(config.copy())  # which it changes
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
     return config

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp import config as configs
-from mnist_exp import grid, report, results, run, signals
+from mnist_exp import grid, report, results, run, signals, streams
 from mnist_exp.config import Config, SweepConfig
 from mnist_exp.console import Reporter, Terminal
 from mnist_exp.courier import Courier
@@ -160,6 +160,7 @@ class Task:
 
 
 def _run_there(task: Task, config: DictConfig, to: Connection) -> None:
+    streams.replace()  # joblib's processes have Python's own
     signals.follow_parent()
     HydraConfig.instance().set_config(config)
     try:

@@ -1,5 +1,6 @@
 """A run's record in MLflow. The only module that imports mlflow."""
 
+import contextlib
 import functools
 import glob
 import http.client
@@ -8,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import sqlite3
 import tempfile
@@ -67,17 +69,20 @@ def store_uri(asked: str | None, root: Path) -> str:
     return os.environ.get(ENVIRONMENT) or asked or f"{_SQLITE}{root / 'mlflow.db'}"
 
 
-def check_store(uri: str, experiment: str | None = None, required: bool = True) -> None:
+def check_store(
+    uri: str, experiment: str | None = None, required: bool = True, option: str = ""
+) -> None:
     """Raises ConfigError for a store that cannot be opened, as far as a look can tell.
 
     `experiment`: that runs are to be recorded in. `required`: a server has to answer now.
+    `option`: that has named the store, if that is not tracking.uri or the environment.
     Takes no import of mlflow, and creates nothing.
     """
     if uri.startswith("sqlite:") and (not uri.removeprefix(_SQLITE) or "?" in uri or
                                       not uri.startswith(_SQLITE)):  # fmt: skip
-        raise ConfigError(f"{_said(uri)}: must name a file, sqlite:////ABSOLUTE/PATH.db")
+        raise ConfigError(f"{_said(uri, option)}: must name a file, sqlite:////ABSOLUTE/PATH.db")
     if uri.startswith(_SQLITE):
-        _check_sqlite(uri, Path(uri.removeprefix(_SQLITE)), experiment)
+        _check_sqlite(uri, Path(uri.removeprefix(_SQLITE)), experiment, option)
     elif uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=3).close()
@@ -88,22 +93,24 @@ def check_store(uri: str, experiment: str | None = None, required: bool = True) 
                 return
             reason = getattr(error, "reason", error)
             raise ConfigError(
-                f"{_said(uri)}: no MLflow server answers there ({reason}). Start it, or "
-                f"{_another_store(uri)}"
+                f"{_said(uri, option)}: no MLflow server answers there ({reason}). Start it, or "
+                f"{_another_store(uri, option)}"
             ) from error
     elif not uri.startswith(_SERVED):
         raise ConfigError(
-            f"{_said(uri)}: must be sqlite:////ABSOLUTE/PATH.db, the http(s) address of a server, "
-            f"or one of {', '.join(_SERVED)}... (MLflow no longer keeps runs in plain folders)"
+            f"{_said(uri, option)}: must be sqlite:////ABSOLUTE/PATH.db, the http(s) address of a "
+            f"server, or one of {', '.join(_SERVED)}... (MLflow no longer keeps runs in plain "
+            f"folders)"
         )
     elif required:
         Store(uri)
 
 
-def _check_sqlite(uri: str, path: Path, experiment: str | None) -> None:
+def _check_sqlite(uri: str, path: Path, experiment: str | None, option: str) -> None:
     def fail(reason: str) -> None:
         raise ConfigError(
-            f"{_said(uri)}: cannot be opened, {reason}. To go on, {_another_store(uri)}"
+            f"{_said(uri, option)}: cannot be opened, {reason}. To go on, "
+            f"{_another_store(uri, option)}"
         )
 
     if not path.parent.is_dir():
@@ -189,13 +196,24 @@ def listed(uri: str, sweep: bool | None) -> list[tuple[str, str]]:
         return list(database.execute(question, {"sweep": sweep}))
 
 
-def _said(uri: str) -> str:
+def say_store(asked: str | None) -> None:
+    """Says where the environment decides, and not what was typed."""
+    decided = os.environ.get(ENVIRONMENT)
+    if asked is not None and decided and decided != asked:
+        log.warning("%s=%s is used, and not tracking.uri=%s", ENVIRONMENT, decided, asked)
+
+
+def _said(uri: str, option: str = "") -> str:
     """How the store was chosen, for messages: what would have to be changed."""
+    if option:
+        return f"{option} {uri}"
     return f"{ENVIRONMENT if os.environ.get(ENVIRONMENT) == uri else 'tracking.uri'}={uri}"
 
 
-def _another_store(uri: str) -> str:
+def _another_store(uri: str, option: str) -> str:
     """How to choose one, where this one will not do."""
+    if option:
+        return f"choose another store: {option} sqlite:////ABSOLUTE/PATH.db"
     if os.environ.get(ENVIRONMENT) == uri:
         return f"set {ENVIRONMENT} to another store, or unset it: it counts before tracking.uri"
     return "choose another store: tracking.uri=sqlite:////ABSOLUTE/PATH.db"
@@ -333,6 +351,8 @@ class Store:
         the last one is then no job of a sweep.
         """
         kind = "sweep" if sweep else "run"
+        if not isinstance(word, str):
+            raise ConfigError(f"{kind}: must be a text, as in 'last' or an id, and is {word!r}")
         runs = self.of_kind(sweep, newest=word == "last")
         if sweep is None and word == "last":
             runs = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
@@ -370,7 +390,7 @@ class Store:
         elif parent:
             what = f"it is a run of the sweep {parent[:8]}"
         else:
-            what = "it is a run, not a sweep"
+            what = "it is a run, not a sweep. Alone, it is evaluated without --ensemble"
         raise ConfigError(f"{word}: {what}")
 
     def page(self, word: str | None) -> str:
@@ -394,7 +414,11 @@ class Store:
         try:
             return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
         except (MlflowException, OSError) as error:
-            raise ConfigError(f"run {run_id}: it has no artifact {artifact}") from error
+            why = f"its artifact {artifact} cannot be fetched, {first_line(error)}"
+            with contextlib.suppress(MlflowException, OSError):
+                if not self.has(run_id, artifact):
+                    why = f"it has no artifact {artifact}"
+            raise ConfigError(f"run {run_id}: {why}") from error
 
 
 def save_model(
@@ -654,6 +678,20 @@ class _Letter:
             self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
 
+def how_it_ended(store: Store, run: Any) -> str:
+    """Of a run that is not what it could be: its status, why, and what leads on."""
+    said, tags = f"the run is {run.info.status}", run.data.tags
+    if reason := tags.get("reason"):
+        said += f": {reason}"
+    if run.info.status == "RUNNING":
+        said += f". Its record grows in {tags.get('output_dir', '?')}: wait for its end"
+    elif run.info.status == "KILLED":
+        whole = tags.get("mlflow.parentRunId", run.info.run_id)
+        words = ["mnist-exp", "resume", whole, f"tracking.uri={store.uri}"]
+        said += f". To go on with it: {shlex.join(words)}"
+    return said
+
+
 def tag_of(run: Any, tag: str, read: Callable[[str], Any], default: Any) -> Any:
     """What a run's tag says, if it has it. Raises ConfigError where `read` cannot read it."""
     text = run.data.tags.get(tag)
@@ -667,7 +705,8 @@ def tag_of(run: Any, tag: str, read: Callable[[str], Any], default: Any) -> Any:
 
 def choices_of(run: Any) -> dict[str, str | None]:
     """Which option of each config group a run was made of. Raises ConfigError."""
-    return dict(tag_of(run, "choices", lambda text: dict(json.loads(text)), {}))
+    choices: dict[str, str | None] = tag_of(run, "choices", lambda t: dict(json.loads(t)), {})
+    return choices
 
 
 def dataset_digest(run: Any) -> str:

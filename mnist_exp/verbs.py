@@ -22,7 +22,7 @@ HYDRAS_OWN = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--inf
               "--shell-completion", "-sc", "--resolve", "--package", "-p", "--config-path", "-cp",
               "--experimental-rerun")  # fmt: skip
 
-
+WHERE = "tracking.uri=..., and dataset.root=FOLDER where the data has moved"
 FORMATS = ("png", "svg", "pdf")  # of a figure: plots has them too, whose import takes half a second
 
 
@@ -53,13 +53,16 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _add_overrides(parser, "key=value, group=option")
     parser.add_argument("--multirun", "-m", action="store_true", help="a sweep")
     parser.add_argument("--config-name", "-cn", default="config", help="instead of config.yaml")
-    parser.add_argument("--config-dir", "-cd", help="one more folder of config groups")
+    parser.add_argument(
+        "--config-dir", "-cd", metavar="FOLDER", help="one more folder of config groups"
+    )
 
 
 def _train(asked: argparse.Namespace) -> int:
     from hydra.types import RunMode
 
     from mnist_exp import config as configs
+    from mnist_exp.tracking import say_store
 
     composed = None
     if not asked.multirun:
@@ -67,36 +70,25 @@ def _train(asked: argparse.Namespace) -> int:
     if composed is None or composed.hydra.mode == RunMode.MULTIRUN:
         return _sweep(asked)
     # before torch's seconds of import
-    _say_store(configs.validate(configs.task_config(composed)).tracking.uri)
+    say_store(configs.validate(configs.task_config(composed)).tracking.uri)
     return _train_one(composed)
 
 
 def _sweep(asked: argparse.Namespace) -> int:
     from mnist_exp import config as configs
     from mnist_exp import grid
+    from mnist_exp.tracking import say_store
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     context, master = configs.compose_sweep(asked.overrides, asked.config_name, asked.config_dir)
     jobs = grid.jobs(context, master, say)  # before torch's seconds of import
-    _say_store(master.tracking.uri)
+    say_store(master.tracking.uri)
 
     from mnist_exp import sweep
 
     return _after_sweep(sweep.run_sweep(context, master, jobs))
-
-
-def _say_store(asked: str | None) -> None:
-    """Where the environment decides, and not what was typed."""
-    from mnist_exp.tracking import ENVIRONMENT
-
-    decided = os.environ.get(ENVIRONMENT)
-    if asked is not None and decided and decided != asked:
-        print(
-            f"mnist-exp: {ENVIRONMENT}={decided} is used, and not tracking.uri={asked}",
-            file=sys.stderr,
-        )
 
 
 def _after_sweep(swept: Any) -> int:
@@ -193,7 +185,9 @@ def _hydra(words: list[str]) -> int:
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
     _add_overrides(parser, "dataset=kmnist, ...")
-    parser.add_argument("--output", "-o", type=_path, help="the picture: a .png, .svg or .pdf file")
+    parser.add_argument(
+        "--output", "-o", type=_path, metavar="FILE", help="the picture: a .png, .svg or .pdf file"
+    )
 
 
 def _show(asked: argparse.Namespace) -> int:
@@ -237,7 +231,7 @@ def _check_figure(option: str, path: Path | None) -> None:
 
 
 def _check_folder(option: str, folder: Path | None) -> None:
-    """The same for a folder of files."""
+    """The same for the folder of several figures."""
     from mnist_exp import files
 
     if folder is not None:
@@ -255,25 +249,26 @@ def _save_figure(option: str, path: Path, figure: Any) -> None:
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN_OR_SWEEP", help="a run, or a sweep")
-    _add_overrides(parser)
+    _add_overrides(parser, WHERE)
     parser.add_argument(
         "--ensemble",
         action="store_true",
-        help="RUN is a sweep: average the probabilities of its chosen cell over the seeds",
+        help="of a sweep: average the probabilities of its chosen cell over the seeds",
     )
     parser.add_argument(
-        "--output", "-o", type=_path, help="the folder of the figures, if not in outputs/"
+        "--output",
+        "-o",
+        type=_path,
+        metavar="FOLDER",
+        help="of the figures, if not in outputs/",
     )
     _add_format(parser)
 
 
 def _evaluate(asked: argparse.Namespace) -> int:
     _check_folder("--output", asked.output)
-    if asked.ensemble:
-        together = api.ensemble(asked.run, asked.overrides)
-        evaluated = together.whole
-    else:
-        evaluated = api.evaluate(asked.run, asked.overrides)
+    together = api.ensemble(asked.run, asked.overrides) if asked.ensemble else None
+    evaluated = together.whole if together else api.evaluate(asked.run, asked.overrides)
 
     from mnist_exp import evaluation
     from mnist_exp.config import output_root
@@ -282,7 +277,7 @@ def _evaluate(asked: argparse.Namespace) -> int:
     terminal = Terminal()
     folder = asked.output or output_root() / "outputs" / "evaluations" / evaluated.run_id[:8]
     files = evaluation.save(evaluated.draw(), folder, asked.format)
-    if asked.ensemble:
+    if together:
         terminal.table("members", *together.table())
     print(f"run            {evaluated.run_id}  {evaluated.name}")
     low, high = evaluated.interval
@@ -293,11 +288,11 @@ def _evaluate(asked: argparse.Namespace) -> int:
         before = "not recorded" if known is None else f"recorded {known:{form}}"
         print(
             f"{key:14} {value:{form}}"
-            + f"  ({before})" * (not asked.ensemble)
+            + f"  ({before})" * (together is None)
             + within * key.endswith("accuracy")
         )
     print(f"calibration    {evaluated.calibration.error:.2%} expected error, 15 bins of confidence")
-    if asked.ensemble:
+    if together:
         accuracy, loss = (together.gain(key) for key in ("test/accuracy", "test/loss"))
         print(
             f"adds           {100 * accuracy:+.2f} percentage points of accuracy, {loss:+.4f} of "
@@ -335,8 +330,12 @@ def _predict(asked: argparse.Namespace) -> int:
     _check_figure("--figure", asked.figure)
     overrides = [w for w in asked.images if re.match(r"[\w.]+=", w) and not os.path.exists(w)]
     files = [Path(word) for word in asked.images if word not in overrides]
-    if not files:
-        raise ConfigError("IMAGE: none is given. To predict: mnist-exp predict RUN IMAGE ...")
+    if not files or "" in asked.images:
+        raise ConfigError(
+            "IMAGE: none is given, or an empty name. To predict: mnist-exp predict RUN IMAGE ..."
+        )
+    if asked.figure is not None and asked.figure.resolve() in [file.resolve() for file in files]:
+        raise ConfigError(f"--figure {asked.figure}: it is one of the images. Name another file")
     store = api.open_store(overrides)
     found = store.find(asked.run)  # before torch's seconds of import
 
@@ -372,7 +371,9 @@ def _printable(path: Path) -> str:
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", metavar="SWEEP", help="the id of its parent run, or last")
     _add_overrides(parser)
-    parser.add_argument("--output", "-o", type=_path, help="a folder for the files, as well")
+    parser.add_argument(
+        "--output", "-o", type=_path, metavar="FOLDER", help="for the files, as well"
+    )
     _add_format(parser)
 
 
@@ -392,7 +393,7 @@ def _report(asked: argparse.Namespace) -> int:
 
 
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN_OR_SWEEP", help="an id, its beginning, last, a folder")
+    parser.add_argument("run", metavar="RUN_OR_FOLDER", help="an id, its beginning, last, a folder")
     _add_overrides(parser)
     parser.add_argument("--failed", action="store_true", help="of a sweep, also jobs that failed")
 
@@ -420,34 +421,29 @@ def _resume(asked: argparse.Namespace) -> int:
 
 def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run id, its beginning, or last")
-    _add_overrides(parser)
+    _add_overrides(parser, WHERE)
     parser.add_argument("--threads", type=int, help="CPU threads, if not as many as before")
     parser.add_argument("--device", help="cpu, cuda, mps, if not the one of before")
     parser.add_argument("--keep", metavar="URI", help="keep the second run, in this MLflow store")
 
 
 def _reproduce(asked: argparse.Namespace) -> int:
-    store, root = api.open_store(asked.overrides), api.moved(asked.overrides)
-    found = store.find(asked.run)  # before torch's seconds of import
-
-    from mnist_exp import reproduction
-    from mnist_exp.console import Terminal
-
-    terminal = Terminal()
-    again = reproduction.reproduce(
-        store,
-        found,
-        terminal,
+    again = api.reproduce(
+        asked.run,
+        asked.overrides,
+        verbose=True,
         keep=asked.keep,
         threads=asked.threads,
         device=asked.device,
-        root=root,
     )
-    print(f"run {found.info.run_id}  {found.info.run_name}")
+
+    from mnist_exp.console import Terminal
+
+    print(f"run {again.run_id}  {again.name}")
     if again.kept is not None:
-        print(f"again {again.run_id}\noutput {again.kept}")
-        _say_where(again.run_id[:8], again)
-    terminal.table("recorded, and again", *again.table())
+        print(f"again {again.kept_id}\noutput {again.kept}")
+        _say_where(again.kept_id[:8], again)
+    Terminal().table("recorded, and again", *again.table())
     print(again.verdict + (". What is not as it was:" if again.differences else ""))
     for difference in again.differences:
         print(f"  {difference}")
@@ -549,7 +545,7 @@ VERBS = {
         ),
         Verb(
             "evaluate",
-            "RUN",
+            "RUN_OR_SWEEP",
             "the saved model of a run on the official test set; figures",
             _evaluate_arguments,
             _evaluate,
@@ -568,7 +564,7 @@ VERBS = {
             _report_arguments,
             _report,
         ),
-        Verb("resume", "RUN_OR_SWEEP", "goes on where it stopped", _resume_arguments, _resume),
+        Verb("resume", "RUN_OR_FOLDER", "goes on where it stopped", _resume_arguments, _resume),
         Verb(
             "reproduce",
             "RUN",

@@ -537,7 +537,10 @@ def test_predict_more_than_a_figure_shows(finished: Started, call: Call, tmp_pat
 def test_predict_what_cannot_be(finished: Started, call: Call, tmp_path: Path) -> None:
     image, store = str(picture(tmp_path / "0.png")), f"tracking.uri={finished.store}"
     refused(call("predict", "last", store), "IMAGE", "mnist-exp predict RUN IMAGE ...")
+    refused(call("predict", "last", "", store), "IMAGE", "an empty name")
     refused(call("predict", "x", image, store), "x: there is no such run")
+    own = call("predict", "last", image, store, "--figure", image)
+    refused(own, f"--figure {image}: it is one of the images")
     refused(call("predict", "last", image, store, "seed=1"), "seed=1: it would change nothing")
     refused(call("predict", "last", image, store, "--figure", "a.jpg"), "a.jpg", ".png, .svg")
 

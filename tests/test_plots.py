@@ -702,7 +702,7 @@ RANKING = [("7", 0.9), ("1", 0.07), ("9", 0.02)]
 
 def test_seen_shows_pairs_in_reading_order() -> None:
     given, small = photos(*[(28, 28)] * 7), noise(7)
-    picture = plots.pixels(plots.seen(given, small, [RANKING] * 7, "x"))
+    picture = plots.pixels(plots.seen(given, small, [RANKING] * 7, "x", "abcdefg"))
     box = np.ones((4, 4), np.uint8)
     for channel in range(3):
         left = [find(picture[..., channel], np.kron(photo[..., channel], box)) for photo in given]
@@ -715,8 +715,8 @@ def test_seen_shows_pairs_in_reading_order() -> None:
 def test_seen_shrinks_a_large_picture_without_losing_thin_lines() -> None:
     photo = np.full((512, 448, 3), 255, np.uint8)
     photo[:, 201:203] = 0
-    picture = plots.pixels(plots.seen([photo], noise(1), [RANKING], "x"))
-    box = picture[68:180, 8:120].astype(int)
+    picture = plots.pixels(plots.seen([photo], noise(1), [RANKING], "x", ["a"]))
+    box = picture[86:198, 8:120].astype(int)
     framed = np.argwhere((box == 187).all(-1))
     assert np.array_equal(np.unique(framed[:, 1]), [6, 105])  # 98 pixels between: to scale
     line = box[:, 7 + int(202 / 448 * 98)]
@@ -725,15 +725,15 @@ def test_seen_shrinks_a_large_picture_without_losing_thin_lines() -> None:
 
 def test_seen_marks_a_doubtful_class() -> None:
     texts = [RANKING, [("3", 0.41), ("5", 0.3)], [("8", 0.5)]]
-    figure = plots.seen(photos(*[(20, 20)] * 3), noise(3), texts, "x")
+    figure = plots.seen(photos(*[(20, 20)] * 3), noise(3), texts, "x", ["a.png", "b", "c"])
     lines = {text.get_text(): text for text in figure.texts}
     doubtful = [text for text, line in lines.items() if line.get_color() == plots.ORANGE]
     assert doubtful == ["3 ?", "41.0%"]
-    assert {"7", "8", "90.0%", "1  7.0%\n9  2.0%", "5  30.0%"} < set(lines)
+    assert {"a.png", "7", "8", "90.0%", "1  7.0%\n9  2.0%", "5  30.0%"} < set(lines)
     large = lines["7"].get_fontsize()
     assert large > lines["90.0%"].get_fontsize() > lines["1  7.0%\n9  2.0%"].get_fontsize()
     assert "below 50%" in figure.texts[1].get_text()
-    sure = plots.seen(photos((20, 20)), noise(1), [RANKING], "x")
+    sure = plots.seen(photos((20, 20)), noise(1), [RANKING], "x", ["a"])
     assert not has_orange(plots.pixels(sure)).any()
     assert "?" not in sure.texts[1].get_text()
 
@@ -743,7 +743,8 @@ def test_seen_is_complete(count: int) -> None:
     sides = [(1, 1), (512, 3), (3, 512), (112, 112), (113, 90), (28, 28), (1000, 800)]
     given = photos(*(sides[i % 7] for i in range(count)))
     texts = [[(ODD_NAMES[(i + j) % 9], 0.4 - j / 9) for j in range(3)] for i in range(count)]
-    figure = plots.seen(given, noise(count, 300, 40), texts, "A long title " * 20)
+    names = ["a long name " * 20] * count
+    figure = plots.seen(given, noise(count, 300, 40), texts, "A long title " * 20, names)
     assert not ink_at_edges(plots.pixels(figure))
     assert ("the first 60 of 61" in figure.texts[1].get_text()) == (count > 60)
     assert sum(text.get_text() == "→" for text in figure.texts if text.get_fontsize() == 12) <= 60
@@ -764,7 +765,7 @@ def test_seen_is_complete(count: int) -> None:
 )
 def test_seen_refuses(given: list, small: np.ndarray, texts: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plots.seen(given, small, texts, "x")
+        plots.seen(given, small, texts, "x", [""] * len(given))
 
 
 @pytest.mark.parametrize("has_pyplot", [False, True])

@@ -15,7 +15,7 @@ from helpers import finish, fresh_store, start
 from omegaconf import OmegaConf
 
 import mnist_exp
-from mnist_exp import api, config, data, training
+from mnist_exp import api, config, data, journal, training
 from mnist_exp import run as package_run
 from mnist_exp.console import Reporter
 from mnist_exp.errors import ConfigError, RunFailed
@@ -102,9 +102,7 @@ def again(run: Result, store: str) -> Callable[..., Reproduction]:
 
 
 @pytest.fixture
-def edited(
-    run: Result, store: str, tmp_path: Path
-) -> Iterator[Callable[[Callable[[object], None]], None]]:
+def edited(run: Result, store: str, tmp_path: Path) -> Iterator[Callable[[str, object], None]]:
     """Changes the config that the store holds of the run, and puts it back."""
     client = mlflow.MlflowClient(store)
     path = Path(client.download_artifacts(run.run_id, "config.yaml", str(tmp_path)))
@@ -116,7 +114,7 @@ def edited(
         OmegaConf.save(changed, path)
         client.log_artifact(run.run_id, str(path))
 
-    yield edit  # type: ignore[misc]
+    yield edit
     path.write_text(before)
     client.log_artifact(run.run_id, str(path))
 
@@ -129,14 +127,19 @@ def test_identical(again: Callable[..., Reproduction], run: Result) -> None:
     assert compared == {"first steps": 5, "train/loss": 3, "val/loss": 3, "test/loss": 1}
 
 
-def test_nothing_is_left(again: Callable[..., Reproduction], store: str) -> None:
+def test_nothing_is_left(
+    again: Callable[..., Reproduction],
+    store: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     opened = mlflow.MlflowClient(store)
     before = len(opened.search_runs(["1"]))
-    outputs = config.output_root() / "outputs"
-    files = sorted(outputs.rglob("*")) if outputs.exists() else []
+    monkeypatch.setattr(config, "output_root", lambda: tmp_path / "root")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     again()
     assert len(opened.search_runs(["1"])) == before
-    assert (sorted(outputs.rglob("*")) if outputs.exists() else []) == files
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_one_has_left_is_removed(
@@ -146,19 +149,33 @@ def test_what_a_killed_one_has_left_is_removed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And nothing else that is there."""
+    elsewhere = {**journal.owner(), "host": "elsewhere"}
+    others = {
+        "mnist-exp-reproduce-a-file": "",
+        "mnist-exp-reproduce-b/owner.json": "nonsense",
+        "mnist-exp-reproduce-c/owner.json": json.dumps(elsewhere),  # which cannot be told
+        "mnist-exp-reproduce-d/run/journal.jsonl": "",
+    }
+    for name, text in others.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     words = ["reproduce", run.run_id, f"tracking.uri={store}"]
     process = start(words, tmp_path, TMPDIR=str(tmp_path))
-    assert process.stdout is not None
-    assert " on cpu" in process.stdout.readline()  # it begins
-    process.send_signal(signal.SIGSTOP)
-    (left,) = tmp_path.glob("mnist-exp-*")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    try:
+        assert process.stdout is not None
+        assert " on cpu" in process.stdout.readline()  # it begins
+        process.send_signal(signal.SIGSTOP)
+        (left,) = [p for p in tmp_path.iterdir() if (p / "config.yaml").exists()]
+        again()
+        assert left.exists()  # it may go on
+    finally:
+        process.kill()
+        finish(process)
     again()
-    assert left.exists()  # it may go on
-    process.kill()
-    finish(process)
-    again()
-    assert list(tmp_path.glob("mnist-exp-*")) == []
+    assert not left.exists()
+    assert all((tmp_path / name).exists() for name in others)
 
 
 def test_another_thread_count_is_within_tolerance(again: Callable[..., Reproduction]) -> None:
@@ -203,7 +220,8 @@ def test_a_second_run_that_fails_says_why(
         assert found.differences[0] == "the second run failed: RuntimeError: out of luck"
         assert [each.beyond for each in found.agreements] == [None, 2, 2, 3]
         losses = found.table()[1][1]
-        assert losses[5:7] == ["-", "-"]  # the second epoch is not there again
+        # the second epoch is not there again
+        assert losses[5:] == ["-", "- %", "30 %, or 0.01 nats"]
 
 
 def test_no_more_is_trained_than_was_recorded(
@@ -238,7 +256,10 @@ def test_no_more_is_trained_than_was_recorded(
     [
         ({"device": "cuda:99"}, "cannot be trained here, --device cuda:99: training.device"),
         ({"threads": 5000}, "cannot be trained here, --threads 5000: training.threads=5000"),
-        ({"keep": "nonsense"}, "--keep nonsense: "),
+        ({"threads": 0, "device": "cpu"}, "here, --threads 0 and --device cpu: training.threads=0"),
+        ({"keep": "nonsense"}, "^--keep nonsense: "),
+        ({"keep": "sqlite:////none/a.db"}, r"choose another store: --keep sqlite:////"),
+        ({"root": "/nowhere"}, "here, as its record says: dataset.root=/nowhere"),
     ],
 )
 def test_what_was_typed_is_named(
@@ -335,7 +356,7 @@ def test_it_can_be_kept(
     kept = fresh_store(tmp_path / "kept")
     found = again(keep=kept)
     assert found.verdict == "identical"
-    recorded = mlflow.MlflowClient(kept).get_run(found.run_id)
+    recorded = mlflow.MlflowClient(kept).get_run(found.kept_id)
     assert recorded.info.status == "FINISHED"
     assert recorded.data.tags["reproduces"] == run.run_id
     assert recorded.data.metrics["test/loss"] == run.test["test/loss"]
