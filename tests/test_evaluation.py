@@ -233,7 +233,7 @@ def test_a_text_is_not_a_list(store: str) -> None:
             use()
     with pytest.raises(ConfigError, match=r"^overrides: must be a list of texts, and is \[3\]"):
         mnist_exp.train([3])  # type: ignore[list-item]
-    with pytest.raises(ConfigError, match="^run: must be a text, as in 'last' or an id, and is 7"):
+    with pytest.raises(ConfigError, match=r"^run: must be a text, as in 'last' or an id, and is 7"):
         mnist_exp.evaluate(7, [f"tracking.uri={store}"])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^files: must be a list, as in \['a\.png'\]"):
         mnist_exp.predict("a.png", "last", [f"tracking.uri={store}"])
