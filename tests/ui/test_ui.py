@@ -47,6 +47,15 @@ CONTRAST = """image => {
 browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = pytest.mark.skipif(browser_path is None, reason="no browser: apt-get install chromium")
 
+# A panel, and not the page, is scrolled to a picture in it.
+SCROLL_PANEL = """image => {
+    let panel = image.parentElement;
+    while (!["auto", "scroll"].includes(getComputedStyle(panel).overflowY)) {
+        panel = panel.parentElement;
+    }
+    panel.scrollTop += image.getBoundingClientRect().top - panel.getBoundingClientRect().top;
+}"""
+
 
 @dataclass(frozen=True)
 class Served:
@@ -241,9 +250,9 @@ def test_charts_of_a_run(page: Page, served: Served) -> None:
             break
         page.mouse.wheel(0, 100)
         page.wait_for_timeout(50)
-    for key in ("train/first_30", "val/predictions"):  # in their panels, as a person would
-        card(page, key).locator("img").first.evaluate("image => image.scrollIntoView()")
     curves.evaluate("card => card.scrollIntoView()")
+    for key in ("train/first_30", "val/predictions"):
+        card(page, key).locator("img").first.evaluate(SCROLL_PANEL)
     keep(page, "charts")
 
 
