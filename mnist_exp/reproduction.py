@@ -125,7 +125,7 @@ class Reproduction:
             else:
                 where = f"{one.at} ({'greatest' if one.beyond is None else 'too great'})"
                 row += [str(one.first), where, _number(one.recorded, 8), _number(one.again, 8)]
-                row += [_number(100 * one.difference, 2) + " %", one.allowed]
+                row += [_number(100 * one.difference, 3) + " %", one.allowed]
             rows.append(row)
         return header, rows
 
