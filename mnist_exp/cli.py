@@ -17,7 +17,8 @@ usage: mnist-exp VERB [ARGUMENT ...]
 
 {verbs}
 
-RUN is an MLflow run id, the beginning of one, or last; SWEEP is that of a sweep's parent run.
+RUN is an MLflow run id, the beginning of one, or last; SWEEP is that of a sweep's parent run;
+FOLDER is the output of a run or a sweep.
 An OVERRIDE is key=value or group=option.
 
   mnist-exp train experiments=seed_mlp
