@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -287,9 +286,7 @@ def test_store_that_cannot_be_opened(uri: str, reason: str, call: Call, tmp_path
     (tmp_path / "text.db").write_text("not a database, but long enough to look like one\n" * 20)
     uri = uri.format(here=tmp_path, port=closed_port())
     words = [*SMALL, *f"tracking.uri={uri}".split(), f"hydra.run.dir={tmp_path}/run"]
-    began = time.monotonic()
     refused(call("train", *words), f"tracking.uri={uri.split()[0]}", reason)
-    assert time.monotonic() - began < 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "text.db"]
 
 
