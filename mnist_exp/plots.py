@@ -633,9 +633,8 @@ def weights(images: Floats, title: str) -> Figure:
     """The weights of a first layer, an image for each unit or filter, in reading order.
 
     images [N, H, W] with N from 1 on, of which the first 64 are shown, 8 in a row at most. A colour
-    means the same weight in all of them: 0 is nearly white, and the scale ends at
-    the greatest magnitude shown. A weight that isn't finite is black. Raises ValueError for other
-    shapes.
+    means the same weight in all of them: 0 is nearly white, and the scale ends at the greatest
+    magnitude shown. A weight that isn't finite is black. Raises ValueError for other shapes.
     """
     if images.ndim != 3 or not np.issubdtype(images.dtype, np.floating) or not images.size:
         raise ValueError(f"images: {images.dtype} {images.shape}, not float [1.., H, W]")

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import torch
 
+from mnist_exp import training
+from mnist_exp.console import Reporter
 from mnist_exp.data import Dataset, Split
 from mnist_exp.tracking import Store
 
@@ -60,6 +63,35 @@ def fresh_store(folder: Path) -> str:
     path = folder / "store.db"
     path.write_bytes(_empty_store())
     return f"sqlite:///{path}"
+
+
+@contextlib.contextmanager
+def config_on_record(
+    store: str, run_id: str, folder: Path
+) -> Iterator[tuple[bytes, Callable[[bytes], None]]]:
+    """What a store holds as a run's config.yaml, and what puts another content in its place; in the
+    end it is put back."""
+    client = mlflow.MlflowClient(store)
+    path = Path(client.download_artifacts(run_id, "config.yaml", str(folder)))
+    before = path.read_bytes()
+
+    def put(content: bytes) -> None:
+        path.write_bytes(content)
+        client.log_artifact(run_id, str(path))
+
+    yield before, put
+    put(before)
+
+
+class Interrupting(Reporter):
+    """Ctrl-C, once an epoch is done."""
+
+    def __init__(self, epoch: int) -> None:
+        self.last = epoch
+
+    def epoch(self, record: training.Epoch) -> None:
+        if record.epoch == self.last:
+            raise KeyboardInterrupt
 
 
 def start(words: Sequence[str], folder: Path, **variables: str) -> "subprocess.Popen[str]":

@@ -281,7 +281,12 @@ def closed_port() -> int:
         ("http://127.0.0.1:{port} tracking.required=true", "no MLflow server answers"),
     ],
 )
-def test_store_that_cannot_be_opened(uri: str, reason: str, call: Call, tmp_path: Path) -> None:
+def test_store_that_cannot_be_opened(
+    uri: str, reason: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look tells: MLflow, which may try for long, is not asked, and nothing is trained."""
+    monkeypatch.setattr("mnist_exp.tracking.Store", None)
+    monkeypatch.setattr(training, "fit", None)
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.db").write_text("not a database, but long enough to look like one\n" * 20)
     uri = uri.format(here=tmp_path, port=closed_port())

@@ -10,14 +10,13 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from helpers import write_idx
+from helpers import Interrupting, config_on_record, write_idx
 from matplotlib.text import Text
 from PIL import Image
 
 import mnist_exp
-from mnist_exp import cli, config, data, metrics, training
+from mnist_exp import cli, config, data, metrics
 from mnist_exp import run as train
-from mnist_exp.console import Reporter
 from mnist_exp.errors import ConfigError, RunFailed
 from mnist_exp.evaluation import Ensemble, Evaluation
 from mnist_exp.record import Result
@@ -142,16 +141,8 @@ def test_data_that_has_moved_or_changed(store: str, tmp_path: Path) -> None:
 @pytest.fixture
 def damaged(run: Result, store: str, tmp_path: Path) -> Iterator[Callable[[bytes], None]]:
     """Changes what the store holds as the run's config.yaml, and puts it back."""
-    client = mlflow.MlflowClient(store)
-    path = Path(client.download_artifacts(run.run_id, "config.yaml", str(tmp_path)))
-    before = path.read_bytes()
-
-    def damage(content: bytes) -> None:
-        path.write_bytes(content)
-        client.log_artifact(run.run_id, str(path))
-
-    yield damage
-    damage(before)
+    with config_on_record(store, run.run_id, tmp_path) as (_, put):
+        yield put
 
 
 @pytest.mark.parametrize(
@@ -207,14 +198,10 @@ def test_a_damaged_checkpoint(store: str, tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_interrupted_before_it_had_a_model(store: str, tmp_path: Path) -> None:
-    class Interrupting(Reporter):
-        def epoch(self, record: training.Epoch) -> None:
-            raise KeyboardInterrupt
-
     there = [f"tracking.uri={store}"]
     composed = config.compose([*SMALL, *there, f"hydra.run.dir={tmp_path}/run"])
     with pytest.raises(KeyboardInterrupt):
-        train.train_composed(composed, Interrupting())
+        train.train_composed(composed, Interrupting(1))
     with pytest.raises(
         ConfigError, match=r"no artifact checkpoint; the run is KILLED.*mnist-exp res"
     ):

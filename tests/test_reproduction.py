@@ -11,7 +11,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from helpers import finish, fresh_store, start
+from helpers import Interrupting, config_on_record, finish, fresh_store, start
 from omegaconf import OmegaConf
 
 import mnist_exp
@@ -104,19 +104,14 @@ def again(run: Result, store: str) -> Callable[..., Reproduction]:
 @pytest.fixture
 def edited(run: Result, store: str, tmp_path: Path) -> Iterator[Callable[[str, object], None]]:
     """Changes the config that the store holds of the run, and puts it back."""
-    client = mlflow.MlflowClient(store)
-    path = Path(client.download_artifacts(run.run_id, "config.yaml", str(tmp_path)))
-    before = path.read_text()
+    with config_on_record(store, run.run_id, tmp_path) as (before, put):
 
-    def edit(key: str, value: object) -> None:
-        changed = OmegaConf.create(before)
-        OmegaConf.update(changed, key, value)
-        OmegaConf.save(changed, path)
-        client.log_artifact(run.run_id, str(path))
+        def edit(key: str, value: object) -> None:
+            changed = OmegaConf.create(before.decode())
+            OmegaConf.update(changed, key, value)
+            put(OmegaConf.to_yaml(changed).encode())
 
-    yield edit
-    path.write_text(before)
-    client.log_artifact(run.run_id, str(path))
+        yield edit
 
 
 def test_identical(again: Callable[..., Reproduction], run: Result) -> None:
@@ -227,15 +222,10 @@ def test_a_second_run_that_fails_says_why(
 def test_no_more_is_trained_than_was_recorded(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Interrupting(Reporter):
-        def epoch(self, record: training.Epoch) -> None:
-            if record.epoch == 2:
-                raise KeyboardInterrupt
-
     words = [f"tracking.uri={store}", f"hydra.run.dir={tmp_path}/run", "training.epochs=50"]
     composed = config.compose([*SMALL, *words, "schedule=cosine"])
     with pytest.raises(KeyboardInterrupt):
-        package_run.train_composed(composed, Interrupting())
+        package_run.train_composed(composed, Interrupting(2))
     predict, splits = training.predict, []
     monkeypatch.setattr(
         training,

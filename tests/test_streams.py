@@ -7,6 +7,7 @@ import sys
 import pytest
 from helpers import ROOT
 
+OWN = {**os.environ, "PYTHONPATH": str(ROOT)}
 WRITES = """
 import os, sys
 from mnist_exp import streams
@@ -18,8 +19,7 @@ sys.stdout.write({text})
 
 def start(text: str, then: str, stdout: int, **more: str) -> "subprocess.Popen[bytes]":
     words = [sys.executable, "-c", WRITES.format(text=text, then=then)]
-    own = {**os.environ, "PYTHONPATH": str(ROOT), **more}
-    return subprocess.Popen(words, stdout=stdout, stderr=subprocess.PIPE, env=own)
+    return subprocess.Popen(words, stdout=stdout, stderr=subprocess.PIPE, env={**OWN, **more})
 
 
 def ended(process: "subprocess.Popen[bytes]") -> tuple[int, bytes]:
@@ -45,7 +45,7 @@ def test_nobody_reads_what_a_verb_says(words: list[str], status: int) -> None:
             [sys.executable, "-m", "mnist_exp", *words],
             stdout=writing,
             stderr=writing if both else subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=OWN,
         )
         os.close(writing)
         found, err = ended(process)

@@ -340,6 +340,13 @@ def launchers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
     }
 
 
+def test_our_own_warnings_are_heard_after_hydra_has_set_up_its_logging(
+    launchers: dict[str, Done],
+) -> None:
+    assert "basic" in launchers  # by which Hydra does so in this process
+    assert not logging.getLogger("mnist_exp.tracking").disabled
+
+
 def test_launchers_leave_the_same_records(launchers: dict[str, Done]) -> None:
     basic, stacked = launchers["basic"], launchers["stacked"]
     assert (basic.status, stacked.status) == (0, 0), (basic.err, stacked.err)
