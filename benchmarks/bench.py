@@ -26,12 +26,14 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from benchmarks.page import write_measurements
-from mnist_exp import data, sources, training
-from mnist_exp.models import MLP
-from mnist_exp.optim import Constant
-from mnist_exp.stack import Stack
-from mnist_exp.step import Run
-from mnist_exp.tracking import Store
+from mnist_exp.data import dataset as data
+from mnist_exp.data import sources
+from mnist_exp.tracking.store import Store
+from mnist_exp.training import loop as training
+from mnist_exp.training.models import MLP
+from mnist_exp.training.schedules import Constant
+from mnist_exp.training.stack import Stack
+from mnist_exp.training.step import RunSpec
 
 ROUNDS = 5
 BATCH = 64
@@ -84,7 +86,7 @@ def common_loop(root: Path) -> Callable[[], float]:
 def core(dataset: data.Dataset, compiled: bool) -> Callable[[], float]:
     """(b) This project's core on the seed recipe."""
     stack = Stack(lambda: MLP(dataset.shape, 10), [0], torch.device("cpu"))
-    run = Run(0, {"lr": 0.1}, Constant())
+    run = RunSpec(0, {"lr": 0.1}, Constant())
     records: Iterator[object] = training.fit(
         stack, dataset, [run], torch.optim.SGD, epochs=100, batch_size=BATCH, compiled=compiled
     )
@@ -252,7 +254,7 @@ def _stack_epochs(
 ) -> list[float]:
     """Seconds of three epochs of a stack, by the number of its models."""
     stack = Stack(lambda: MLP(dataset.shape, 10), seeds, device)
-    runs = [Run(seed, {"lr": 0.1 * (k + 1) / size}, Constant()) for k, seed in enumerate(seeds)]
+    runs = [RunSpec(seed, {"lr": 0.1 * (k + 1) / size}, Constant()) for k, seed in enumerate(seeds)]
     records = training.fit(
         stack, dataset, runs, torch.optim.SGD, epochs=4, batch_size=BATCH, compiled=True
     )

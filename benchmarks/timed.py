@@ -14,7 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mnist_exp import cli, courier, record, run, stacked, step, tracking
+from mnist_exp.cli import main as cli
+from mnist_exp.runs import recorder as record
+from mnist_exp.runs import train as run
+from mnist_exp.sweeps import launcher as stacked
+from mnist_exp.tracking import store as tracking
+from mnist_exp.tracking import upload
+from mnist_exp.training import step
 
 SECONDS = dict.fromkeys(("runs", "model", "store", "compile", "steps"), 0.0)
 _inside = threading.local()
@@ -44,7 +50,7 @@ def timed(owner: Any, name: str, kind: str) -> None:
 
 def main() -> None:
     out, words = Path(sys.argv[1]), sys.argv[2:]
-    timed(courier, "deliver", "runs")
+    timed(upload, "deliver", "runs")
     for module in (record, run):
         timed(module, "record_model", "model")
     timed(tracking.Store, "__init__", "store")

@@ -22,11 +22,10 @@ import torch
 
 from benchmarks.bench import machine
 from benchmarks.page import write_torture
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from delivering import MODES, MOMENTS, eight_writers, faults_in, recorded_through
-from faulty_server import FaultyServer, Upstream
-from interruptions import (
+from mnist_exp.tracking import upload
+from mnist_exp.tracking.journal import OpenRuns
+from tests.faults.delivery import MODES, MOMENTS, eight_writers, faults_in, recorded_through
+from tests.faults.interruptions import (
     JOBS,
     KINDS,
     Fault,
@@ -37,11 +36,9 @@ from interruptions import (
     reference_sweep,
     resume,
 )
-from test_checkpoint import damaged_is_refused, killed_anywhere
-from test_journal import test_damage
-
-from mnist_exp import courier
-from mnist_exp.journal import Index
+from tests.faults.server import FaultyServer, Upstream
+from tests.tracking.test_checkpoint import damaged_is_refused, killed_anywhere
+from tests.tracking.test_journal import test_damage
 
 PROCESSES = 2
 Injected = Callable[[int, Path], list[str]]  # the fault of this number, in this folder: its costs
@@ -71,7 +68,7 @@ def faults(whole: Path, whole_sweep: Path, server: Upstream) -> Mapping[str, tup
     def server_fault(number: int, folder: Path) -> list[str]:
         mode, moment = MODES[number % len(MODES)], MOMENTS[number // len(MODES) % len(MOMENTS)]
         with FaultyServer(server.uri) as faulty:
-            recorded_through(mode, moment, faulty, Index(folder / "index"), folder / "run")
+            recorded_through(mode, moment, faulty, OpenRuns(folder / "open"), folder / "run")
         return faults_in(folder / "run", server.uri)
 
     def checked(test: Callable[[Path, int], object]) -> Injected:
@@ -164,8 +161,8 @@ def main() -> None:
     asked = parser.parse_args()
     lines = [*machine(), "", f"| fault | times injected | {' | '.join(KINDS)} |"]
     torch.set_num_threads(1)
-    # the courier looks often, and asks a server for a second at most
-    courier.PAUSE = 0.05
+    # the uploader looks often, and asks a server for a second at most
+    upload.PAUSE = 0.05
     os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     began = time.monotonic()
     found = list(rows(asked.share, lambda text: print(text, flush=True)))

@@ -1,6 +1,7 @@
 """What Hydra finds of this project among its plugins: the launcher `stacked`.
 
-Hydra imports this module whenever it starts, so the work is elsewhere: in mnist_exp/stacked.py.
+Hydra imports this module whenever it starts, so the work is elsewhere: in
+mnist_exp/sweeps/launcher.py.
 """
 
 from collections.abc import Sequence
@@ -38,6 +39,6 @@ class StackedLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from mnist_exp import stacked
+        from mnist_exp.sweeps import launcher as stacked
 
         return stacked.launch(self.task, self.max_stack)

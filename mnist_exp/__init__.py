@@ -1,6 +1,9 @@
 """Image classification experiments on MNIST and its family, configured with Hydra."""
 
+import importlib
 import os
+import sys
+from types import ModuleType
 from typing import Any
 
 # Threads that wait spin for milliseconds by default. Where another process wants the core as well,
@@ -19,6 +22,24 @@ __all__ = [
     "train",
     "train_sweep",
 ]
+
+# Modules that configs and pickled models of before 0.1.0 name: where what was in them is now, and
+# what has another name there.
+_MOVED: dict[str, tuple[str, dict[str, str]]] = {
+    "mnist_exp.models": ("mnist_exp.training.models", {"Served": "DeployedModel"}),
+    "mnist_exp.optim": ("mnist_exp.training.schedules", {}),
+}
+
+
+class _MovedModule(ModuleType):
+    """A module under its old name, which looks up its attributes where they are now."""
+
+    def __getattr__(self, name: str) -> Any:
+        module, renamed = _MOVED[self.__name__]
+        return getattr(importlib.import_module(module), renamed.get(name, name))
+
+
+sys.modules.update({name: _MovedModule(name) for name in _MOVED})
 
 
 def __getattr__(name: str) -> Any:

@@ -10,38 +10,40 @@ from mnist_exp.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from mnist_exp.config import Config
-    from mnist_exp.data import Dataset
-    from mnist_exp.evaluation import Ensemble, Evaluation
-    from mnist_exp.prediction import Prediction
-    from mnist_exp.record import Result
-    from mnist_exp.reproduction import Reproduction
-    from mnist_exp.sweep import Swept
-    from mnist_exp.tracking import Store
+    from mnist_exp.config.schema import Config
+    from mnist_exp.data.dataset import Dataset
+    from mnist_exp.runs.evaluate import Ensemble, Evaluation
+    from mnist_exp.runs.predict import Prediction
+    from mnist_exp.runs.recorder import Result
+    from mnist_exp.runs.reproduce import Reproduction
+    from mnist_exp.sweeps.sweep import SweepResult
+    from mnist_exp.tracking.store import Store
 
 
 def load(overrides: Sequence[str] = ()) -> "Dataset":
     """The data set that a run with these overrides would be trained on. Raises ConfigError."""
     config = _config(overrides)  # before torch's seconds of import
 
-    from mnist_exp.job import load_dataset
+    from mnist_exp.runs.job import load_dataset
 
     return load_dataset(config.dataset)
 
 
 def _config(overrides: Sequence[str]) -> "Config":
-    from mnist_exp import config as configs
+    from mnist_exp.config.compose import compose
+    from mnist_exp.config.schema import task_config
+    from mnist_exp.config.validate import validate
 
-    return configs.validate(configs.task_config(configs.compose(overrides)))
+    return validate(task_config(compose(overrides)))
 
 
 def build(overrides: Sequence[str] = ()) -> "torch.nn.Module":
     """The model that a run with these overrides would start from. Raises ConfigError."""
-    from mnist_exp import config as configs
-    from mnist_exp.job import prepare
-    from mnist_exp.stack import Stack
+    from mnist_exp.config.compose import compose
+    from mnist_exp.runs.job import prepare
+    from mnist_exp.training.stack import Stack
 
-    job = prepare(configs.compose(overrides))
+    job = prepare(compose(overrides))
     return Stack(job.build, [job.config.seed], job.device).model(0)
 
 
@@ -51,26 +53,26 @@ def train(overrides: Sequence[str] = (), verbose: bool = False) -> "Result":
     `verbose`: a line is printed for every epoch. Raises ConfigError, with nothing created, if the
     run cannot be what was asked for, and RunFailed if it does not reach its end.
     """
-    from mnist_exp import config as configs
-    from mnist_exp import run
-    from mnist_exp.console import Reporter, Terminal
+    from mnist_exp.config.compose import compose
+    from mnist_exp.runs import train as run
+    from mnist_exp.runs.console import Reporter, Terminal
 
-    return run.train_composed(configs.compose(overrides), Terminal() if verbose else Reporter())
+    return run.train_composed(compose(overrides), Terminal() if verbose else Reporter())
 
 
-def train_sweep(overrides: Sequence[str], verbose: bool = False) -> "Swept":
+def train_sweep(overrides: Sequence[str], verbose: bool = False) -> "SweepResult":
     """Trains a sweep: `train_sweep(["optimizer.lr=0.01,0.1", "seed=0,1"])`.
 
     `verbose`: its progress and its report are printed. Raises ConfigError, with nothing created,
     if one of its jobs cannot be run. Jobs that fail are in the report.
     """
-    from mnist_exp import config as configs
-    from mnist_exp import grid
+    from mnist_exp.config.compose import compose_sweep
+    from mnist_exp.sweeps import grid
 
-    context, master = configs.compose_sweep(overrides)
+    context, master = compose_sweep(overrides)
     jobs = grid.jobs(context, master)
 
-    from mnist_exp import sweep
+    from mnist_exp.sweeps import sweep
 
     return sweep.run_sweep(context, master, jobs, verbose)
 
@@ -80,7 +82,7 @@ def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
     store, root = open_store(overrides, data=True), moved(overrides)
     found = store.find(run)
 
-    from mnist_exp import evaluation
+    from mnist_exp.runs import evaluate as evaluation
 
     return evaluation.evaluate(store, found, root)
 
@@ -90,7 +92,7 @@ def ensemble(sweep: str = "last", overrides: Sequence[str] = ()) -> "Ensemble":
     store, root = open_store(overrides, data=True), moved(overrides)
     parent = store.find(sweep, sweep=True)
 
-    from mnist_exp import evaluation
+    from mnist_exp.runs import evaluate as evaluation
 
     return evaluation.ensemble(store, parent, root)
 
@@ -105,13 +107,13 @@ def predict(
 
     raw: they are light ink on black, as in MNIST, and not to be inverted, cropped and centred.
     """
-    from mnist_exp.config import check_list
+    from mnist_exp.config.compose import check_list
 
     check_list("files", files)
     store = open_store(overrides)
     found = store.find(run)
 
-    from mnist_exp import prediction
+    from mnist_exp.runs import predict as prediction
 
     return prediction.predict(store, found, [Path(file) for file in files], raw)
 
@@ -133,8 +135,8 @@ def reproduce(
     store, root = open_store(overrides, data=True), moved(overrides)
     found = store.find(run)
 
-    from mnist_exp import reproduction
-    from mnist_exp.console import Reporter, Terminal
+    from mnist_exp.runs import reproduce as reproduction
+    from mnist_exp.runs.console import Reporter, Terminal
 
     reporter = Terminal() if verbose else Reporter()
     return reproduction.reproduce(
@@ -147,10 +149,10 @@ def moved(overrides: Sequence[str]) -> str | None:
 
     Raises ConfigError.
     """
-    from mnist_exp import config as configs
+    from mnist_exp.config.compose import compose
 
     named = [o for o in overrides if o.startswith("dataset.root=")]
-    return configs.compose(named).dataset.root if named else None
+    return compose(named).dataset.root if named else None
 
 
 def store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = True) -> str:
@@ -159,10 +161,11 @@ def store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = 
     Raises ConfigError for overrides that say something else; `required`: also where no server
     answers. `data`: they may say where the run's data is, too.
     """
-    from mnist_exp import config as configs
-    from mnist_exp import tracking
+    from mnist_exp.config import paths
+    from mnist_exp.config.compose import check_list
+    from mnist_exp.tracking import store as tracking
 
-    configs.check_list("overrides", overrides)
+    check_list("overrides", overrides)
     for override in overrides:
         if not override.startswith(("tracking.uri=", *["dataset.root="] * data)):
             more = ", and dataset.root=FOLDER, where its data is" * data
@@ -172,7 +175,7 @@ def store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = 
             )
     asked = _config(overrides).tracking.uri
     tracking.say_store(asked)
-    uri = tracking.store_uri(asked, configs.output_root())
+    uri = tracking.store_uri(asked, paths.output_root())
     tracking.check_store(uri, required=required)
     return uri
 
@@ -184,12 +187,13 @@ def open_store(overrides: Sequence[str] = (), *, data: bool = False) -> "Store":
     """
     import logging
 
-    from mnist_exp import courier, tracking
-    from mnist_exp.config import output_root
-    from mnist_exp.tracker import index_at
+    from mnist_exp.config.paths import output_root
+    from mnist_exp.tracking import store as tracking
+    from mnist_exp.tracking import upload
+    from mnist_exp.tracking.run_log import open_runs_at
 
     uri = store_uri(overrides, data=data)
-    _, problems = courier.sync(index_at(output_root()), uri)
+    _, problems = upload.sync(open_runs_at(output_root()), uri)
     for folder, why in problems.items():
         logging.getLogger(__name__).warning("%s: not in MLflow yet: %s", folder, why)
     if not tracking.has_runs(uri):

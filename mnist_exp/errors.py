@@ -3,6 +3,9 @@
 Everything else that is raised is a bug, and shows its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class ConfigError(ValueError):
     """What the user asked for cannot be done; nothing has been created. Exit status 2.
@@ -26,5 +29,16 @@ class Terminated(SystemExit):
 
 
 def reason_of(error: Exception) -> str:
-    """What a record says of why something ended."""
+    """Return what a record says of why something ended."""
     return str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "Did you mean NAME? " for the known name that is nearest to a word, or ""."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"Did you mean {near[0]}? " if near else ""

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty_server import FaultyServer, Upstream
-from helpers import fresh_store
 from torch import Tensor
 
-from mnist_exp.data import Dataset, Split
+from mnist_exp.data.dataset import Dataset, Split
+from tests.faults.server import FaultyServer, Upstream
+from tests.helpers import fresh_store
 
 CLASSES = 4
 

@@ -15,10 +15,10 @@ import mlflow
 import numpy as np
 import torch
 
-from mnist_exp import training
-from mnist_exp.console import Reporter
-from mnist_exp.data import Dataset, Split
-from mnist_exp.tracking import Store
+from mnist_exp.data.dataset import Dataset, Split
+from mnist_exp.runs.console import Reporter
+from mnist_exp.tracking.store import Store
+from mnist_exp.training import loop as training
 
 ROOT = Path(__file__).resolve().parents[1]
 

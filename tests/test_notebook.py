@@ -8,8 +8,9 @@ from typing import Any
 
 import nbformat
 import pytest
-from helpers import ROOT, fresh_store
 from nbclient import NotebookClient
+
+from tests.helpers import ROOT, fresh_store
 
 NOTEBOOK = ROOT / "experiments" / "digit_classifier.ipynb"
 FIGURES = 8

@@ -11,13 +11,14 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from helpers import fresh_store
 from mlflow.entities import Run
-from old_records import unpack
 from PIL import Image, ImageDraw
 
-from mnist_exp import checkpoint, cli
-from mnist_exp import config as configs
+from mnist_exp.cli import main as cli
+from mnist_exp.config import paths
+from mnist_exp.tracking import checkpoint
+from tests.helpers import fresh_store
+from tests.old_records import unpack
 
 NOBODY = "http://127.0.0.1:9"  # the store of the run whose record has not reached MLflow
 Command = Callable[..., tuple[int, str, str]]
@@ -31,7 +32,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     unpack(folder, socket.gethostname(), {NOBODY: f"sqlite:///{folder}/mlflow.db"})
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(configs, "output_root", lambda: folder)
+    monkeypatch.setattr(paths, "output_root", lambda: folder)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)  # for the model in my_net.py
     return folder

@@ -1,0 +1,1 @@
+"""What is asked for: overrides and recipes, as a checked config. Knows Hydra, and no torch."""

@@ -1,0 +1,62 @@
+"""What an override that is being typed can become: for completion with TAB."""
+
+import contextlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.object_type import ObjectType
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf
+
+from mnist_exp.config.hydra_adapter import COMPOSITION_ERRORS, compose_sweep_raw, hydra_words
+from mnist_exp.config.schema import ONE_OF, leaves
+
+
+def candidates(
+    word: str, others: Sequence[str], config_name: str = "config", config_dir: str | None = None
+) -> list[str]:
+    """What an override that begins with `word` can become, once `others` are there.
+
+    Behind the last dot of a key, not all that follow but the next part of each; of a value, all
+    that are known: a group's options, one of a few names, or else the one that the config has.
+    Raises one of COMPOSITION_ERRORS.
+    """
+    typed = word.lstrip("+~")
+    sign = word.removesuffix(typed)
+    context, config = _compose_what_composes(others, config_name, config_dir)
+    groups = [str(group) for group in config.hydra.runtime.choices]
+    keys = dict(leaves(OmegaConf.to_container(config, resolve=False)))
+    key, equals, value = typed.partition("=")
+    if equals:
+        swept = value[: value.rfind(",") + 1]  # all but the last of several
+        known = _values(key, keys.get(key))
+        if key in groups:
+            loader, words = context.config_loader, hydra_words([], config_dir)
+            known = loader.get_group_options(key, ObjectType.CONFIG, config_name, words)
+        return [f"{sign}{key}={swept}{one}" for one in known if one not in swept.split(",")]
+    end = "" if sign == "~" else "="
+    found = set()
+    for name in [*groups, *keys]:
+        if name.startswith(typed):
+            part = re.compile("[./]").search(name, len(typed))
+            found.add(sign + (name[: part.end()] if part else name + end))
+    return sorted(found)
+
+
+def _compose_what_composes(
+    overrides: Sequence[str], config_name: str, config_dir: str | None
+) -> tuple[HydraContext, DictConfig]:
+    """One of the overrides may be wrong, or not be finished."""
+    for words in (overrides, [o for o in overrides if "." not in o]):
+        with contextlib.suppress(*COMPOSITION_ERRORS):  # ConfigError is one of them
+            return compose_sweep_raw(hydra_words(words, config_dir), config_name)
+    return compose_sweep_raw(hydra_words([], config_dir), config_name)
+
+
+def _values(key: str, value: Any) -> Sequence[str]:
+    if key in ONE_OF:
+        return ONE_OF[key]
+    if isinstance(value, bool):
+        return ["true", "false"]
+    return [str(value)] if re.fullmatch(r"[\w.+-]+", str(value)) and value is not None else []

@@ -1,0 +1,54 @@
+"""From the command line's words to a composed config."""
+
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.types import HydraContext
+from omegaconf import DictConfig
+
+from mnist_exp.config.explain import explain
+from mnist_exp.config.hydra_adapter import (
+    COMPOSITION_ERRORS,
+    compose_raw,
+    compose_sweep_raw,
+    hydra_words,
+)
+from mnist_exp.errors import ConfigError
+
+
+def compose(
+    overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None
+) -> DictConfig:
+    """The composed config, Hydra's own part included (`cfg.hydra`). Nothing is checked but types.
+
+    `config_dir`: one more folder of config groups, as Hydra's `--config-dir`.
+    Raises ConfigError, with the override at fault and the nearest that exists.
+    """
+    check_list("overrides", overrides)
+    try:
+        config = compose_raw(hydra_words(overrides, config_dir), config_name)
+        str(config.hydra.run.dir)  # an interpolation in it may lead nowhere
+    except COMPOSITION_ERRORS as error:
+        raise explain(error, overrides) from error
+    return config
+
+
+def check_list(name: str, given: object) -> None:
+    """Raises ConfigError for what is no list of texts or paths; a text is one of its letters."""
+    if isinstance(given, str | Path):
+        raise ConfigError(f"{name}: must be a list, as in [{given!r}], and not {given!r} itself")
+    if not isinstance(given, Sequence) or not all(isinstance(one, str | Path) for one in given):
+        raise ConfigError(f"{name}: must be a list of texts, and is {reprlib.repr(given)}")
+
+
+def compose_sweep(
+    overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None
+) -> tuple[HydraContext, DictConfig]:
+    """What Hydra's launchers need, and the config that the jobs of a sweep have in common."""
+    check_list("overrides", overrides)
+    words = hydra_words(overrides, config_dir)
+    try:
+        return compose_sweep_raw(words, config_name)
+    except COMPOSITION_ERRORS as error:
+        raise explain(error, overrides) from error

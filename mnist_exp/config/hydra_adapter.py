@@ -1,0 +1,141 @@
+"""Hydra, as this project uses it: the only file that imports `hydra._internal`."""
+
+import argparse
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import HydraContext, RunMode
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mnist_exp.config import paths
+from mnist_exp.config.schema import Schema
+from mnist_exp.errors import ConfigError, first_line
+
+# ValueError: a group that is given something else than a name; AssertionError: a key that is added
+# to nothing
+COMPOSITION_ERRORS = (
+    HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError
+)  # fmt: skip
+RECIPE_FILES: dict[str, str] = {}  # recipe files by the name that Hydra knows them by
+
+
+def register() -> None:
+    """Makes the schema and the resolvers known to Hydra; to be called before Hydra starts."""
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises
+    ConfigStore.instance().store("schema", Schema)
+    OmegaConf.register_new_resolver("project_root", lambda: str(paths.project_root()), replace=True)
+    OmegaConf.register_new_resolver("output_root", lambda: str(paths.output_root()), replace=True)
+
+
+def hydra_words(overrides: Sequence[str], config_dir: str | None) -> list[str]:
+    """What Hydra is to be told: recipe files and the folder made known to it."""
+    words = [_as_choice(word) for word in overrides]
+    if config_dir is None:
+        return words
+    here = Path(config_dir).resolve()
+    if not here.is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
+    return [*words, f"hydra.searchpath=['file://{paths.project_root()}','file://{here}']"]
+
+
+def _as_choice(word: str) -> str:
+    """experiments=PATH/best.yaml, or several of them, as names of choices that Hydra can find."""
+    key, _, value = word.partition("=")
+    if key.lstrip("+") != "experiments":
+        return word
+    files = [value] if os.path.exists(_unquoted(value)) else value.split(",")
+    return f"{key}={','.join(map(_recipe_named, files))}"
+
+
+def _unquoted(value: str) -> Path:
+    return Path(value.strip("'\"")).expanduser()
+
+
+def _recipe_named(value: str) -> str:
+    """A recipe file, as a choice that is made known to Hydra; anything else as it is."""
+    path = _unquoted(value)
+    if path.suffix not in (".yaml", ".yml"):
+        return value
+    fault = f"experiments={path}"
+    if path.is_dir():
+        raise ConfigError(f"{fault}: it is a folder, not a file")
+    if not path.exists():
+        raise ConfigError(f"{fault}: there is no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = OmegaConf.create(text)
+    except OSError as error:
+        raise ConfigError(f"{fault}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{fault}: cannot be read, as it is no text (UTF-8)") from error
+    except Exception as error:  # whatever the parser of YAML raises
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or first_line(error)
+        raise ConfigError(f"{fault}{line}: cannot be read as YAML, {reason}") from error
+    package = re.search(r"^# @package (\S+)", text, re.MULTILINE)
+    # a name that Hydra's grammar allows, whatever the path is called
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = re.sub(r"\W+", "_", path.stem, flags=re.ASCII) + "-" + digest
+    RECIPE_FILES[name] = str(path)
+    ConfigStore.instance().store(
+        group="experiments", name=name, node=node, package=package[1] if package else None
+    )
+    return name
+
+
+def compose_raw(words: Sequence[str], config_name: str = "config") -> DictConfig:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(
+        str(paths.project_root() / "conf"), job_name="train", version_base="1.3"
+    ):
+        return hydra_compose(config_name, list(words), return_hydra_config=True)
+
+
+def compose_sweep_raw(words: Sequence[str], config_name: str) -> tuple[HydraContext, DictConfig]:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(
+        str(paths.project_root() / "conf"), job_name="train", version_base="1.3"
+    ):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        config = hydra.compose_config(config_name, list(words), run_mode=RunMode.MULTIRUN)
+        str(config.hydra.sweep.dir)  # an interpolation in it may lead nowhere
+        return HydraContext(hydra.config_loader, Callbacks(config)), config
+
+
+def hydra_flags() -> argparse.ArgumentParser:
+    """Of Hydra's own flags."""
+    return get_args_parser()
+
+
+def import_target(path: str) -> Any:
+    """Import what a dotted path leads to. Raises whatever somebody's module raises."""
+    return get_object(path)
+
+
+def instantiate_target(node: Any, **arguments: Any) -> Any:
+    """Build the object that a config node names, and those nested in it.
+
+    Raises whatever a constructor raises, as it raised it.
+    """
+    try:
+        return instantiate(node, **arguments, _convert_="all")
+    except HydraException as error:
+        raise (error.__cause__ or error) from None

@@ -1,0 +1,102 @@
+"""The types of a config, and a config as plain values."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+@dataclass
+class DatasetConfig:
+    name: str = MISSING
+    root: str | None = MISSING
+    val_size: int | None = MISSING
+    train_size: int | None = MISSING
+    split_seed: int = MISSING
+    classes: list[str] | None = MISSING
+
+
+@dataclass
+class TrainingConfig:
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    device: str = MISSING
+    threads: int | None = MISSING
+    label_smoothing: float = MISSING
+    patience: int | None = MISSING
+    checkpoint_every: str = MISSING
+    compile: str = MISSING
+
+
+@dataclass
+class TrackingConfig:
+    uri: str | None = MISSING
+    experiment: str = MISSING
+    run_name: str | None = MISSING
+    tags: dict[str, str] = MISSING
+    image_every: int | None = MISSING
+    flush_seconds: float = MISSING
+    required: bool = MISSING
+
+
+@dataclass
+class Config:
+    seed: int = MISSING
+    trusted_packages: list[str] = MISSING
+    dataset: DatasetConfig = MISSING
+    model: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    schedule: dict[str, Any] = MISSING
+    training: TrainingConfig = MISSING
+    tracking: TrackingConfig = MISSING
+
+
+@dataclass
+class SweepConfig:
+    on_error: str = MISSING
+    skip_invalid: bool = MISSING
+    test: str = MISSING
+    yes: bool = MISSING
+
+
+@dataclass
+class Schema(Config):
+    """What can be typed: the config of a run, and what concerns its sweep."""
+
+    sweep: SweepConfig = MISSING
+
+
+ONE_OF = {  # what a key can be, where that is one of a few names
+    "training.device": ("auto", "cpu", "cuda", "mps"),
+    "training.compile": ("auto", "always", "never"),
+    "sweep.on_error": ("continue", "stop"),
+    "sweep.test": ("chosen", "all"),
+}
+OPEN_PARTS = ("model", "optimizer", "schedule")
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The config as dotted names and plain values: ("optimizer.lr", 0.1). Lists are values."""
+    if OmegaConf.is_config(node):
+        node = OmegaConf.to_container(node, resolve=True)
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def task_config(config: DictConfig) -> DictConfig:
+    """The config of the run itself: without Hydra's own part, and the sweep's."""
+    keys = [str(key) for key in config if key not in ("hydra", "sweep")]
+    return OmegaConf.masked_copy(config, keys)
+
+
+def identity(config: DictConfig) -> str:
+    """SHA-256 (hex) of all that a run's numbers depend on: the config less `tracking`."""
+    asked = {name: value for name, value in leaves(config) if not name.startswith("tracking.")}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

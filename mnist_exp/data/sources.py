@@ -1,0 +1,317 @@
+"""Where a data set's files come from: found or fetched, verified, and unpacked.
+
+Nothing unverified is trusted: MNIST's unpacked files and the other sets' archives must have the
+published SHA-256, and a folder of one's own files is checked against its headers to the byte.
+"""
+
+import gzip
+import hashlib
+import http.client
+import logging
+import math
+import os
+import queue
+import shutil
+import string
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from mnist_exp.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = Path(__file__).with_name("mnist")
+ANSWER_SECONDS = 5.0  # how long a download waits for the server: without a network it ends here
+WAIT_SECONDS = 1.0  # how long another process's download is waited for without a word
+BLOCK = 1 << 20  # bytes read at once
+
+# An IDX file starts with two zeros, the type code and the number of dimensions.
+IMAGES, LABELS, QMNIST_LABELS = b"\0\0\x08\x03", b"\0\0\x08\x01", b"\0\0\x0c\x02"
+CONTENT = {
+    IMAGES: "images (bytes, 3 dimensions)",
+    LABELS: "labels (bytes, 1 dimension)",
+    QMNIST_LABELS: "QMNIST's labels (int32, 2 dimensions)",
+}
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A published data set. Four files: training images and labels, test images and labels."""
+
+    kind: str  # torchvision's class, and its folder in torchvision's layout
+    classes: tuple[str, ...]
+    files: tuple[str, ...]  # the archives; of EMNIST, the members of the one archive
+    sha256: tuple[str, ...]  # of the archives; of MNIST, of the unpacked files
+    labels: bytes = LABELS
+    first_label: int = 0
+
+    @property
+    def archives(self) -> tuple[str, ...]:
+        return ("gzip.zip",) if self.kind == "EMNIST" else self.files
+
+
+def _files(train: str, test: str, labels: str = "labels-idx1-ubyte") -> tuple[str, ...]:
+    contents = ("images-idx3-ubyte", labels)
+    return tuple(f"{part}-{content}.gz" for part in (train, test) for content in contents)
+
+
+def _emnist(part: str, classes: str, first_label: int = 0) -> DatasetSpec:
+    files = _files(f"gzip/emnist-{part}-train", f"gzip/emnist-{part}-test")
+    sha256 = ("fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",)
+    return DatasetSpec("EMNIST", tuple(classes), files, sha256, first_label=first_label)
+
+
+# The digests of MNIST are published with its canonical distribution (mnist/README.md), those of the
+# archives by tensorflow/datasets in tensorflow_datasets/url_checksums/*.txt.
+SPECS = {
+    "mnist": DatasetSpec(
+        "MNIST",
+        tuple(string.digits),
+        _files("train", "t10k"),
+        (
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        ),
+    ),
+    "fashion_mnist": DatasetSpec(
+        "FashionMNIST",
+        (
+            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        ),
+        _files("train", "t10k"),
+        (
+            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        ),
+    ),
+    "kmnist": DatasetSpec(
+        "KMNIST",
+        ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+        _files("train", "t10k"),
+        (
+            "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
+            "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
+            "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
+            "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c",
+        ),
+    ),
+    "qmnist": DatasetSpec(
+        "QMNIST",
+        tuple(string.digits),
+        _files("qmnist-train", "qmnist-test", "labels-idx2-int"),
+        (
+            "9e26a7bf1683614e065d7b76460ccd52807165b3f22561fb782bd9f38c52b51d",
+            "2c05dc77f6b916b38e455e97ab129a42a444f3dbef09b278a366f82904e0dd9f",
+            "43fc22bf7498b8fc98de98369d72f752d0deabc280a43a7bcc364ab19e57b375",
+            "9fbcbe594c3766fdf4f0b15c5165dc0d1e57ac604e01422608bb72c906030d06",
+        ),
+        labels=QMNIST_LABELS,
+    ),
+    "emnist_letters": _emnist("letters", string.ascii_uppercase, first_label=1),
+    # Lower-case letters that look like their capitals are one class with them.
+    "emnist_balanced": _emnist("balanced", string.digits + string.ascii_uppercase + "abdefghnqrt"),
+    "emnist_digits": _emnist("digits", string.digits),
+}
+DATASETS = tuple(SPECS)
+
+
+OpenFile = tuple[str, IO[bytes], int]  # its name, for messages; itself; its size in bytes
+
+
+def idx_files(root: Path) -> Iterator[OpenFile]:
+    """The four IDX files in `root` or below it where torchvision keeps MNIST, one after the other,
+    in any of the usual spellings."""
+    paths = []
+    for parts in (("train",), ("t10k", "test")):
+        for content in ("images{}idx3-ubyte", "labels{}idx1-ubyte"):
+            stems = [f"{part}-{content.format(mark)}" for part in parts for mark in "-."]
+            names = [stem + end for stem in stems for end in ("", ".gz")]
+            here = [place / name for place in (root, root / "MNIST" / "raw") for name in names]
+            found = [path for path in here if path.is_file()]
+            if not found:
+                raise ConfigError(f"dataset.root={root}: a file is missing: {' or '.join(names)}")
+            paths.append(found[0])
+    for path in paths:
+        with path.open("rb") as file:
+            yield str(path), file, path.stat().st_size
+
+
+def archives(name: str, spec: DatasetSpec, root: Path) -> Iterator[OpenFile]:
+    """The four files of a published set, one after the other, out of its verified archives, which
+    are in `root` or below it where torchvision keeps them, or else are downloaded to there."""
+    home = root / spec.kind / "raw"
+    for archive, sha256 in zip(spec.archives, spec.sha256, strict=True):
+        found = [path for path in (home / archive, root / archive) if path.is_file()]
+        path = found[0] if found else _download(name, spec, archive, sha256, home)
+        with path.open("rb") as file:
+            if _sha256(file) != sha256:
+                raise ConfigError(
+                    f"{path}: damaged, or not of {name}: its SHA-256 must be {sha256};"
+                    " delete it to have it downloaded"
+                )
+            if archive in spec.files:
+                yield str(path), file, path.stat().st_size
+                continue
+            with zipfile.ZipFile(file) as bundle:
+                for member in spec.files:
+                    with bundle.open(member) as inner:
+                        yield f"{path}/{member}", inner, bundle.getinfo(member).file_size
+
+
+def unpack(name: str, file: IO[bytes], size: int, magic: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of an IDX file, header included, and what they hold: [N, H, W] or [N], a view."""
+    zipped = name.endswith(".gz")
+    stream: Any = gzip.GzipFile(fileobj=file) if zipped else file
+    try:
+        start = stream.read(4)
+        if start != magic:
+            hint = f", as {CONTENT[start]} do: mislabelled?" if start in CONTENT else ""
+            raise ConfigError(
+                f"{name}: not an IDX file of {CONTENT[magic]}: it must start with {magic.hex(' ')}"
+                f" and starts with {start.hex(' ') or 'nothing'}{hint}"
+            )
+        header = np.frombuffer(start + stream.read(4 * magic[3]), np.uint8)
+        if len(header) < 4 + 4 * magic[3]:
+            raise ConfigError(f"{name}: truncated: it ends within its header")
+        shape = header[4:].view(">u4").tolist()
+        element = np.dtype(np.uint8 if magic[2] == 8 else ">i4")
+        length = len(header) + math.prod(shape) * element.itemsize
+        # A false header must not reserve more memory than the file can fill: deflate packs at best
+        # 1032 to 1 (https://zlib.net/zlib_tech.html).
+        raw = np.empty(min(length, size * 1032 if zipped else size), np.uint8)
+        raw[: len(header)] = header
+        done = len(header)
+        while block := stream.read(min(BLOCK, len(raw) - done)):
+            raw[done : done + len(block)] = np.frombuffer(block, np.uint8)
+            done += len(block)
+        surplus = stream.read(1)  # also has gzip compare its checksum
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ConfigError(f"{name}: damaged gzip file ({error}); replace it") from error
+    if done < length or surplus:
+        fault = "goes on: trailing bytes" if surplus else f"has {done}: truncated"
+        raise ConfigError(
+            f"{name}: {times(shape)} by its header, {length} bytes in all; the file {fault}"
+        )
+    if length == len(header):
+        raise ConfigError(f"{name}: holds nothing: {times(shape)} by its header")
+    array = raw[len(header) :].view(element).reshape(shape)
+    if magic == QMNIST_LABELS:  # [N, 8]: the class, then the writer, ...
+        array = array[:, 0].astype(np.int64)
+    return raw, array
+
+
+def _download(name: str, spec: DatasetSpec, archive: str, sha256: str, folder: Path) -> Path:
+    """`archive` into `folder`: whole and verified, or not at all. One process does it for all."""
+    path = folder / archive
+    try:
+        with _alone(path):
+            if path.is_file():
+                return path
+            for leftover in folder.glob(".download-*"):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            url = _url(spec, archive)
+            log.info("downloading %s to %s", url, folder)
+            with (
+                _answer(url) as response,
+                tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as partial,
+            ):
+                with Path(partial, archive).open("w+b") as file:
+                    while block := response.read(BLOCK):
+                        file.write(block)
+                    file.seek(0)  # also flushes
+                    if _sha256(file) != sha256:
+                        raise OSError(f"incomplete or altered: its SHA-256 is not {sha256}")
+                    os.fsync(file.fileno())  # a power cut must not leave the name without content
+                return Path(partial, archive).replace(path)
+    except (OSError, http.client.HTTPException) as error:
+        raise ConfigError(
+            f"dataset.name={name}: {archive} is missing and cannot be downloaded from"
+            f" {_url(spec, archive)} ({error}); put {', '.join(spec.archives)} into {folder} by"
+            " hand, or say dataset.root=FOLDER for a folder that has them"
+        ) from error
+
+
+def _url(spec: DatasetSpec, archive: str) -> str:
+    from torchvision import datasets  # takes 1.3 s and 160 MB, so not before it is needed
+
+    kind: Any = getattr(datasets, spec.kind)
+    if spec.kind == "EMNIST":
+        urls = [kind.url]
+    elif spec.kind == "QMNIST":
+        pairs = [pair for part in kind.resources.values() for pair in part]
+        urls = [url for url, _ in pairs if url.endswith(f"/{archive}")]
+    else:
+        urls = [kind.mirrors[0] + archive]
+    return str(urls[0])
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Where no other process downloads to the folder of `path`, which is made if need be.
+
+    The lock ends with its process, however that ends. Its file stays: who deletes the file of a
+    lock that others wait for lets two of them in.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(".download.lock"))
+    try:
+        lock.acquire(timeout=WAIT_SECONDS)
+    except Timeout:
+        log.info("waiting for %s: another process is downloading to %s", path.name, path.parent)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _answer(url: str) -> Any:
+    """The open response of `url`, in time or never: in a thread, because a socket's timeout leaves
+    out the look-up of the host's name, which can take far longer where there is no network."""
+    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def ask() -> None:
+        request = urllib.request.Request(url, headers={"User-Agent": "mnist-exp"})
+        try:
+            answer.put(urllib.request.urlopen(request, timeout=ANSWER_SECONDS))
+        except Exception as error:
+            answer.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        response = answer.get(timeout=ANSWER_SECONDS)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {ANSWER_SECONDS:.0f} s") from None
+    if isinstance(response, urllib.error.HTTPError):  # an exception and an open response in one
+        response.close()
+    if isinstance(response, Exception):
+        raise response
+    return response
+
+
+def _sha256(file: IO[bytes]) -> str:
+    """Of the rest of `file`, which is then back at its beginning."""
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    file.seek(0)
+    return digest
+
+
+def times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

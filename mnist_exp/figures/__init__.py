@@ -1,0 +1,1 @@
+"""Numbers and images, as figures. The only folder that imports matplotlib."""

@@ -1,0 +1,71 @@
+"""What is drawn of a data set and a model: the way from tensors to figures."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mnist_exp.data.dataset import Dataset
+from mnist_exp.figures import plots
+from mnist_exp.training import metrics
+
+SHOWN = 30  # images in a sample grid
+
+
+def first(dataset: Dataset) -> Any:
+    """The first 30 images of the training file with their labels."""
+    labels = [dataset.classes[i] for i in dataset.first.labels.tolist()]
+    title = f"{dataset.name}: the first {len(labels)} images"
+    return plots.grid(dataset.first.images[:, 0].cpu().numpy(), labels, title=title)
+
+
+def predictions(
+    dataset: Dataset, images: Tensor, labels: Tensor, shares: Tensor, title: str
+) -> Any:
+    """Up to 30 images with their labels, the predictions, and how sure they are.
+
+    images: uint8 [N, 1, H, W]; labels: [N]; shares: [N, classes], probabilities.
+    """
+    confidence, predicted = shares.max(-1)
+    return plots.grid(
+        images[:, 0].cpu().numpy(),
+        [dataset.classes[i] for i in labels.tolist()],
+        [dataset.classes[i] for i in predicted.tolist()],
+        confidence.tolist(),
+        title=title,
+    )
+
+
+def of_test(dataset: Dataset, logits: Tensor) -> dict[str, Any]:
+    """The most confident mistakes on the test set, if there are any, and its confusion matrix.
+
+    logits: [N, classes], on the CPU.
+    """
+    shares, true = logits.softmax(-1), dataset.test.labels.cpu()
+    confidence, predicted = shares.max(-1)
+    wrong = (predicted != true).nonzero().flatten()
+    worst = wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
+    figures = {}
+    if len(worst):
+        title = f"most confident of {len(wrong)} mistakes on the test set"
+        images = dataset.test.images.cpu()[worst]
+        figures["mistakes"] = predictions(dataset, images, true[worst], shares[worst], title)
+    counts = metrics.confusion(true, predicted, len(dataset.classes))
+    figures["confusion"] = plots.confusion(counts, dataset.classes, "test set")
+    return figures
+
+
+def first_layer(model: nn.Module, shape: tuple[int, int, int]) -> Any | None:
+    """What the first layer looks for: weights of an MLP as images, filters of a CNN.
+
+    shape: of an image, (C, H, W). None where the model begins otherwise.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    weight = layers[0].weight.detach().cpu() if layers else torch.empty(0)
+    if weight.dim() == 4 and weight.shape[1] == 1:
+        size = " x ".join(map(str, weight.shape[2:]))
+        return plots.weights(weight[:, 0].numpy(), f"{len(weight)} filters of {size}, first layer")
+    if weight.dim() == 2 and weight.shape[1] == shape[0] * shape[1] * shape[2] and shape[0] == 1:
+        images = weight.view(-1, *shape[1:]).numpy()
+        return plots.weights(images, f"weights of the {len(weight)} units of the first layer")
+    return None

@@ -1,0 +1,200 @@
+"""Saved models on the official test set: one, or the seeds of a sweep's choice together."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mnist_exp.data.dataset import Dataset
+from mnist_exp.errors import ConfigError
+from mnist_exp.figures import plots
+from mnist_exp.figures import samples as pictures
+from mnist_exp.figures.plots import History
+from mnist_exp.runs import saved_model as saved
+from mnist_exp.runs.job import remembering
+from mnist_exp.runs.recorder import CURVES
+from mnist_exp.sweeps import results
+from mnist_exp.sweeps.report import MeanStd, Table
+from mnist_exp.system import files
+from mnist_exp.tracking.store import Store
+from mnist_exp.training import loop as training
+from mnist_exp.training import metrics
+from mnist_exp.training.metrics import Calibration, ClassScore
+from mnist_exp.training.stack import Stack
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model says of the official test set."""
+
+    run_id: str
+    name: str
+    dataset: Dataset = field(repr=False)
+    logits: Tensor = field(repr=False)  # [N, classes]
+    recorded: Mapping[str, float] = field(default_factory=dict)  # what the run itself had found
+    model: nn.Module | None = field(default=None, repr=False)  # None: it is several
+    history: History = field(default_factory=dict, repr=False)  # of its training
+    best_epoch: int | None = None  # whose weights these are, if validation chose them
+
+    @cached_property
+    def test(self) -> dict[str, float]:
+        """test/loss and test/accuracy."""
+        (found,) = training.score(self.logits[None], self.dataset.test, "test")
+        return found
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """That the accuracy lies in, by 95 %: Wilson's."""
+        return metrics.wilson(int(self._correct.sum()), len(self._correct))
+
+    @property
+    def classes(self) -> list[ClassScore]:
+        """Precision, recall and F1 of each."""
+        true, predicted = self.dataset.test.labels, self.logits.argmax(-1)
+        return metrics.class_scores(metrics.confusion(true, predicted, len(self.dataset.classes)))
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """How well its confidence says how often it is right."""
+        return metrics.calibration(self.logits.double().softmax(-1).amax(-1), self._correct)
+
+    @property
+    def _correct(self) -> Tensor:
+        return self.logits.argmax(-1) == self.dataset.test.labels
+
+    def table(self) -> Table:
+        """A row a class."""
+        rows = [
+            [name, *map(_share, (one.precision, one.recall, one.f1)), str(one.images)]
+            for name, one in zip(self.dataset.classes, self.classes, strict=True)
+        ]
+        return ["class", "precision", "recall", "F1", "images"], rows
+
+    def draw(self) -> dict[str, Any]:
+        """Figures by name: of the test set, and of one model also how it was trained, and what its
+        first layer looks for."""
+        own = self.calibration
+        title = "calibration on the test set"
+        figures = pictures.of_test(self.dataset, self.logits)
+        figures["calibration"] = plots.calibration(
+            own.confidence, own.accuracy, own.counts, own.error, title
+        )
+        if self.history:
+            test = self.recorded.get("test/accuracy")
+            figures["curves"] = plots.curves(self.history, self.best_epoch, self.name, test)
+        layer = self.model and pictures.first_layer(self.model, self.dataset.shape)
+        if layer is not None:
+            figures["first_layer"] = layer
+        return figures
+
+
+def _share(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2%}"
+
+
+def evaluate(store: Store, found: Any, root: str | None = None) -> Evaluation:
+    """The saved model of a run, as `store.find` gives it, on the official test set.
+
+    root: where its data is by now, if not where it was. Raises ConfigError where the run has left
+    no model.
+    """
+    run_id = found.info.run_id
+    dataset, stack = saved.fetch(store, found, root=root)
+    history = {key: store.history(run_id, key) for key in CURVES}
+    best = found.data.metrics.get("best/epoch")
+    return _evaluated(
+        store,
+        found,
+        dataset,
+        stack,
+        model=stack.model(0),
+        history=history,
+        best_epoch=None if best is None else int(best),
+    )
+
+
+def _evaluated(store: Store, found: Any, dataset: Dataset, stack: Stack, **more: Any) -> Evaluation:
+    (logits,) = training.predict(stack, dataset, dataset.test)
+    saved.check_finite(logits, store, found)
+    recorded = {k: v for k, v in found.data.metrics.items() if k.startswith("test/")}
+    info = found.info
+    return Evaluation(info.run_id, info.run_name, dataset, logits, recorded, **more)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The models of one cell of a sweep, which differ in their seeds, and all of them together."""
+
+    members: list[Evaluation]
+    whole: Evaluation
+
+    def spread(self, key: str) -> MeanStd:
+        """Of its members: test/loss or test/accuracy."""
+        return MeanStd.of([member.test[key] for member in self.members])
+
+    def table(self) -> Table:
+        """A row a member, their mean, and all together."""
+        header = ["run", "name", "test accuracy", "test loss", "calibration error"]
+        rows = [
+            [
+                one.run_id[:8],
+                one.name,
+                f"{one.test['test/accuracy']:.2%}",
+                f"{one.test['test/loss']:.4f}",
+                f"{one.calibration.error:.2%}",
+            ]
+            for one in [*self.members, self.whole]
+        ]
+        rows[-1][0] = "together"
+        accuracy, loss = (self.spread(key) for key in ("test/accuracy", "test/loss"))
+        rows.insert(-1, ["mean", "± deviation (n)", accuracy.percent(), f"{loss.mean:.4f}", ""])
+        return header, rows
+
+    def gain(self, key: str) -> float:
+        """What the whole has more than the mean of its members."""
+        return self.whole.test[key] - self.spread(key).mean
+
+
+def ensemble(store: Store, parent: Any, root: str | None = None) -> Ensemble:
+    """Averages the probabilities of a sweep's chosen cell over its seeds.
+
+    parent: its run, as `store.find` gives it; root: as for `evaluate`. Raises ConfigError where
+    there is no such cell, or it has one model alone.
+    """
+    run_id = parent.info.run_id
+    chosen = results.summarise(results.of_store(store, run_id)).chosen
+    if chosen is None:
+        raise ConfigError(
+            f"sweep {run_id}: validation has chosen no cell, so there is nothing to average. A "
+            f"sweep with finished runs and dataset.val_size=5000 has one"
+        )
+    if len(chosen.finished) < 2:
+        raise ConfigError(
+            f"sweep {run_id}: the chosen cell, {chosen.label}, has one finished run; an ensemble "
+            f"needs two or more. Sweep over seeds: seed=0,1,2"
+        )
+    load = remembering()
+    members = []
+    for job in chosen.finished:
+        found = store.get(job.run_id)
+        members.append(_evaluated(store, found, *saved.fetch(store, found, load, root)))
+    first = members[0]
+    # the logarithm of the mean probability: logits as good as any
+    shares = torch.stack([m.logits.double().log_softmax(-1) for m in members])
+    logits = shares.logsumexp(0) - math.log(len(members))
+    name = f"ensemble of {len(members)}, {chosen.label}"
+    return Ensemble(members, Evaluation(run_id, name, first.dataset, logits))
+
+
+def save(figures: Mapping[str, Any], folder: Path, suffix: str) -> list[str]:
+    """Writes figures into a folder, and returns the names of the files. Raises ConfigError."""
+    with files.asked_for("--output", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            plots.save(figure, folder / f"{name}.{suffix}")
+    return [f"{name}.{suffix}" for name in figures]

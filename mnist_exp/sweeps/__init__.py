@@ -1,0 +1,1 @@
+"""Many runs as one object: their jobs, their stacks, and the report on them."""

@@ -1,0 +1,110 @@
+"""Processes that are forked to run jobs, and answer with what those have come to."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+END_SECONDS = 4.0  # that a process has to write its checkpoint and its records
+
+
+def fork(function: Callable[..., None], *arguments: Any) -> tuple[Connection, Any]:
+    """Calls a function in a process of its own. It gets, as its last argument, what it can `send`
+    an answer by, which arrives at the connection that is returned beside the process."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=function, args=(*arguments, there))
+    process.start()
+    there.close()
+    return here, process
+
+
+def receive(connection: Connection, process: Any) -> Any:
+    """What a process has sent; or, where it died without a word, what became of it (str)."""
+    try:
+        found = connection.recv()
+    except EOFError:
+        process.join()
+        code = process.exitcode or 0
+        if code == 130:  # Ctrl-C, which ends the sweep
+            raise KeyboardInterrupt from None
+        if code < 0:
+            return f"its process was killed ({signal.Signals(-code).name})"
+        return f"its process ended with status {code}"
+    process.join()
+    return found
+
+
+def end(processes: Sequence[Any]) -> None:
+    """Ends processes: those that train write their checkpoints and records first."""
+    for process in processes:
+        process.terminate()
+    late = time.monotonic() + END_SECONDS
+    try:
+        for process in processes:
+            process.join(max(0.0, late - time.monotonic()))
+    finally:  # a second Ctrl-C does not wait
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def process_identity() -> dict[str, Any]:
+    """What tells this process from all others: host, pid, and born, which says when it started."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "born": _start_time(pid)}
+
+
+def is_running(owner: Mapping[str, Any]) -> bool | None:
+    """Whether the process of an identity still runs; None where it cannot be told.
+
+    That is so on another host, and where the system hides the processes of other users.
+    """
+    if owner["host"] != socket.gethostname():
+        return None
+    born = _start_time(owner["pid"])
+    if born is not None:
+        return bool(born == owner["born"])
+    try:
+        os.kill(owner["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return None  # hidden; or a new process since the line above, and the next call will tell
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process started; "" for a zombie, None where none is seen."""
+    return _start_time_by_proc(pid) if Path("/proc/self/stat").exists() else _start_time_by_ps(pid)
+
+
+def _start_time_by_proc(pid: int) -> str | None:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # "PID (COMMAND) STATE ...", and the command may have spaces and parentheses: proc(5)
+    state, *fields = stat.rpartition(b")")[2].decode().split()
+    if state in ("Z", "X"):
+        return ""
+    # ticks since the boot, which begin again with the next one
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {fields[18]}"
+
+
+def _start_time_by_ps(pid: int) -> str | None:
+    # the same words for the same process, whatever the user's language and time zone
+    fixed = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
+    command = ["ps", "-o", "stat=", "-o", "lstart=", "-p", str(pid)]
+    state, _, start = subprocess.run(
+        command, env=fixed, capture_output=True, text=True, check=False
+    ).stdout.partition(" ")
+    if not state:
+        return None
+    return "" if state.startswith("Z") else start.strip()

@@ -1,0 +1,371 @@
+"""What MLflow holds of a run, how its status comes about, and what Python gets back."""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow.entities import Run
+from omegaconf import OmegaConf
+
+import mnist_exp
+from mnist_exp.config import schema
+from mnist_exp.config.compose import compose
+from mnist_exp.config.schema import identity, task_config
+from mnist_exp.config.validate import validate
+from mnist_exp.data import dataset as data
+from mnist_exp.errors import ConfigError
+from mnist_exp.runs.evaluate import evaluate
+from mnist_exp.runs.recorder import Result, ask_git
+from mnist_exp.tracking import checkpoint
+from mnist_exp.tracking import ui_view as view
+from mnist_exp.tracking.store import Store
+from mnist_exp.training import loop as training
+from tests.helpers import ROOT, fresh_store
+
+EPOCH_METRICS = {
+    *("train/loss", "train/accuracy", "val/loss", "val/accuracy"),
+    *("lr", "epoch_seconds", "images_per_second"),
+}
+OVERRIDES = [
+    *("debug=fast", "optimizer=momentum", "schedule=cosine", "model.hidden=[16]", "seed=3"),
+    *("tracking.experiment=a record", "+tracking.tags.team=blue", "training.compile=never"),
+    "training.device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def overrides(folder: Path, store: str) -> list[str]:
+    return [*OVERRIDES, f"tracking.uri={store}", f"hydra.run.dir='{folder}/run'"]
+
+
+@pytest.fixture(scope="module")
+def result(overrides: list[str]) -> Result:
+    return mnist_exp.train(overrides)
+
+
+@pytest.fixture(scope="module")
+def client(store: str) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(store)
+
+
+@pytest.fixture
+def record(result: Result, client: mlflow.MlflowClient) -> Run:
+    return client.get_run(result.run_id)
+
+
+@pytest.fixture
+def fetch(result: Result, client: mlflow.MlflowClient, tmp_path: Path) -> Any:
+    return lambda name: Path(client.download_artifacts(result.run_id, name, str(tmp_path)))
+
+
+def test_status_and_name(record: Run, client: mlflow.MlflowClient) -> None:
+    assert record.info.status == "FINISHED"
+    assert record.info.end_time >= record.info.start_time
+    assert record.info.run_name == "mlp-16 momentum cosine lr=0.02 bs=64 seed=3"
+    experiment = client.get_experiment(record.info.experiment_id)
+    assert experiment.name == "a record"
+    shown = json.loads(json.loads(experiment.tags[view.TAG])["state"])["selectedColumns"]
+    known = {f"{kind}.`{key}`" for kind in ("metrics", "params", "tags")
+             for key in getattr(record.data, kind)}  # fmt: skip
+    assert set(shown) <= known  # a column that no run has would be left out
+    description = record.data.tags["mlflow.note.content"]
+    lines = [line.removesuffix(" \\").strip() for line in description.splitlines()]
+    assert all(len(line) <= 80 or len(shlex.split(line)) == 1 for line in lines)
+    joined = description.replace(" \\\n ", "")
+    assert f"mnist-exp train {record.data.tags['overrides']}" in joined
+
+
+def test_params_are_the_dotted_leaves(record: Run, fetch: Any) -> None:
+    leaves = dict(schema.leaves(OmegaConf.load(fetch("config.yaml"))))
+    assert record.data.params == {key: str(value) for key, value in leaves.items()}
+    assert record.data.params["optimizer.lr"] == "0.02"
+    assert record.data.params["model.hidden"] == "[16]"
+    assert record.data.params["training.batch_size"] == "64"
+
+
+def test_one_point_an_epoch(record: Run, result: Result, client: mlflow.MlflowClient) -> None:
+    at_the_end = {"test/loss", "test/accuracy", "best/val_accuracy", "best/epoch"}
+    assert set(record.data.metrics) == EPOCH_METRICS | at_the_end
+    for key in EPOCH_METRICS:
+        points = client.get_metric_history(result.run_id, key)
+        assert [p.step for p in points] == [1, 2]
+        assert [p.value for p in points] == [epoch[key] for epoch in result.history]
+    for key in at_the_end:
+        points = client.get_metric_history(result.run_id, key)
+        assert [(p.step, p.value) for p in points] == [(2, result.test[key])]
+    best = max(result.history, key=lambda epoch: epoch["val/accuracy"])
+    assert result.test["best/val_accuracy"] == best["val/accuracy"]
+    assert result.test["best/epoch"] == best["epoch"]
+
+
+def test_images_with_steps(result: Result, client: mlflow.MlflowClient, fetch: Any) -> None:
+    files = [f.path for f in client.list_artifacts(result.run_id, "images")]
+    pictures = [path for path in files if path.endswith(".png")]
+    # MLflow's own names: KEY with ~ for /, +step+STEP+timestamp+...
+    places = [Path(path).name.split("+")[:3] for path in pictures]
+    assert Counter((name, int(step)) for name, _, step in places) == Counter(
+        [
+            *[("train~first_30", 0), *(("val~predictions", epoch) for epoch in range(3))],
+            *[("test~mistakes", 2), ("test~confusion", 2), ("model~first_layer", 2)],
+        ]
+    )
+    for path in pictures:
+        pixels = matplotlib.image.imread(fetch(path))
+        assert min(pixels.shape[:2]) > 300
+        assert pixels.std() > 0.05  # not an empty page
+
+
+def test_config_recomposes(record: Run, fetch: Any, overrides: list[str]) -> None:
+    loaded = OmegaConf.load(fetch("config.yaml"))
+    validate(loaded)
+    typed = shlex.split(record.data.tags["overrides"])
+    assert sorted(typed) == sorted(o for o in overrides if not o.startswith("hydra."))
+    again = task_config(compose(typed))
+    assert dict(schema.leaves(again)) == dict(schema.leaves(loaded))
+    assert record.data.tags["config_hash"] == identity(loaded)
+
+
+def test_curves(fetch: Any) -> None:
+    assert matplotlib.image.imread(fetch("curves.png")).std() > 0.05
+
+
+def test_checkpoint(result: Result, fetch: Any) -> None:
+    folder = fetch("checkpoint")
+    digest = hashlib.sha256((folder / "checkpoint.pt").read_bytes()).hexdigest()
+    assert (folder / "checkpoint.pt.sha256").read_text().split() == [digest, "checkpoint.pt"]
+    state = checkpoint.load(folder / "checkpoint.pt")
+    assert state["epochs"] == 2
+    own = {k.removeprefix("model."): v for k, v in result.model.state_dict().items()}
+    assert state["model"].keys() == own.keys()
+    assert all(torch.equal(state["model"][name], tensor) for name, tensor in own.items())
+
+
+def git(*words: str) -> str:
+    answer = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def test_tags(record: Run, result: Result) -> None:
+    tags = record.data.tags
+    assert tags["team"] == "blue"
+    assert tags["device"] == "cpu"
+    assert tags["threads"] == str(torch.get_num_threads())
+    assert tags["version.torch"] == torch.__version__
+    assert tags["version.mnist_exp"] == mnist_exp.__version__
+    assert tags["version.python"].startswith("3.")
+    assert tags["command_line"]
+    assert tags["output_dir"] == str(result.output_dir.resolve())
+    assert (tags["dataset"], tags["model"], tags["optimizer"]) == ("mnist", "mlp", "momentum")
+    assert len(tags["config_hash"]) == 64
+    assert "reason" not in tags
+
+
+@pytest.mark.skipif(not git("rev-parse", "HEAD"), reason="not a git checkout")
+def test_commit(record: Run, client: mlflow.MlflowClient, fetch: Any) -> None:
+    assert record.data.tags["mlflow.source.git.commit"] == git("rev-parse", "HEAD")
+    assert record.data.tags["git_dirty"] in ("true", "false")
+    kept = {f.path for f in client.list_artifacts(record.info.run_id)}
+    if "uncommitted.diff" in kept:
+        assert record.data.tags["git_dirty"] == "true"
+        assert fetch("uncommitted.diff").read_text().startswith("diff --git")
+    else:
+        assert {"config.yaml", "curves.png", "checkpoint", "images"} <= kept
+
+
+def test_dataset_is_an_input(record: Run) -> None:
+    (entry,) = record.inputs.dataset_inputs
+    assert entry.dataset.name == "mnist"
+    profile = json.loads(entry.dataset.profile)
+    assert profile == {"image": [1, 28, 28], "train": 320, "val": 1000, "test": 10000}
+    tags = {tag.key: tag.value for tag in entry.tags}
+    assert tags["mlflow.data.context"] == "training"
+    assert tags["sha256"].startswith(entry.dataset.digest) and len(tags["sha256"]) == 64
+
+
+@pytest.fixture(scope="module")
+def mnist() -> data.Dataset:
+    return data.load(
+        *("mnist",), root=None, val_size=0, train_size=1, split_seed=0, cache=Path("none")
+    )
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, test: data.Split) -> float:
+    """With nothing of ours between: float images from 0 to 1 in, logits out."""
+    batches = zip(test.images.split(1000), test.labels.split(1000), strict=True)
+    right = [(model(x.float() / 255).argmax(1) == y).sum() for x, y in batches]
+    return int(sum(right)) / len(test)
+
+
+def test_model_scores_what_was_recorded(result: Result, store: str, mnist: data.Dataset) -> None:
+    mlflow.set_tracking_uri(store)
+    try:
+        uri = f"runs:/{result.run_id}/model"
+        loaded = mlflow.pytorch.load_model(uri)
+        info = mlflow.models.get_model_info(uri)
+        example = np.asarray(mlflow.pyfunc.load_model(uri).input_example, dtype=np.float32)
+    finally:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    assert accuracy(loaded, mnist.test) == result.test_accuracy
+    (image,), (logits,) = info.signature.inputs.inputs, info.signature.outputs.inputs
+    assert (image.type, image.shape) == (np.dtype("float32"), (-1, 1, 28, 28))
+    assert (logits.type, logits.shape) == (np.dtype("float32"), (-1, 10))
+    assert example.shape == (2, 1, 28, 28)
+    assert 0.99 < example.max() <= 1 and example.min() == 0
+
+
+def test_result(result: Result, record: Run, store: str, folder: Path, mnist: Any) -> None:
+    assert result.run_id == record.info.run_id
+    assert [epoch["epoch"] for epoch in result.history] == [1, 2]
+    assert set(result.history[0]) == EPOCH_METRICS | {"epoch"}
+    assert result.test_accuracy == result.test["test/accuracy"] > 0.15
+    assert result.store == store
+    assert result.output_dir == folder / "run"
+    kept = {"checkpoint.pt", "checkpoint.pt.sha256", "config.yaml", "curves.png", "train.log"}
+    states = {f"state-{steps:09d}.pt{end}" for steps in (5, 10) for end in ("", ".sha256")}
+    own = {"journal.jsonl", "images", "model", "uncommitted.diff"} | states
+    found = {path.name for path in result.output_dir.iterdir() if path.name[0] != "."}
+    assert kept <= found <= kept | own
+    assert not result.model.training
+    assert {p.device.type for p in result.model.parameters()} == {"cpu"}
+    assert accuracy(result.model, mnist.test) == result.test_accuracy
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[list[str]]:
+    """Overrides for a store and an output folder that are a test's own."""
+    yield ["debug=fast", f"tracking.uri={fresh_store(tmp_path)}", f"hydra.run.dir={tmp_path}/run"]
+
+
+OWN_MODULE = """
+import torch
+from torch import nn
+
+WIDTH = 8
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Flatten(), nn.LazyLinear(WIDTH), nn.Linear(WIDTH, num_classes))
+        self.register_buffer("scale", torch.full((1,), 2.0), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+"""
+
+
+def test_evaluation_of_a_module_of_ones_own(
+    place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_net.py").write_text(OWN_MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    words = ["trusted_packages=[own_net]", "model._target_=own_net.Net"]
+    done = mnist_exp.train([*place, *words, "~model.hidden", "~model.dropout"])
+    assert "scale" not in checkpoint.load(tmp_path / "run" / "checkpoint.pt")["model"]
+    store = Store(done.store)
+    found = evaluate(store, store.find(done.run_id))
+    assert found.test == {key: found.recorded[key] for key in ("test/loss", "test/accuracy")}
+    monkeypatch.setattr(sys.modules["own_net"], "WIDTH", 9)
+    with pytest.raises(ConfigError, match=r"does not fit own_net\.Net"):
+        evaluate(store, store.find(done.run_id))
+
+
+def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ask_git("rev-parse", "HEAD") == ""
+
+
+# how a run ends
+
+
+def only_run(place: list[str]) -> Run:
+    client = mlflow.MlflowClient(place[1].removeprefix("tracking.uri="))
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = client.search_runs(experiments)
+    return run
+
+
+@pytest.mark.parametrize(
+    "error, status, reason",
+    [
+        (RuntimeError("out of luck"), "FAILED", "RuntimeError: out of luck"),
+        (KeyboardInterrupt(), "KILLED", "interrupted"),
+    ],
+)
+def test_exception_in_training(
+    error: BaseException,
+    status: str,
+    reason: str,
+    place: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fit = training.fit
+
+    def breaks(*arguments: Any, **more: Any) -> Iterator[Any]:
+        for record in fit(*arguments, **more):
+            yield record
+            if isinstance(record, training.Epoch):
+                raise error
+
+    monkeypatch.setattr(training, "fit", breaks)
+    with pytest.raises(type(error)):
+        mnist_exp.train(place)
+    run = only_run(place)
+    assert (run.info.status, run.data.tags["reason"]) == (status, reason)
+    assert run.info.end_time
+    assert run.data.metrics["train/loss"] > 0  # what was measured is kept
+    assert "MLFLOW_TRACKING_URI" not in os.environ  # else the next run would take this store
+
+
+def test_the_environment_decides_the_store(
+    place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = fresh_store(tmp_path / "other")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
+    monkeypatch.setattr(training, "fit", lambda *a, **k: exec("raise RuntimeError"))
+    with pytest.raises(RuntimeError):
+        mnist_exp.train(place)
+    assert only_run([place[0], f"tracking.uri={other}"]).info.status == "FAILED"
+    with pytest.raises(ValueError, match="not enough values"):
+        only_run(place)
+    assert os.environ["MLFLOW_TRACKING_URI"] == other
+
+
+def test_deleted_experiment_is_refused(place: list[str], tmp_path: Path) -> None:
+    client = mlflow.MlflowClient(place[1].removeprefix("tracking.uri="))
+    experiment = client.create_experiment("gone")
+    client.delete_experiment(experiment)
+    with pytest.raises(ConfigError, match=f"tracking.experiment=gone.*restore -x {experiment}"):
+        mnist_exp.train([*place, "tracking.experiment=gone"])
+    assert client.search_runs(["0", experiment]) == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_store_of_another_version_leaves_no_folder(place: list[str], tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "store.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'of the future'")
+    with pytest.raises(ConfigError, match=r"tracking\.uri=.*cannot be opened"):
+        mnist_exp.train(place)
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folder_that_cannot_be_made(place: list[str], tmp_path: Path) -> None:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "file")
+    (tmp_path / "store.db").unlink()
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=FOLDER"):
+        mnist_exp.train([*place, f"hydra.run.dir={tmp_path}/file/run"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

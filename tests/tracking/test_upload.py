@@ -1,0 +1,289 @@
+"""From journals to MLflow: nothing is lost, nothing is doubled, whatever the server does."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from mnist_exp.system.processes import process_identity
+from mnist_exp.tracking import journal, upload
+from mnist_exp.tracking import store as tracking
+from mnist_exp.tracking.journal import Journal, OpenRuns
+from mnist_exp.tracking.run_log import mark_dead_runs
+from mnist_exp.tracking.store import Store, UploadState, deliver
+from mnist_exp.tracking.upload import Uploader
+from tests.faults.delivery import (
+    EPOCHS,
+    MODES,
+    MOMENTS,
+    begin,
+    eight_writers,
+    epoch,
+    faults_in,
+    first_part,
+    last_part,
+    recorded_through,
+    whole,
+)
+from tests.faults.server import FaultyServer, Mode, Upstream
+from tests.helpers import fresh_store
+
+
+@pytest.fixture
+def server(faulty: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> FaultyServer:
+    monkeypatch.setattr(upload, "PAUSE", 0.05)
+    return faulty
+
+
+@pytest.fixture
+def open_runs(tmp_path: Path) -> OpenRuns:
+    return OpenRuns(tmp_path / "open")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_server_that_fails(
+    mode: Mode,
+    moment: str,
+    server: FaultyServer,
+    upstream: Upstream,
+    open_runs: OpenRuns,
+    tmp_path: Path,
+) -> None:
+    """Neither stops nor slows who records; what it has not taken is brought by `sync`."""
+    recorded_through(mode, moment, server, open_runs, tmp_path / "run")
+    assert faults_in(tmp_path / "run", upstream.uri) == []
+
+
+def test_it_comes_back(
+    server: FaultyServer, upstream: Upstream, open_runs: OpenRuns, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    thread = Uploader(server.uri, open_runs, said.append)
+    thread.watch([tmp_path / "run"])
+    server.mode = "refuse"
+    thread.start()
+    writer = begin(tmp_path / "run", open_runs, server.uri)
+    first_part(writer)
+    for number in range(1, EPOCHS + 1):
+        epoch(writer, number)
+        time.sleep(0.05)
+    server.mode = "ok"
+    last_part(writer)
+    assert thread.close(20) == []
+    assert ["does not take" in said[0], "answers again" in said[-1]] == [True, True]
+    assert len(said) == 2  # once each
+    assert faults_in(tmp_path / "run", upstream.uri) == []
+
+
+def test_any_answer_may_be_lost(
+    server: FaultyServer, upstream: Upstream, open_runs: OpenRuns, tmp_path: Path
+) -> None:
+    """Each call in turn is committed, and its answer dropped: the next try finds it."""
+    folder = tmp_path / "run"
+    whole(folder, open_runs, server.uri)
+    faults = 0
+    store = Store(server.uri)
+    while open_runs.entries():
+        server.requests.clear()
+        server.fail("drop", after=faults % 3, kind="POST")
+        try:
+            deliver(folder, open_runs, store)
+        except Exception:
+            faults += 1
+        server.mode = "ok"
+        assert faults < 60
+        if faults % 4 == 3:
+            deliver(folder, open_runs, store)
+    assert faults >= 3
+    assert faults_in(folder, upstream.uri) == []
+
+
+def test_delivered_at_every_line(open_runs: OpenRuns, tmp_path: Path) -> None:
+    """A uploader that is killed after any entry, before it has noted that, delivers it again."""
+    store = Store(fresh_store(tmp_path))
+    folder = tmp_path / "run"
+    writer = begin(folder, open_runs, store.uri)
+    first_part(writer)
+    deliver(folder, open_runs, store)
+    told = UploadState.of(folder)
+    for number in range(1, EPOCHS + 1):
+        epoch(writer, number)
+        deliver(folder, open_runs, store)
+        told.save(folder)  # as it was before
+    last_part(writer)
+    UploadState(store.uri, creating=True).save(folder)  # and nothing is known but that it was made
+    deliver(folder, open_runs, store)
+    assert faults_in(folder, store.uri) == []
+
+
+def test_a_store_that_was_made_anew(open_runs: OpenRuns, tmp_path: Path) -> None:
+    """It has nothing of the run, and gets all of it."""
+    folder = tmp_path / "run"
+    store = Store(fresh_store(tmp_path))
+    writer = begin(folder, open_runs, store.uri)
+    first_part(writer)
+    deliver(folder, open_runs, store)
+    fresh_store(tmp_path)
+    for number in range(1, EPOCHS + 1):
+        epoch(writer, number)
+    last_part(writer)
+    assert upload.sync(open_runs) == (1, {})
+    assert faults_in(folder, store.uri) == []
+
+
+def test_sync_passes_over_runs_that_cannot_be_read(
+    open_runs: OpenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many they are; and says so of one whose beginning is lost."""
+    store = Store(fresh_store(tmp_path))
+    for number in range(6):
+        whole(tmp_path / f"run{number}", open_runs, store.uri)
+    path = tmp_path / "run5" / journal.NAME
+    path.write_bytes(b"x" + path.read_bytes())
+    real = upload.deliver
+    bad = {tmp_path / f"run{number}" for number in range(4)}
+
+    def failing(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
+        if folder in bad:
+            raise PermissionError("no")
+        return real(folder, open_runs, store)
+
+    monkeypatch.setattr(upload, "deliver", failing)
+    count, problems = upload.sync(open_runs)
+    assert count == 1 and problems.keys() == {*bad, tmp_path / "run5"}
+    assert "first line" in problems[tmp_path / "run5"]
+
+
+def test_a_run_that_was_deleted_in_mlflow(open_runs: OpenRuns, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    store = Store(fresh_store(tmp_path))
+    writer = begin(folder, open_runs, store.uri)
+    first_part(writer)
+    told = deliver(folder, open_runs, store)
+    store.client.delete_run(told.run_id)
+    last_part(writer)
+    assert upload.sync(open_runs) == (1, {}) and open_runs.entries() == []
+
+
+def test_an_earlier_run_does_not_hold_up(
+    open_runs: OpenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that cannot be delivered; what it is now about is, and nobody waits or is told."""
+    store = Store(fresh_store(tmp_path))
+    whole(tmp_path / "bad", open_runs, store.uri)
+    monkeypatch.setattr(upload, "PAUSE", 0.05)
+    real = upload.deliver
+
+    def failing(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
+        if folder.name == "bad":
+            raise OSError("no")
+        return real(folder, open_runs, store)
+
+    monkeypatch.setattr(upload, "deliver", failing)
+    said: list[str] = []
+    thread = Uploader(store.uri, open_runs, said.append)
+    thread.watch([tmp_path / "good"])
+    thread.start()
+    whole(tmp_path / "good", open_runs, store.uri)
+    began = time.monotonic()
+    assert thread.close(20) == [] and time.monotonic() - began < 10
+    assert said == [] and [e.folder.name for e in open_runs.entries()] == ["bad"]
+
+
+def test_a_database_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh_store(tmp_path / "other")  # MLflow warns of itself at first use
+    uri = f"sqlite:///{tmp_path}/new.db"
+
+    def killed(*arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(mlflow.MlflowClient, "search_experiments", killed)
+        Store(uri)
+    assert not (tmp_path / "new.db").exists()
+    tracking.check_store(uri)
+    (tmp_path / "new.db.a.part").write_bytes(b"half of it")
+    (tmp_path / "new.db.a.part-journal").write_bytes(b"half of it")
+    assert Store(uri).client.search_experiments()
+    assert {p.name for p in tmp_path.iterdir()} == {"new.db", "new.db.lock", "other"}
+
+
+def test_a_folder_that_is_away_for_a_while(open_runs: OpenRuns, tmp_path: Path) -> None:
+    store = Store(fresh_store(tmp_path))
+    whole(tmp_path / "run", open_runs, store.uri)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert mark_dead_runs(open_runs) == [] and upload.sync(open_runs) == (0, {})
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    assert upload.sync(open_runs) == (1, {})
+    assert faults_in(tmp_path / "run", store.uri) == []
+
+
+def test_jobs_wait_for_their_sweep(open_runs: OpenRuns, tmp_path: Path) -> None:
+    store = Store(fresh_store(tmp_path))
+    parent = begin(tmp_path / "sweep", open_runs, store.uri)
+    child = begin(tmp_path / "sweep" / "0", open_runs, store.uri, parent=tmp_path / "sweep")
+    with pytest.raises(tracking.NotReady):
+        deliver(child.folder, open_runs, store)
+    child.end("FINISHED")
+    parent.end("FINISHED")
+    assert upload.sync(open_runs) == (2, {})
+    runs = {folder.name: UploadState.of(folder).run_id for folder in (parent.folder, child.folder)}
+    tags = store.get(runs["0"]).data.tags
+    assert tags["mlflow.parentRunId"] == runs["sweep"]
+
+
+def test_a_damaged_line_is_passed_over(
+    open_runs: OpenRuns, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(fresh_store(tmp_path))
+    folder = tmp_path / "run"
+    whole(folder, open_runs, store.uri)
+    path = folder / journal.NAME
+    lines = path.read_bytes().splitlines(keepends=True)
+    (at,) = [i for i, line in enumerate(lines) if b'"step": 3, "values": {"train' in line]
+    lines[at] = lines[at].replace(b"0.333", b"0.334")
+    path.write_bytes(b"".join(lines))
+    deliver(folder, open_runs, store)
+    assert "damaged" in caplog.text and str(path) in caplog.text
+    run_id = UploadState.of(folder).run_id
+    steps = [m.step for m in store.client.get_metric_history(run_id, "train/loss")]
+    assert steps == [1, 2, 4, 5, 6]
+    assert store.get(run_id).info.status == "FINISHED" and open_runs.entries() == []
+
+
+def test_eight_writers_on_one_fresh_store(tmp_path: Path) -> None:
+    """At once and cold: every point, no lock error, nothing in Default."""
+    assert eight_writers(tmp_path, f"sqlite:///{tmp_path / 'fresh.db'}") == []
+
+
+def test_the_dead_are_buried_once_and_delivered(open_runs: OpenRuns, tmp_path: Path) -> None:
+    store = Store(fresh_store(tmp_path))
+    folder = tmp_path / "run"
+    writer = begin(folder, open_runs, store.uri)
+    epoch(writer, 1)
+    writer.journal.close()
+    dead = {**process_identity(), "born": "long ago"}
+    lines = journal.read(folder)[0]
+    (folder / journal.NAME).unlink()
+    with Journal(folder) as again:  # as a process that is no more has written it
+        for entry in lines:
+            fields = entry.fields | ({"owner": dead} if entry.kind == "begin" else {})
+            again.write(entry.kind, **fields)
+    open_runs.add(lines[0].fields["key"], folder, dead, "run")
+    buried: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: buried.extend(mark_dead_runs(open_runs))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(buried) == 1
+    assert upload.sync(open_runs) == (1, {})
+    run = store.get(UploadState.of(folder).run_id)
+    assert run.info.status == "KILLED" and "without a word" in run.data.tags["reason"]
+    assert open_runs.entries() == []
