@@ -24,6 +24,7 @@ from benchmarks.bench import machine
 from benchmarks.page import write_torture
 from mnist_exp.tracking import upload
 from mnist_exp.tracking.journal import OpenRuns
+from tests.faults.checkpoints import damage_is_refused, kill_save_anywhere
 from tests.faults.delivery import MODES, MOMENTS, eight_writers, faults_in, recorded_through
 from tests.faults.interruptions import (
     JOBS,
@@ -36,9 +37,8 @@ from tests.faults.interruptions import (
     reference_sweep,
     resume,
 )
+from tests.faults.journals import damage_is_reported
 from tests.faults.server import FaultyServer, Upstream
-from tests.tracking.test_checkpoint import damaged_is_refused, killed_anywhere
-from tests.tracking.test_journal import test_damage
 
 PROCESSES = 2
 Injected = Callable[[int, Path], list[str]]  # the fault of this number, in this folder: its costs
@@ -89,11 +89,11 @@ def faults(whole: Path, whole_sweep: Path, server: Upstream) -> Mapping[str, tup
             stopped("SIGKILL", damaged=True),
         ),
         "sweep of two stacks: kill -9 or Ctrl-C at a random moment": (20, stopped_sweep),
-        "checkpoint cut off, or a bit of it flipped": (2000, checked(damaged_is_refused)),
-        "journal cut off, or bytes of it changed": (2000, checked(test_damage)),
+        "checkpoint cut off, or a bit of it flipped": (2000, checked(damage_is_refused)),
+        "journal cut off, or bytes of it changed": (2000, checked(damage_is_reported)),
         "every operation of a checkpoint's writing killed, and the power cut": (
             10,
-            checked(lambda folder, number: killed_anywhere(folder, [1, 2])),
+            checked(lambda folder, number: kill_save_anywhere(folder, [1, 2])),
         ),
         "server refuses, hangs, answers 503 or loses its answer, at start, middle or end": (
             120,

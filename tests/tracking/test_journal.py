@@ -4,7 +4,6 @@ import errno
 import itertools
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -24,15 +23,11 @@ import pytest
 from mnist_exp.system import processes
 from mnist_exp.system.processes import is_running, process_identity
 from mnist_exp.tracking import journal
-from mnist_exp.tracking.journal import Entry, Journal, OpenRuns, mark_killed, read
+from mnist_exp.tracking.journal import Journal, OpenRuns, mark_killed, read
+from tests.faults.journals import ODD, comparable, damage_is_reported, write_all
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[..., "subprocess.Popen[str]"]
-ODD = [
-    *(0.1 + 0.2, -0.0, 5e-324, 1.7976931348623157e308, math.nan, math.inf, -math.inf, 2**200, True),
-    *("", "Größe 数字 🎲", "line\nbreak\r\u2028\u0085\0\x1f", '"}\\', ', "crc": "00000000"}'),
-    *("\udcff not UTF-8", [], {}, [None, [1, {"a": {"": []}}]], "x" * 100_000),
-]
 
 
 @pytest.fixture
@@ -77,22 +72,10 @@ def at_once(processes: Sequence["subprocess.Popen[str]"]) -> list[str]:
 READY = "print('ready', flush=True)\nsys.stdin.readline()\n"
 
 
-def seen(entries: Sequence[Entry]) -> list[str]:
-    """What can be compared: a nan does not equal itself, and 0.0 equals -0.0."""
-    return [repr((entry.time, entry.kind, entry.fields)) for entry in entries]
-
-
 def numbers(folder: Path, name: str = "i") -> list[int]:
     entries, problems = read(folder)
     assert problems == []
     return [entry.fields[name] for entry in entries]
-
-
-def write_all(folder: Path, values: Sequence[Any]) -> list[Entry]:
-    with Journal(folder) as written:
-        for i, value in enumerate(values):
-            written.write("value", i=i, value=value)
-    return read(folder)[0]
 
 
 # the format
@@ -118,7 +101,7 @@ def test_every_float_is_exact(tmp_path: Path) -> None:
 def test_read_from_any_entry_on(tmp_path: Path) -> None:
     entries = write_all(tmp_path, ODD)
     for k, entry in enumerate(entries):
-        assert seen(read(tmp_path, entry.end)[0]) == seen(entries[k + 1 :])
+        assert comparable(read(tmp_path, entry.end)[0]) == comparable(entries[k + 1 :])
     assert entries[-1].end == (tmp_path / journal.NAME).stat().st_size
 
 
@@ -185,48 +168,9 @@ def test_a_line_torn_by_another_writer_is_cut_before_the_next(tmp_path: Path) ->
     assert numbers(tmp_path) == [0, 1]
 
 
-def damaged(content: bytes, rng: random.Random) -> bytes:
-    """Cut short, a bit flipped, or up to four bytes replaced, as many as a CRC-32 sees for sure."""
-    place = rng.randrange(len(content))
-    match rng.randrange(4):
-        case 0:
-            return content[:place]
-        case 1:
-            new = bytes([content[place] ^ 1 << rng.randrange(8)])
-        case 2:
-            new = rng.choice([b"\n", b"\n\n", b"\0\0", b"\xff", b'"}\n{'])
-        case _:
-            new = rng.randbytes(4)
-    return content[:place] + new + content[place + len(new) :]
-
-
 @pytest.mark.parametrize("seed", range(200))
 def test_damage(tmp_path: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    values = [value for value in ODD if len(str(value)) < 1000]
-    entries = write_all(tmp_path, rng.sample(values, len(values)))
-    path = tmp_path / journal.NAME
-    before = path.read_bytes()
-    after = damaged(before, rng)
-    path.write_bytes(after)
-
-    untouched = []
-    for entry, last in zip(entries, [0, *(entry.end for entry in entries)], strict=False):
-        line = slice(max(0, last - 1), entry.end)  # with both its newlines
-        if before[line] == after[line]:
-            untouched.append(entry)
-    found, problems = read(tmp_path)
-    assert seen(found) == seen(untouched)
-    assert len(found) + len(problems) == after.count(b"\n")
-    for problem in problems:
-        begin, end = map(int, re.findall(r"from byte (\d+) to (\d+): ", problem)[0])
-        assert problem.startswith(f"{path}: damaged, ")
-        assert after[begin:end].find(b"\n") == end - begin - 1
-
-    with Journal(tmp_path) as written:
-        written.write("later")
-    again, same = read(tmp_path)
-    assert (seen(again[:-1]), again[-1].kind, same) == (seen(found), "later", problems)
+    damage_is_reported(tmp_path, seed)
 
 
 DEEP = b"[" * 100_000
