@@ -59,7 +59,16 @@ class SweepConfig:
     on_error: str = MISSING
     skip_invalid: bool = MISSING
     test: str = MISSING
-    yes: bool = MISSING
+    max_jobs: int = MISSING
+
+    @classmethod
+    def from_record(cls, settings: Mapping[str, Any]) -> "SweepConfig":
+        """Return the settings that a sweep was started with.
+
+        Keys that are known no more are left out: `yes` was in the place of `max_jobs`, which
+        matters before a sweep begins and never after.
+        """
+        return cls(**{key: settings[key] for key in cls.__annotations__ if key in settings})
 
 
 @dataclass

@@ -34,6 +34,7 @@ def validate_sweep(config: DictConfig) -> SweepConfig:
     assert isinstance(typed, SweepConfig)
     _need_one_of("sweep.on_error", typed.on_error)
     _need_one_of("sweep.test", typed.test)
+    _need(typed.max_jobs >= 1, "sweep.max_jobs", typed.max_jobs, "1 or more")
     return typed
 
 

@@ -23,7 +23,6 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.system import files
 
 FROZEN = "frozen.json"
-JOBS_WITHOUT_ASKING = 10_000
 CHECK_SECONDS = 0.035  # that a job takes to be composed, validated and built
 
 
@@ -129,10 +128,10 @@ def expand(overrides: Sequence[Override], settings: SweepConfig) -> list[Planned
         here = 0
         for _ in override.sweep_iterator():
             here += 1
-            if number * here > JOBS_WITHOUT_ASKING and not settings.yes:
+            if number * here > settings.max_jobs:
                 raise ConfigError(
                     f"{' '.join(o.input_line or '' for o in swept.values())}: more than "
-                    f"{JOBS_WITHOUT_ASKING:,} jobs. If they are meant: sweep.yes=true"
+                    f"{settings.max_jobs:,} jobs. If they are meant: sweep.max_jobs=N"
                 )
         if here == 0:
             raise ConfigError(f"{override.input_line}: no values, so there is no job")

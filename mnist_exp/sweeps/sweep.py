@@ -258,7 +258,7 @@ def resume_sweep(folder: Path, failed: bool, reporter: Reporter) -> SweepResult 
     Raises ConfigError, with nothing changed, if it cannot be.
     """
     manifest, parent = results.Manifest.of(folder), RunHistory.of(folder)
-    settings = SweepConfig(**manifest.settings)
+    settings = SweepConfig.from_record(manifest.settings)
     torch.set_num_threads(1)
     planned = grid.thaw(folder)
     found = {p.number: RunHistory.of(p.folder) for p in planned}

@@ -628,14 +628,16 @@ def test_later_edits_do_not_reach_queued_jobs(
         (["tracking.experiment=a,b"], ["job 1", "tracking.experiment", "cannot be swept"]),
         (["tracking.uri=sqlite:////tmp/none/a.db,sqlite:////tmp/none/b.db"], ["tracking.uri"]),
         (["training.patience=1,2", "dataset.val_size=0"], ["training.patience=1", "val_size"]),
-        (["seed=range(10001)"], ["10,000", "sweep.yes=true"]),
-        (["seed=range(1000000000)"], ["10,000", "sweep.yes=true"]),
-        (["seed=range(101)", "dataset.split_seed=range(100)"], ["10,000", "sweep.yes=true"]),
+        (["seed=range(10001)"], ["10,000", "sweep.max_jobs=N"]),
+        (["seed=range(1000000000)"], ["10,000", "sweep.max_jobs=N"]),
+        (["seed=range(101)", "dataset.split_seed=range(100)"], ["10,000", "sweep.max_jobs=N"]),
         (["seed=range(1000)", "dataset.split_seed=range(1000)", "training.epochs=range(1000)"],
-         ["10,000", "sweep.yes=true"]),
+         ["10,000", "sweep.max_jobs=N"]),
         (["seed=0,1", "hydra.launcher.max_stack=0"], ["hydra.launcher.max_stack=0", "1 or more"]),
         (["seed=0,1", "hydra.launcher.max_stack=x"], ["hydra.launcher.max_stack"]),
         (["seed=0,1", "sweep.on_error=foo"], ["sweep.on_error=foo", "continue or stop"]),
+        (["seed=range(4)", "sweep.max_jobs=3"], ["more than 3 jobs", "sweep.max_jobs=N"]),
+        (["seed=0,1", "sweep.max_jobs=0"], ["sweep.max_jobs=0", "1 or more"]),
         (["seed=0,1", "sweep.test=foo"], ["sweep.test=foo", "chosen or all"]),
         (["seed=0,1", "sweep.skipinvalid=true"], ["sweep.skipinvalid"]),
         (["seed=0,1", "hydra/launcher=foo"], ["hydra/launcher=foo", "stacked"]),
@@ -703,7 +705,7 @@ def test_who_sweeps_many_jobs_is_told_of_the_wait() -> None:
 
 
 def test_more_than_10000_jobs_where_they_are_meant() -> None:
-    *_, jobs = composed(*SMALL, "seed=range(10001)", "sweep.yes=true")
+    *_, jobs = composed(*SMALL, "seed=range(10001)", "sweep.max_jobs=10001")
     assert len(jobs) == 10_001
     assert jobs[-1].values == {"seed": "10000"}
 
