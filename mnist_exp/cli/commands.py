@@ -350,7 +350,7 @@ def _predict(asked: argparse.Namespace) -> int:
     predictions = prediction.predict(store, found, files, asked.raw)
     read = [one for one in predictions if not one.problem]
     if asked.figure is not None and read:
-        _save_figure("--figure", asked.figure, prediction.draw(predictions, found.info.run_name))
+        _save_figure("--figure", asked.figure, prediction.draw(predictions, found.name))
         print(f"figure {asked.figure.resolve()}", file=sys.stderr)
     elif asked.figure is not None:
         print(f"mnist-exp: --figure {asked.figure}: no image, no figure", file=sys.stderr)
@@ -361,7 +361,7 @@ def _predict(asked: argparse.Namespace) -> int:
             [_printable(one.file), *(f"{name}  {share:.2%}" for name, share in one.classes)]
             for one in read
         ]
-        Terminal().table(found.info.run_name, ["image", "class", "next", "after that"], rows)
+        Terminal().table(found.name, ["image", "class", "next", "after that"], rows)
     for one in predictions:
         if one.problem:
             print(f"mnist-exp: {_printable(one.file)}: {one.problem}", file=sys.stderr)
@@ -391,7 +391,7 @@ def _report(asked: argparse.Namespace) -> int:
     from mnist_exp.sweeps import results
 
     files = results.report_again(store, parent, asked.output, asked.format, Terminal())
-    print(f"on the parent run {parent.info.run_id}: {', '.join(files)}")
+    print(f"on the parent run {parent.id}: {', '.join(files)}")
     if asked.output is not None:
         print(f"output {asked.output.resolve()}")
     return 0

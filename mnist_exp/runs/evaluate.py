@@ -21,7 +21,7 @@ from mnist_exp.runs.recorder import CURVES
 from mnist_exp.sweeps import results
 from mnist_exp.sweeps.report import MeanStd, Table
 from mnist_exp.system import files
-from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.store import Store, StoredRun
 from mnist_exp.training import loop as training
 from mnist_exp.training import metrics
 from mnist_exp.training.metrics import Calibration, ClassScore
@@ -97,19 +97,17 @@ def _share(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2%}"
 
 
-def evaluate(store: Store, found: Any, root: str | None = None) -> Evaluation:
-    """The saved model of a run, as `store.find` gives it, on the official test set.
+def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluation:
+    """The saved model of a run on the official test set.
 
     root: where its data is by now, if not where it was. Raises ConfigError where the run has left
     no model.
     """
-    run_id = found.info.run_id
-    dataset, stack = saved.fetch(store, found, root=root)
-    history = {key: store.history(run_id, key) for key in CURVES}
-    best = found.data.metrics.get("best/epoch")
+    dataset, stack = saved.fetch(store, run, root=root)
+    history = {key: store.history(run.id, key) for key in CURVES}
+    best = run.metrics.get("best/epoch")
     return _evaluated(
-        store,
-        found,
+        run,
         dataset,
         stack,
         model=stack.model(0),
@@ -118,12 +116,11 @@ def evaluate(store: Store, found: Any, root: str | None = None) -> Evaluation:
     )
 
 
-def _evaluated(store: Store, found: Any, dataset: Dataset, stack: Stack, **more: Any) -> Evaluation:
+def _evaluated(run: StoredRun, dataset: Dataset, stack: Stack, **more: Any) -> Evaluation:
     (logits,) = training.predict(stack, dataset, dataset.test)
-    saved.check_finite(logits, store, found)
-    recorded = {k: v for k, v in found.data.metrics.items() if k.startswith("test/")}
-    info = found.info
-    return Evaluation(info.run_id, info.run_name, dataset, logits, recorded, **more)
+    saved.check_finite(logits, run)
+    recorded = {key: value for key, value in run.metrics.items() if key.startswith("test/")}
+    return Evaluation(run.id, run.name, dataset, logits, recorded, **more)
 
 
 @dataclass(frozen=True)
@@ -160,13 +157,13 @@ class Ensemble:
         return self.whole.test[key] - self.spread(key).mean
 
 
-def ensemble(store: Store, parent: Any, root: str | None = None) -> Ensemble:
+def ensemble(store: Store, parent: StoredRun, root: str | None = None) -> Ensemble:
     """Averages the probabilities of a sweep's chosen cell over its seeds.
 
-    parent: its run, as `store.find` gives it; root: as for `evaluate`. Raises ConfigError where
+    parent: its run; root: as for `evaluate`. Raises ConfigError where
     there is no such cell, or it has one model alone.
     """
-    run_id = parent.info.run_id
+    run_id = parent.id
     chosen = results.summarise(results.of_store(store, run_id)).chosen
     if chosen is None:
         raise ConfigError(
@@ -181,8 +178,8 @@ def ensemble(store: Store, parent: Any, root: str | None = None) -> Ensemble:
     load = remembering()
     members = []
     for job in chosen.finished:
-        found = store.get(job.run_id)
-        members.append(_evaluated(store, found, *saved.fetch(store, found, load, root)))
+        run = store.get(job.run_id)
+        members.append(_evaluated(run, *saved.fetch(store, run, load, root)))
     first = members[0]
     # the logarithm of the mean probability: logits as good as any
     shares = torch.stack([m.logits.double().log_softmax(-1) for m in members])

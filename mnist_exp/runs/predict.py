@@ -12,7 +12,7 @@ from mnist_exp.data import photos
 from mnist_exp.data.photos import Photo, UnreadableImage
 from mnist_exp.figures import plots
 from mnist_exp.runs import saved_model as saved
-from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.store import Store, StoredRun
 
 NAMED = 3  # classes, the most probable first
 
@@ -35,13 +35,13 @@ class Prediction:
         return {"file": str(self.file), **named[0], "next": named[1:]}
 
 
-def predict(store: Store, found: Any, files: Sequence[Path], raw: bool) -> list[Prediction]:
-    """One a file, in their order. found: a run, as `store.find` gives it.
+def predict(store: Store, run: StoredRun, files: Sequence[Path], raw: bool) -> list[Prediction]:
+    """One a file, in their order.
 
     raw: the files are taken as they are, for what is no photograph of ink on paper. Raises
     ConfigError where the run has left no model, or one that gives no numbers.
     """
-    facts, stack = saved.fetch_model(store, found)
+    facts, stack = saved.fetch_model(store, run)
     predictions: list[Prediction] = []
     kept = 0
     for file in files:
@@ -52,7 +52,7 @@ def predict(store: Store, found: Any, files: Sequence[Path], raw: bool) -> list[
             continue
         image = torch.from_numpy(photo.seen)[None, None]  # [1, 1, H, W]
         logits = stack.logits(facts.normalise(image))[0, 0]
-        saved.check_finite(logits, store, found)
+        saved.check_finite(logits, run)
         shares = logits.double().softmax(-1)
         best = shares.topk(min(NAMED, len(shares)))
         names = [facts.classes[i] for i in best.indices.tolist()]

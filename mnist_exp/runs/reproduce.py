@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any
 
 from omegaconf import DictConfig, open_dict, read_write
 
@@ -31,15 +30,7 @@ from mnist_exp.runs.recorder import DIFF, FIRST_LOSSES, Result
 from mnist_exp.sweeps.report import Table
 from mnist_exp.system.processes import is_running, process_identity
 from mnist_exp.tracking.run_log import RunHistory, open_runs_at
-from mnist_exp.tracking.store import (
-    Store,
-    UploadState,
-    check_store,
-    choices_of,
-    dataset_digest,
-    how_it_ended,
-    tag_of,
-)
+from mnist_exp.tracking.store import Store, StoredRun, UploadState, check_store
 from mnist_exp.training import loop as training
 
 PREFIX, OWNER = "mnist-exp-reproduce-", "owner.json"  # the temporary folder, and whose it is
@@ -164,7 +155,7 @@ class _Until(Reporter):
 
 def reproduce(
     store: Store,
-    found: Any,
+    stored: StoredRun,
     reporter: Reporter,
     *,
     keep: str | None = None,
@@ -172,25 +163,26 @@ def reproduce(
     device: str | None = None,
     root: str | None = None,
 ) -> Reproduction:
-    """Trains a run again, as `store.find` gives it, and compares the loss of every epoch.
+    """Trains a run again, and compares the loss of every epoch.
 
     keep: the store for the second run, which is gone otherwise. threads, device: in place of the
     recorded ones; root: where its data is by now. That the second run fails is one of the
     differences. Raises ConfigError where the record does not tell enough, or the machine lacks
     something.
     """
-    run_id, status = found.info.run_id, found.info.status
-    if status == "RUNNING":
+    run_id = stored.id
+    if stored.status == "RUNNING":
         raise ConfigError(f"run {run_id}: it is still running. To reproduce it, wait for its end")
-    steps, choices = tag_of(found, FIRST_LOSSES, _losses, {}), choices_of(found)
+    steps = stored.parsed_tag(FIRST_LOSSES, _losses, dict[int, float]())
+    choices = stored.choices()
     recorded = {key: dict(store.history(run_id, key)) for key in LOSSES}
     if not recorded["train/loss"]:
-        raise ConfigError(f"run {run_id}: no epoch of it is recorded; {how_it_ended(store, found)}")
+        raise ConfigError(f"run {run_id}: no epoch of it is recorded; {stored.explain_status()}")
     with _place() as place:
         config = saved.config_of(store, run_id, place)
         diff = _text(store.fetch(run_id, DIFF, place)) if store.has(run_id, DIFF) else ""
-        changed = found.data.tags.get("config_hash") not in (None, identity(config))
-        _as_recorded(config, found, threads, device, root)
+        changed = stored.tags.get("config_hash") not in (None, identity(config))
+        _as_recorded(config, stored, threads, device, root)
         if keep is not None:
             check_store(keep, config.tracking.experiment, option="--keep")
             config.tracking.tags = {**config.tracking.tags, "reproduces": run_id}
@@ -211,10 +203,10 @@ def reproduce(
             differences.insert(0, f"the second run failed: {reason_of(outcome)}")
         if not steps:
             differences.append(UNKNOWN)
-        differences += _differences(found, job, story.tags, diff, _text(folder / DIFF))
+        differences += _differences(stored, job, story.tags, diff, _text(folder / DIFF))
     return Reproduction(
         run_id,
-        found.info.run_name,
+        stored.name,
         [each for each in agreements if each.compared],
         differences,
         same_config=not changed,
@@ -313,16 +305,16 @@ def _losses(text: str) -> dict[int, float]:
 
 def _as_recorded(
     config: DictConfig,
-    found: Any,
+    stored: StoredRun,
     threads: int | None,
     device: str | None,
     root: str | None,
 ) -> None:
     """What the config leaves to the machine, as it was, but for what is asked for."""
-    tags = found.data.tags
+    tags = stored.tags
     if root is not None:
         config.dataset.root = root
-    before = tag_of(found, "threads", int, config.training.threads)
+    before = stored.parsed_tag("threads", int, config.training.threads)
     config.training.threads = before if threads is None else threads
     if device is not None or "device" in tags:
         config.training.device = tags["device"] if device is None else device
@@ -346,12 +338,12 @@ def _job(
 
 
 def _differences(
-    found: Any, job: Job, tags: Mapping[str, str], diff: str, diff_now: str
+    stored: StoredRun, job: Job, tags: Mapping[str, str], diff: str, diff_now: str
 ) -> list[str]:
     """What is not as it was, of what numbers can depend on."""
-    was = found.data.tags
+    was = stored.tags
     said = []
-    before, now = dataset_digest(found), job.load(job.config.dataset).digest
+    before, now = stored.dataset_digest, job.load(job.config.dataset).digest
     if before not in ("", now):
         said.append(f"data: SHA-256 {before[:12]}..., now {now[:12]}...")
     commit = "mlflow.source.git.commit"

@@ -3,7 +3,6 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -17,7 +16,7 @@ from mnist_exp.sweeps.sweep import SweepResult
 from mnist_exp.tracking import journal
 from mnist_exp.tracking.journal import OpenRuns
 from mnist_exp.tracking.run_log import RunHistory, open_histories
-from mnist_exp.tracking.store import Store, UploadState, check_store, has_runs
+from mnist_exp.tracking.store import Store, StoredRun, UploadState, check_store, has_runs
 
 
 def find(word: str, uri: str, open_runs: OpenRuns) -> Path:
@@ -49,18 +48,18 @@ def find(word: str, uri: str, open_runs: OpenRuns) -> Path:
             if word != "last" or newest is None:
                 raise
         else:
-            if word != "last" or newest is None or found.info.start_time > waiting[newest].began:
+            if word != "last" or newest is None or found.start_time > waiting[newest].began:
                 return _whole(_folder_of(found))
     if word == "last" and newest is not None:
         return newest
     raise ConfigError(f"{word}: there is no such run, neither in {uri} nor in {open_runs.folder}")
 
 
-def _folder_of(found: Any) -> Path:
-    folder = Path(found.data.tags.get("output_dir", ""))
+def _folder_of(run: StoredRun) -> Path:
+    folder = Path(run.tags.get("output_dir", ""))
     if not (folder / journal.NAME).exists():
         raise ConfigError(
-            f"run {found.info.run_id}: its folder is not on this machine ({folder}), so there is "
+            f"run {run.id}: its folder is not on this machine ({folder}), so there is "
             f"nothing to go on from"
         )
     return folder

@@ -17,7 +17,7 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.runs.build import build_model
 from mnist_exp.runs.job import Load, load_dataset
 from mnist_exp.tracking import checkpoint
-from mnist_exp.tracking.store import Store, dataset_digest, how_it_ended
+from mnist_exp.tracking.store import Store, StoredRun
 from mnist_exp.training.stack import Stack
 
 
@@ -27,13 +27,13 @@ def state(stack: Stack, facts: DatasetInfo) -> dict[str, Any]:
     return {"model": stack.model(0).state_dict(), "data": plain}
 
 
-def fetch_model(store: Store, found: Any) -> tuple[DatasetInfo, Stack]:
-    """A run's model, as a stack of one on the CPU. found: as `store.find` gives it.
+def fetch_model(store: Store, run: StoredRun) -> tuple[DatasetInfo, Stack]:
+    """A run's model, as a stack of one on the CPU.
 
     Raises ConfigError.
     """
-    config, kept = _fetched(store, found)
-    name = f"run {found.info.run_id}"
+    config, kept = _fetched(store, run)
+    name = f"run {run.id}"
     if "data" not in kept:
         raise ConfigError(
             f"{name}: its checkpoint does not say which classes it knows, as an earlier version "
@@ -45,18 +45,18 @@ def fetch_model(store: Store, found: Any) -> tuple[DatasetInfo, Stack]:
 
 
 def fetch(
-    store: Store, found: Any, load: Load = load_dataset, root: str | None = None
+    store: Store, run: StoredRun, load: Load = load_dataset, root: str | None = None
 ) -> tuple[Dataset, Stack]:
     """A run's model and its data set. root: where that is by now, if not where it was.
 
     Raises ConfigError, also where the data is not what the run was trained on.
     """
-    config, kept = _fetched(store, found)
+    config, kept = _fetched(store, run)
     if root is not None:
         config.dataset.root = root
-    own, name = validate(config), f"run {found.info.run_id}"
+    own, name = validate(config), f"run {run.id}"
     dataset = load(own.dataset)
-    digest = dataset_digest(found)
+    digest = run.dataset_digest
     if digest not in ("", dataset.digest):
         raise ConfigError(
             f"{dataset.source}: this is not the data of {name}: its SHA-256 is "
@@ -86,26 +86,25 @@ def config_of(store: Store, run_id: str, folder: Path) -> DictConfig:
     return read_config(path, f"run {run_id}, config.yaml in its record")
 
 
-def check_finite(logits: Tensor, store: Store, found: Any) -> None:
+def check_finite(logits: Tensor, run: StoredRun) -> None:
     """Raises ConfigError where a run's model gives no probabilities, as one that has diverged."""
     if not logits.log_softmax(-1).isnan().any():  # -inf is a class that cannot be
         return
     raise ConfigError(
-        f"run {found.info.run_id}: with its weights, outputs are infinite or no numbers (nan); "
-        f"{how_it_ended(store, found)}"
+        f"run {run.id}: with its weights, outputs are infinite or no numbers (nan); "
+        f"{run.explain_status()}"
     )
 
 
-def _fetched(store: Store, found: Any) -> tuple[DictConfig, dict[str, Any]]:
+def _fetched(store: Store, run: StoredRun) -> tuple[DictConfig, dict[str, Any]]:
     """A run's config, and what its checkpoint holds."""
-    run_id = found.info.run_id
     with TemporaryDirectory() as folder:
         try:
-            path = store.fetch(run_id, "checkpoint", Path(folder)) / "checkpoint.pt"
+            path = store.fetch(run.id, "checkpoint", Path(folder)) / "checkpoint.pt"
         except ConfigError as error:
-            raise ConfigError(f"{error}; {how_it_ended(store, found)}") from error
-        config = config_of(store, run_id, Path(folder))
-        return config, checkpoint.load(path, f"run {run_id}, checkpoint/checkpoint.pt")
+            raise ConfigError(f"{error}; {run.explain_status()}") from error
+        config = config_of(store, run.id, Path(folder))
+        return config, checkpoint.load(path, f"run {run.id}, checkpoint/checkpoint.pt")
 
 
 def read_config(path: Path, name: str = "") -> DictConfig:

@@ -24,7 +24,7 @@ from mnist_exp.sweeps.report import Cell, JobRecord
 from mnist_exp.system import files
 from mnist_exp.tracking import journal
 from mnist_exp.tracking.run_log import Beginning, RunHistory, RunWriter, open_runs_at
-from mnist_exp.tracking.store import Store, UploadState, choices_of
+from mnist_exp.tracking.store import Store, StoredRun, UploadState
 from mnist_exp.tracking.upload import Uploader
 
 CURVES = ("train/loss", "val/loss", "val/accuracy")
@@ -132,20 +132,19 @@ def mark_job_killed(folder: Path, reason: str) -> Outcome:
 
 
 def report_again(
-    store: Store, parent: Any, output: Path | None, suffix: str, reporter: Reporter
+    store: Store, parent: StoredRun, output: Path | None, suffix: str, reporter: Reporter
 ) -> list[str]:
     """The report on a sweep, from the store alone: shown, put onto its parent run, and written to
-    the folder `output`, with figures of the kind `suffix`. `parent`: its run, as `store.find` gives
-    it. Returns the names of the files on it.
+    the folder `output`, with figures of the kind `suffix`. Returns the names of the files on it.
     """
-    run_id = parent.info.run_id
+    run_id = parent.id
     with TemporaryDirectory() as temporary:
         found = summarise(of_store(store, run_id))
         recipe = ""
         if found.chosen is not None:
             best = found.chosen.finished[0].run_id
             config = saved.config_of(store, best, Path(temporary))
-            choices = choices_of(store.get(best))
+            choices = store.get(best).choices()
             recipe = _recipe(config, choices, run_id, found.chosen)
         figures = draw(found)
         if output is not None:
@@ -164,14 +163,12 @@ def of_store(store: Store, parent: str) -> list[JobRecord]:
     with TemporaryDirectory() as temporary:
         store.fetch(parent, MANIFEST, Path(temporary))
         manifest = Manifest.of(Path(temporary))
-    children = {int(c.data.tags["job"]): c for c in store.children(parent)}
     found = {}
-    for number, child in children.items():
-        run_id = child.info.run_id
-        history = {key: store.history(run_id, key) for key in CURVES}
-        reason = child.data.tags.get("reason", "")
+    for number, child in store.children(parent).items():
+        history = {key: store.history(child.id, key) for key in CURVES}
+        reason = child.tags.get("reason", "")
         found[number] = JobRecord(
-            number, {}, child.info.status, reason, run_id, child.data.metrics, history
+            number, {}, child.status, reason, child.id, child.metrics, history
         )
     return _records(manifest, found)
 

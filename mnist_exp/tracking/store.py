@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
 
@@ -37,7 +37,9 @@ if TYPE_CHECKING:  # what only looks into a store does without them
     import torch
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
+PARENT = "mlflow.parentRunId"  # the tag of a run that belongs to a sweep
 RUN_KEY = "run_key"  # the tag that tells which journal a run is made from
 _DELIVERED = ".delivery.json"
 ENVIRONMENT = "MLFLOW_TRACKING_URI"
@@ -186,7 +188,7 @@ def listed(uri: str, sweep: bool | None) -> list[tuple[str, str]]:
     if not has_runs(uri):
         return []
     if not uri.startswith(_SQLITE):
-        return [(r.info.run_id, r.info.run_name) for r in Store(uri).of_kind(sweep, newest=True)]
+        return [(run.id, run.name) for run in Store(uri).of_kind(sweep, newest=True)]
     path = Path(uri.removeprefix(_SQLITE)).resolve()
     question = """
         SELECT runs.run_uuid, runs.name FROM runs JOIN experiments USING (experiment_id)
@@ -237,6 +239,87 @@ def _make_database(path: Path) -> None:
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     mlflow.MlflowClient(f"{_SQLITE}{part}").search_experiments(max_results=1)
     part.replace(path)
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run as a store has it."""
+
+    store_uri: str
+    id: str
+    name: str
+    status: str  # RUNNING, FINISHED, FAILED or KILLED
+    experiment_id: str
+    start_time: int  # ms since 1970
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]  # the newest value of each
+    dataset_digest: str  # the SHA-256 of the data that it was trained on, or ""
+
+    @classmethod
+    def from_entity(cls, store_uri: str, entity: Any) -> "StoredRun":
+        """Return the run that an entity of MLflow describes."""
+        inputs = entity.inputs.dataset_inputs if entity.inputs else []
+        digests = [tag.value for data in inputs for tag in data.tags if tag.key == "sha256"]
+        info, data = entity.info, entity.data
+        return cls(
+            store_uri=store_uri,
+            id=info.run_id,
+            name=info.run_name,
+            status=info.status,
+            experiment_id=info.experiment_id,
+            start_time=info.start_time,
+            tags=data.tags,
+            params=data.params,
+            metrics=data.metrics,
+            dataset_digest=digests[0] if digests else "",
+        )
+
+    @property
+    def parent(self) -> str:
+        """The id of the sweep's run that this one belongs to, or ""."""
+        return self.tags.get(PARENT, "")
+
+    @property
+    def job(self) -> int | None:
+        """The number of the sweep's job that this run is; None for any other run."""
+        number = self.tags.get("job", "")
+        return int(number) if number.isdecimal() else None
+
+    def parsed_tag(self, name: str, parse: Callable[[str], T], default: T) -> T:
+        """Return the parsed value of a tag, or `default` where the run does not have it.
+
+        Raises:
+            ConfigError: `parse` raised ValueError or TypeError.
+        """
+        text = self.tags.get(name)
+        if text is None:
+            return default
+        try:
+            return parse(text)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"run {self.id}: its tag {name} is damaged, {text[:60]!r}") from error
+
+    def choices(self) -> dict[str, str | None]:
+        """Return the option of each config group that the run was made of, or raise ConfigError."""
+        return self.parsed_tag("choices", lambda text: dict(json.loads(text)), {})
+
+    def explain_status(self) -> str:
+        """Return the run's status, the reason for it, and what a person can do next."""
+        text = f"the run is {self.status}"
+        if reason := self.tags.get("reason"):
+            text += f": {reason}"
+        if self.status == "RUNNING":
+            text += f". Its record grows in {self.tags.get('output_dir', '?')}: wait for its end"
+        elif self.status == "KILLED":
+            words = [
+                "mnist-exp",
+                "resume",
+                self.parent or self.id,
+                f"tracking.uri={self.store_uri}",
+            ]
+            text += f". To go on with it: {shlex.join(words)}"
+        return text
 
 
 class Store:
@@ -305,44 +388,45 @@ class Store:
         """What is known of the experiments."""
         self._experiments.clear()
 
-    def _search(self, condition: str = "", newest: bool = False) -> list[Any]:
-        """Runs of all experiments, newest first; `newest`: a page of them will do."""
+    def _search(self, condition: str = "", newest: bool = False) -> list[StoredRun]:
+        """Return the runs of all experiments, newest first; `newest`: a page of them will do."""
         experiments = [e.experiment_id for e in self.client.search_experiments()]
-        page, runs = None, []
+        token, runs = None, []
         while True:
             page = self.client.search_runs(
-                experiments, condition, order_by=["attributes.start_time DESC"], page_token=page
+                experiments, condition, order_by=["attributes.start_time DESC"], page_token=token
             )
-            runs += page
-            if newest or not (page := page.token):
+            runs += [StoredRun.from_entity(self.uri, entity) for entity in page]
+            token = page.token
+            if newest or not token:
                 return runs
 
-    def get(self, run_id: str) -> Any:
-        """A run as MLflow has it."""
-        return self.client.get_run(run_id)
+    def get(self, run_id: str) -> StoredRun:
+        """Return the run of this id."""
+        return StoredRun.from_entity(self.uri, self.client.get_run(run_id))
 
     def put(self, run_id: str, path: Path) -> None:
         """A file, among a run's artifacts."""
         self.client.log_artifact(run_id, str(path))
 
-    def children(self, parent: str) -> list[Any]:
-        """The runs of a sweep, as MLflow has them, by the number of their job."""
-        runs = self._search(f"tags.`mlflow.parentRunId` = '{parent}'")
-        # what somebody else has nested is not one
-        jobs = [r for r in runs if r.data.tags.get("job", "").isdecimal()]
-        return sorted(jobs, key=lambda r: int(r.data.tags["job"]))
+    def children(self, parent: str) -> dict[int, StoredRun]:
+        """Return the runs of a sweep by the number of their job, in its order."""
+        runs = self._search(f"tags.`{PARENT}` = '{parent}'")
+        # what somebody else has nested has no number
+        jobs = {run.job: run for run in runs if run.job is not None}
+        return dict(sorted(jobs.items()))
 
     def history(self, run_id: str, key: str) -> list[tuple[int, float]]:
         """The points of a metric: (step, value)."""
         return [(m.step, m.value) for m in self.client.get_metric_history(run_id, key)]
 
-    def of_kind(self, sweep: bool | None, newest: bool = False) -> list[Any]:
+    def of_kind(self, sweep: bool | None, newest: bool = False) -> list[StoredRun]:
         """The runs, newest first; sweep: whether they are the parent runs of sweeps, None: either.
         `newest`: a page of them will do."""
         runs = self._search("tags.sweep = 'true'" if sweep else "", newest)
-        return [r for r in runs if sweep is not False or "sweep" not in r.data.tags]
+        return [run for run in runs if sweep is not False or "sweep" not in run.tags]
 
-    def find(self, word: str, sweep: bool | None = False) -> Any:
+    def find(self, word: str, sweep: bool | None = False) -> StoredRun:
         """The run that a person means: `last`, a run id, or the beginning of just one.
 
         sweep: whether it is to be the parent run of a sweep, or one that trains; None: either, and
@@ -353,36 +437,36 @@ class Store:
             raise ConfigError(f"{kind}: must be a text, as in 'last' or an id, and is {word!r}")
         runs = self.of_kind(sweep, newest=word == "last")
         if sweep is None and word == "last":
-            runs = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+            runs = [run for run in runs if not run.parent]
         if not runs:
             words = "train -m optimizer.lr=0.01,0.1" if sweep else "train"
             raise ConfigError(
                 f"{self.uri}: it holds no {kind}s yet. To make one: mnist-exp {words}"
             )
-        matching = [r for r in runs if r.info.run_id.startswith(word)]
+        matching = [run for run in runs if run.id.startswith(word)]
         if word == "last":
             matching = runs[:1]
         if word and not matching:
             self._refuse_other_kind(word, sweep)
         if not word or not matching:
-            newest = ", ".join(r.info.run_id[:8] for r in runs[:5])
+            newest = ", ".join(run.id[:8] for run in runs[:5])
             raise ConfigError(
                 f"{word or repr(word)}: there is no such {kind} in {self.uri}. {kind.upper()} is "
                 f"last, a run id or its beginning; the newest: {newest}"
             )
         if len(matching) > 1:
-            ids = ", ".join(r.info.run_id[:12] for r in matching[:5])
+            ids = ", ".join(run.id[:12] for run in matching[:5])
             raise ConfigError(f"{word}: {len(matching)} {kind}s begin like this: {ids}")
         return matching[0]
 
     def _refuse_other_kind(self, word: str, sweep: bool | None) -> None:
         """Raises ConfigError where a sweep is meant and it is a run, or the other way round."""
-        others = [r for r in self._search() if r.info.run_id.startswith(word)]
+        others = [run for run in self._search() if run.id.startswith(word)]
         if len(others) != 1 or sweep is None:
             return
-        parent = others[0].data.tags.get("mlflow.parentRunId")
+        parent = others[0].parent
         if not sweep:
-            children = [r.info.run_id[:8] for r in self.children(others[0].info.run_id)]
+            children = [run.id[:8] for run in self.children(others[0].id).values()]
             what = f"it is a sweep, not a run. Its runs: {', '.join(children[:5])}. "
             what += f"Its seeds together: mnist-exp evaluate {word} --ensemble"
         elif parent:
@@ -395,10 +479,10 @@ class Store:
         """Of the UI: a run's, as for `find`; None: the list of the newest run's experiment."""
         if word is not None:
             run = self.find(word, sweep=None)
-            return view.run_page(run.info.experiment_id, run.info.run_id)
+            return view.run_page(run.experiment_id, run.id)
         if not (runs := self._search(newest=True)):
             return ""
-        experiment = self.client.get_experiment(runs[0].info.experiment_id)
+        experiment = self.client.get_experiment(runs[0].experiment_id)
         return view.list_page(experiment.experiment_id, saved=view.TAG in experiment.tags)
 
     def has(self, run_id: str, artifact: str) -> bool:
@@ -508,7 +592,7 @@ def deliver(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # the store has been made anew since
                 store.forget()
                 told = _send(folder, store, UploadState(store.uri, creating=True).save(folder))
-            elif store.get(told.run_id).info.lifecycle_stage == "deleted":
+            elif store.client.get_run(told.run_id).info.lifecycle_stage == "deleted":
                 log.warning("%s: its run was deleted in MLflow, and gets no more", folder)
                 end, ended = journal.size(folder), bool(RunHistory.of(folder).status)
                 told = replace(told, offset=end, ended=ended).save(folder)
@@ -592,7 +676,7 @@ class UploadBatch:
             parent = UploadState.of(Path(fields["parent"]), self.store.uri)
             if not parent.run_id:
                 raise NotReady(f"the sweep of {self.folder} is not in MLflow yet")
-            tags["mlflow.parentRunId"] = parent.run_id
+            tags[PARENT] = parent.run_id
         experiment = self.store.experiment(fields["experiment"])
         run_id = ""
         if self.told.creating:
@@ -674,43 +758,6 @@ class UploadBatch:
                 description.save(f"{folder}/MLmodel")
                 self.client.log_model_artifacts(model.model_id, folder)
             self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-
-
-def how_it_ended(store: Store, run: Any) -> str:
-    """Of a run that is not what it could be: its status, why, and what leads on."""
-    said, tags = f"the run is {run.info.status}", run.data.tags
-    if reason := tags.get("reason"):
-        said += f": {reason}"
-    if run.info.status == "RUNNING":
-        said += f". Its record grows in {tags.get('output_dir', '?')}: wait for its end"
-    elif run.info.status == "KILLED":
-        whole = tags.get("mlflow.parentRunId", run.info.run_id)
-        words = ["mnist-exp", "resume", whole, f"tracking.uri={store.uri}"]
-        said += f". To go on with it: {shlex.join(words)}"
-    return said
-
-
-def tag_of(run: Any, tag: str, read: Callable[[str], Any], default: Any) -> Any:
-    """What a run's tag says, if it has it. Raises ConfigError where `read` cannot read it."""
-    text = run.data.tags.get(tag)
-    try:
-        return default if text is None else read(text)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"run {run.info.run_id}: its tag {tag} is damaged, {text[:60]!r}"
-        ) from error
-
-
-def choices_of(run: Any) -> dict[str, str | None]:
-    """Which option of each config group a run was made of. Raises ConfigError."""
-    choices: dict[str, str | None] = tag_of(run, "choices", lambda t: dict(json.loads(t)), {})
-    return choices
-
-
-def dataset_digest(run: Any) -> str:
-    """The SHA-256 of the data that a run was trained on, as MLflow has it, or ''."""
-    inputs = run.inputs.dataset_inputs if run.inputs else []
-    return next((tag.value for each in inputs for tag in each.tags if tag.key == "sha256"), "")
 
 
 class NotReady(Exception):

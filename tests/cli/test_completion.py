@@ -125,7 +125,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("sweep", [True, False, None])
 def test_runs_are_those_that_are_found(sweep: bool | None, store: str) -> None:
     runs = tracking.Store(store).of_kind(sweep)
-    expected = [(run.info.run_id, run.info.run_name) for run in runs]
+    expected = [(run.id, run.name) for run in runs]
     assert tracking.listed(store, sweep) == expected
     names = {
         True: ["swept"],

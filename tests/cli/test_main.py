@@ -648,5 +648,5 @@ def test_the_readmes_module_of_ones_own(
     words = ["~model", "+model={_target_: my_net.Net}", "trusted_packages=[my_net]"]
     words += ["~optimizer", "+optimizer={_target_: torch.optim.NAdam}", f"tracking.uri={uri}"]
     call("train", *words, *SMALL, f"hydra.run.dir={tmp_path}/run")
-    tags = Store(uri).find("last").data.tags
+    tags = Store(uri).find("last").tags
     assert tags["model"] == "Net" and tags["optimizer"] == "NAdam"

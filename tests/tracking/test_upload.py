@@ -232,7 +232,7 @@ def test_jobs_wait_for_their_sweep(open_runs: OpenRuns, tmp_path: Path) -> None:
     parent.end("FINISHED")
     assert upload.sync(open_runs) == (2, {})
     runs = {folder.name: UploadState.of(folder).run_id for folder in (parent.folder, child.folder)}
-    tags = store.get(runs["0"]).data.tags
+    tags = store.get(runs["0"]).tags
     assert tags["mlflow.parentRunId"] == runs["sweep"]
 
 
@@ -252,7 +252,7 @@ def test_a_damaged_line_is_passed_over(
     run_id = UploadState.of(folder).run_id
     steps = [m.step for m in store.client.get_metric_history(run_id, "train/loss")]
     assert steps == [1, 2, 4, 5, 6]
-    assert store.get(run_id).info.status == "FINISHED" and open_runs.entries() == []
+    assert store.get(run_id).status == "FINISHED" and open_runs.entries() == []
 
 
 def test_eight_writers_on_one_fresh_store(tmp_path: Path) -> None:
@@ -285,5 +285,5 @@ def test_the_dead_are_buried_once_and_delivered(open_runs: OpenRuns, tmp_path: P
     assert len(buried) == 1
     assert upload.sync(open_runs) == (1, {})
     run = store.get(UploadState.of(folder).run_id)
-    assert run.info.status == "KILLED" and "without a word" in run.data.tags["reason"]
+    assert run.status == "KILLED" and "without a word" in run.tags["reason"]
     assert open_runs.entries() == []
