@@ -23,7 +23,11 @@ HYDRAS_OWN = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--inf
               "--experimental-rerun")  # fmt: skip
 
 WHERE = "tracking.uri=..., and dataset.root=FOLDER where the data has moved"
-FORMATS = ("png", "svg", "pdf")  # of a figure: plots has them too, whose import takes half a second
+FORMATS = (
+    "png",
+    "svg",
+    "pdf",
+)  # as in figures/style.py, whose import takes half a second
 
 
 @dataclass(frozen=True)
@@ -200,10 +204,10 @@ def _show(asked: argparse.Namespace) -> int:
     dataset = api.load(asked.overrides)
 
     from mnist_exp.config.paths import output_root
-    from mnist_exp.figures import samples as pictures
+    from mnist_exp.figures import samples
 
     path = asked.output or output_root() / "outputs" / f"{dataset.name}.png"
-    _save_figure("--output", path, pictures.first(dataset))
+    _save_figure("--output", path, samples.first_images(dataset))
     channels, height, width = dataset.shape
     val = f", {len(dataset.val):,} validation" if dataset.val is not None else ""
     print(f"dataset  {dataset.name} ({dataset.source})")
@@ -244,12 +248,12 @@ def _check_folder(option: str, folder: Path | None) -> None:
 
 
 def _save_figure(option: str, path: Path, figure: Any) -> None:
-    from mnist_exp.figures import plots
+    from mnist_exp.figures import style
     from mnist_exp.system import files
 
     with files.asked_for(option, path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        plots.save(figure, path)
+        style.save(figure, path)
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from mnist_exp.data.dataset import Dataset
-from mnist_exp.figures import plots
+from mnist_exp.figures.images import sample_grid, weights_figure
+from mnist_exp.figures.matrices import confusion_matrix
 from mnist_exp.training import metrics
 
 SHOWN = 30  # images in a sample grid
 
 
-def first(dataset: Dataset) -> Any:
+def first_images(dataset: Dataset) -> Any:
     """The first 30 images of the training file with their labels."""
     labels = [dataset.classes[i] for i in dataset.first.labels.tolist()]
     title = f"{dataset.name}: the first {len(labels)} images"
-    return plots.grid(dataset.first.images[:, 0].cpu().numpy(), labels, title=title)
+    return sample_grid(dataset.first.images[:, 0].cpu().numpy(), labels, title=title)
 
 
 def predictions(
@@ -27,7 +28,7 @@ def predictions(
     images: uint8 [N, 1, H, W]; labels: [N]; shares: [N, classes], probabilities.
     """
     confidence, predicted = shares.max(-1)
-    return plots.grid(
+    return sample_grid(
         images[:, 0].cpu().numpy(),
         [dataset.classes[i] for i in labels.tolist()],
         [dataset.classes[i] for i in predicted.tolist()],
@@ -36,7 +37,7 @@ def predictions(
     )
 
 
-def of_test(dataset: Dataset, logits: Tensor) -> dict[str, Any]:
+def test_figures(dataset: Dataset, logits: Tensor) -> dict[str, Any]:
     """The most confident mistakes on the test set, if there are any, and its confusion matrix.
 
     logits: [N, classes], on the CPU.
@@ -51,7 +52,7 @@ def of_test(dataset: Dataset, logits: Tensor) -> dict[str, Any]:
         images = dataset.test.images.cpu()[worst]
         figures["mistakes"] = predictions(dataset, images, true[worst], shares[worst], title)
     counts = metrics.confusion(true, predicted, len(dataset.classes))
-    figures["confusion"] = plots.confusion(counts, dataset.classes, "test set")
+    figures["confusion"] = confusion_matrix(counts, dataset.classes, "test set")
     return figures
 
 
@@ -64,8 +65,8 @@ def first_layer(model: nn.Module, shape: tuple[int, int, int]) -> Any | None:
     weight = layers[0].weight.detach().cpu() if layers else torch.empty(0)
     if weight.dim() == 4 and weight.shape[1] == 1:
         size = " x ".join(map(str, weight.shape[2:]))
-        return plots.weights(weight[:, 0].numpy(), f"{len(weight)} filters of {size}, first layer")
+        return weights_figure(weight[:, 0].numpy(), f"{len(weight)} filters of {size}, first layer")
     if weight.dim() == 2 and weight.shape[1] == shape[0] * shape[1] * shape[2] and shape[0] == 1:
         images = weight.view(-1, *shape[1:]).numpy()
-        return plots.weights(images, f"weights of the {len(weight)} units of the first layer")
+        return weights_figure(images, f"weights of the {len(weight)} units of the first layer")
     return None

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.errors import ConfigError
-from mnist_exp.figures import plots
-from mnist_exp.figures import samples as pictures
-from mnist_exp.figures.plots import History
+from mnist_exp.figures import curves, samples, style
+from mnist_exp.figures.curves import History
 from mnist_exp.runs import saved_model as saved
 from mnist_exp.runs.job import remembering
 from mnist_exp.runs.recorder import CURVES
@@ -80,14 +79,16 @@ class Evaluation:
         first layer looks for."""
         own = self.calibration
         title = "calibration on the test set"
-        figures = pictures.of_test(self.dataset, self.logits)
-        figures["calibration"] = plots.calibration(
+        figures = samples.test_figures(self.dataset, self.logits)
+        figures["calibration"] = curves.reliability_diagram(
             own.confidence, own.accuracy, own.counts, own.error, title
         )
         if self.history:
             test = self.recorded.get("test/accuracy")
-            figures["curves"] = plots.curves(self.history, self.best_epoch, self.name, test)
-        layer = self.model and pictures.first_layer(self.model, self.dataset.shape)
+            figures["curves"] = curves.learning_curves(
+                self.history, self.best_epoch, self.name, test
+            )
+        layer = self.model and samples.first_layer(self.model, self.dataset.shape)
         if layer is not None:
             figures["first_layer"] = layer
         return figures
@@ -193,5 +194,5 @@ def save(figures: Mapping[str, Any], folder: Path, suffix: str) -> list[str]:
     with files.asked_for("--output", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            plots.save(figure, folder / f"{name}.{suffix}")
+            style.save(figure, folder / f"{name}.{suffix}")
     return [f"{name}.{suffix}" for name in figures]

@@ -10,7 +10,7 @@ import torch
 
 from mnist_exp.data import photos
 from mnist_exp.data.photos import Photo, UnreadableImage
-from mnist_exp.figures import plots
+from mnist_exp.figures import images
 from mnist_exp.runs import saved_model as saved
 from mnist_exp.tracking.store import Store, StoredRun
 
@@ -57,7 +57,7 @@ def predict(store: Store, run: StoredRun, files: Sequence[Path], raw: bool) -> l
         best = shares.topk(min(NAMED, len(shares)))
         names = [facts.classes[i] for i in best.indices.tolist()]
         classes = list(zip(names, best.values.tolist(), strict=True))
-        predictions.append(Prediction(file, photo if kept < plots.PAIRS else None, classes))
+        predictions.append(Prediction(file, photo if kept < images.PAIRS else None, classes))
         kept += 1
     return predictions
 
@@ -68,7 +68,7 @@ def draw(predictions: Sequence[Prediction], title: str) -> Any:
     One file or more has to have been read.
     """
     drawn = [(p.photo, p.classes) for p in predictions if p.photo]
-    return plots.seen(
+    return images.predictions_figure(
         [photo.given for photo, _ in drawn],
         np.stack([photo.seen for photo, _ in drawn]),
         [classes for _, classes in drawn],

@@ -25,8 +25,8 @@ from mnist_exp.config.paths import IS_CHECKOUT
 from mnist_exp.config.schema import identity, leaves
 from mnist_exp.data import dataset as data
 from mnist_exp.errors import ConfigError, RunFailed, reason_of
-from mnist_exp.figures import plots
-from mnist_exp.figures import samples as pictures
+from mnist_exp.figures import samples, style
+from mnist_exp.figures.curves import learning_curves
 from mnist_exp.runs import saved_model as saved
 from mnist_exp.runs.console import epoch_line
 from mnist_exp.runs.job import Job
@@ -304,7 +304,7 @@ def record_curves(
     """Loss and accuracy over the epochs. history: metric -> (epoch, value)."""
     path = writer.folder / "curves.png"
     best = None if best_epoch is None else int(best_epoch)
-    plots.save(plots.curves(history, best, name, test_accuracy), path)
+    style.save(learning_curves(history, best, name, test_accuracy), path)
     writer.artifact(path)
 
 
@@ -312,8 +312,8 @@ def record_model(
     served: DeployedModel, dataset: data.Dataset, writer: RunWriter, epoch: int
 ) -> None:
     """The model, as MLflow keeps and serves it, and a picture of its first layer."""
-    if (layer := pictures.first_layer(served.model, dataset.shape)) is not None:
-        writer.image("model/first_layer", plots.pixels(layer), epoch)
+    if (layer := samples.first_layer(served.model, dataset.shape)) is not None:
+        writer.image("model/first_layer", style.pixels(layer), epoch)
     example = dataset.first.images[:2].cpu().numpy().astype(np.float32) / 255
     path = writer.folder / "model"
     save_model(path, served, dataset.shape, len(dataset.classes), example)
@@ -322,7 +322,7 @@ def record_model(
 
 def record_first(dataset: data.Dataset, writer: RunWriter) -> None:
     """The first 30 images with their labels."""
-    writer.image("train/first_30", plots.pixels(pictures.first(dataset)), 0)
+    writer.image("train/first_30", style.pixels(samples.first_images(dataset)), 0)
 
 
 def record_test(
@@ -333,8 +333,8 @@ def record_test(
     Returns the metrics, which are yet to be recorded: they say that all of this is done.
     """
     logits = training.predict(stack, dataset, dataset.test)
-    for name, figure in pictures.of_test(dataset, logits[0]).items():
-        writer.image(f"test/{name}", plots.pixels(figure), epoch)
+    for name, figure in samples.test_figures(dataset, logits[0]).items():
+        writer.image(f"test/{name}", style.pixels(figure), epoch)
     (test,) = training.score(logits, dataset.test, "test")
     return test
 
@@ -342,11 +342,11 @@ def record_test(
 def record_predictions(stack: Stack, dataset: data.Dataset, writer: RunWriter, epoch: int) -> None:
     val = dataset.val
     assert val is not None
-    images, labels = val.images[: pictures.SHOWN], val.labels[: pictures.SHOWN]
+    images, labels = val.images[: samples.SHOWN], val.labels[: samples.SHOWN]
     shares = stack.logits(dataset.normalise(images))[0].softmax(-1).cpu()
     title = f"validation, epoch {epoch}" if epoch else "validation, before training"
-    figure = pictures.predictions(dataset, images, labels, shares, title)
-    writer.image("val/predictions", plots.pixels(figure), epoch)
+    figure = samples.predictions(dataset, images, labels, shares, title)
+    writer.image("val/predictions", style.pixels(figure), epoch)
 
 
 def ask_git(*words: str) -> str:

@@ -13,7 +13,9 @@ from mnist_exp.config import paths
 from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import Config, SweepConfig, leaves
 from mnist_exp.errors import ConfigError, reason_of
-from mnist_exp.figures import plots
+from mnist_exp.figures import style
+from mnist_exp.figures.curves import sweep_curves
+from mnist_exp.figures.matrices import heat_map
 from mnist_exp.runs import saved_model as saved
 from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter
@@ -266,7 +268,7 @@ def conclude(
     for path in write(found, figures, recipe, folder):
         parent.artifact(path)
     for name, figure in figures.items():
-        parent.image(f"sweep/{name}", plots.pixels(figure), 0)
+        parent.image(f"sweep/{name}", style.pixels(figure), 0)
     show(found, reporter)
     return found
 
@@ -339,7 +341,7 @@ def write(
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     for name, figure in figures.items():
-        plots.save(figure, folder / f"{name}.{suffix}")
+        style.save(figure, folder / f"{name}.{suffix}")
     return [folder / name for name in (*files, *(f"{name}.{suffix}" for name in figures))]
 
 
@@ -350,7 +352,7 @@ def draw(found: Report) -> dict[str, Any]:
     for pair in report.pairs(found.ranked, found.chosen):
         over = ", ".join(short.get(key, key) for key in pair.over)
         x, y = short.get(pair.x_key, pair.x_key), short.get(pair.y_key, pair.y_key)
-        figure = plots.heat_map(
+        figure = heat_map(
             (pair.x_key, pair.x_values),
             (pair.y_key, pair.y_values),
             pair.mean,
@@ -364,7 +366,7 @@ def draw(found: Report) -> dict[str, Any]:
     drawn = {label: runs for label, runs in cells.items() if runs}
     if drawn:
         label = found.chosen.label if found.chosen else None
-        figures["learning_curves"] = plots.sweep_curves(drawn, label, "learning curves")
+        figures["learning_curves"] = sweep_curves(drawn, label, "learning curves")
     return figures
 
 

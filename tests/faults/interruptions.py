@@ -19,9 +19,10 @@ import torch._dynamo  # an optimizer imports it, which a forked process need not
 
 from mnist_exp.cli import main as cli
 from mnist_exp.config import paths
-from mnist_exp.figures import plots
+from mnist_exp.figures import samples, style
 from mnist_exp.runs import recorder as record
 from mnist_exp.runs import train as run
+from mnist_exp.sweeps import results
 from mnist_exp.system.processes import is_running
 from mnist_exp.tracking import checkpoint, journal, upload
 from mnist_exp.tracking.run_log import RunHistory
@@ -76,12 +77,17 @@ class Forked:
         paths.output_root = lambda: folder  # where the registry of open runs is
         upload.PAUSE = 0.1  # seconds: such a run is over before the usual pause
         run.INTERRUPTED_SECONDS = 0.2  # for a server that is not there
-        figures = [(plots, name) for name in ("grid", "confusion", "curves", "sweep_curves")]
+        figures = [
+            (samples, "sample_grid"),
+            (samples, "confusion_matrix"),
+            (record, "learning_curves"),
+            (results, "sweep_curves"),
+        ]
         models = [(module, "record_model") for module in (record, run)]
         for owner, name in (*figures, *models):
             setattr(owner, name, lambda *arguments, **more: None)
-        plots.save = lambda figure, path: path.write_bytes(b"a picture")
-        plots.pixels = lambda figure: np.zeros((8, 8, 3), np.uint8)
+        style.save = lambda figure, path: path.write_bytes(b"a picture")
+        style.pixels = lambda figure: np.zeros((8, 8, 3), np.uint8)
         status = 99
         try:
             cli.main(list(words))

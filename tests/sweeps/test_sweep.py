@@ -34,7 +34,7 @@ from mnist_exp.config.schema import SweepConfig, task_config
 from mnist_exp.config.validate import validate_sweep
 from mnist_exp.data import dataset as data
 from mnist_exp.errors import ConfigError
-from mnist_exp.figures import plots
+from mnist_exp.figures import samples, style
 from mnist_exp.runs import recorder as record
 from mnist_exp.runs import train as run
 from mnist_exp.runs.evaluate import evaluate
@@ -71,10 +71,15 @@ def traces() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (record, run):
             patch.setattr(module, "record_model", lambda *arguments: None)
-        for name in ("grid", "confusion", "curves"):
-            patch.setattr(plots, name, lambda *arguments, **more: None)
-        patch.setattr(plots, "pixels", functools.partial(_pixels, plots.pixels))
-        patch.setattr(plots, "save", functools.partial(_save, plots.save))
+        figures = [
+            (samples, "sample_grid"),
+            (samples, "confusion_matrix"),
+            (record, "learning_curves"),
+        ]
+        for module, name in figures:
+            patch.setattr(module, name, lambda *arguments, **more: None)
+        patch.setattr(style, "pixels", functools.partial(_pixels, style.pixels))
+        patch.setattr(style, "save", functools.partial(_save, style.save))
         patch.setattr(data, "load", functools.cache(data.load))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.delenv("HYDRA_FULL_ERROR", raising=False)
