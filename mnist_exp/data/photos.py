@@ -39,10 +39,10 @@ class UnreadableImage(ValueError):
 
 @dataclass(frozen=True)
 class Photo:
-    """given: uint8 [H, W, 3], upright, at most 512 on a side; seen: uint8 [h, w], MNIST's way."""
+    """An image file as it was read, and as the network gets it."""
 
-    given: Bytes
-    seen: Bytes
+    original: Bytes  # uint8 [H, W, 3], upright, at most 512 on a side
+    preprocessed: Bytes  # uint8 [h, w], as MNIST's images are
 
 
 def read(path: Path, size: tuple[int, int], raw: bool = False) -> Photo:
@@ -51,11 +51,11 @@ def read(path: Path, size: tuple[int, int], raw: bool = False) -> Photo:
     The digit is found, whether dark on light or light on dark, and placed as MNIST's are. `raw`:
     only made grey and resized. Raises UnreadableImage.
     """
-    given = _load(path)
+    original = _load(path)
     if raw:
-        grey = Image.fromarray(given).convert("L")
-        return Photo(given, np.array(grey.resize(size[::-1], Image.Resampling.BICUBIC)))
-    return Photo(given, _place(_thicken(_find_ink(*_grey(_sheet(given)))), size))
+        grey = Image.fromarray(original).convert("L")
+        return Photo(original, np.array(grey.resize(size[::-1], Image.Resampling.BICUBIC)))
+    return Photo(original, _place(_thicken(_find_ink(*_grey(_sheet(original)))), size))
 
 
 # ---- from the file to a thumbnail ----------------------------------------------------------------

@@ -50,7 +50,7 @@ def predict(store: Store, run: StoredRun, files: Sequence[Path], raw: bool) -> l
         except UnreadableImage as problem:
             predictions.append(Prediction(file, problem=str(problem)))
             continue
-        image = torch.from_numpy(photo.seen)[None, None]  # [1, 1, H, W]
+        image = torch.from_numpy(photo.preprocessed)[None, None]  # [1, 1, H, W]
         logits = stack.logits(facts.normalise(image))[0, 0]
         saved.check_finite(logits, run)
         shares = logits.double().softmax(-1)
@@ -69,8 +69,8 @@ def draw(predictions: Sequence[Prediction], title: str) -> Any:
     """
     drawn = [(p.photo, p.classes) for p in predictions if p.photo]
     return images.predictions_figure(
-        [photo.given for photo, _ in drawn],
-        np.stack([photo.seen for photo, _ in drawn]),
+        [photo.original for photo, _ in drawn],
+        np.stack([photo.preprocessed for photo, _ in drawn]),
         [classes for _, classes in drawn],
         title,
         names=[p.file.name for p in predictions if p.photo],

@@ -25,7 +25,7 @@ MIDDLE = 14  # of 28 pixels, as MNIST's images have it: from 13.5 to 14.5
 
 def seen(picture: Image.Image, folder: Path, name: str = "a.png", **options: Any) -> np.ndarray:
     picture.save(folder / name, **options)
-    return read(folder / name, (28, 28)).seen
+    return read(folder / name, (28, 28)).preprocessed
 
 
 def likeness(one: np.ndarray, other: np.ndarray) -> float:
@@ -81,15 +81,15 @@ def test_raw_is_exact(mnist: Dataset, tmp_path: Path) -> None:
     for image in mnist.test.images[:20, 0].numpy():
         Image.fromarray(image).save(tmp_path / "a.png")
         photo = read(tmp_path / "a.png", (28, 28), raw=True)
-        assert np.array_equal(photo.seen, image)
-        assert np.array_equal(photo.given, image[..., None].repeat(3, 2))
+        assert np.array_equal(photo.preprocessed, image)
+        assert np.array_equal(photo.original, image[..., None].repeat(3, 2))
 
 
 def test_raw_is_neither_inverted_nor_moved(tmp_path: Path) -> None:
     picture = Image.new("L", (280, 140), 200)
     picture.paste(40, (0, 0, 140, 140))
     picture.save(tmp_path / "a.png")
-    image = read(tmp_path / "a.png", (14, 28), raw=True).seen
+    image = read(tmp_path / "a.png", (14, 28), raw=True).preprocessed
     assert image.shape == (14, 28)
     assert (image[:, :12] == 40).all() and (image[:, 16:] == 200).all()
 
@@ -97,7 +97,7 @@ def test_raw_is_neither_inverted_nor_moved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(28, 28), (8, 8), (32, 32), (64, 64), (20, 40), (40, 20)])
 def test_other_sizes_are_in_proportion(size: tuple[int, int], tmp_path: Path) -> None:
     a_digit(3).save(tmp_path / "a.png")
-    image = read(tmp_path / "a.png", size).seen
+    image = read(tmp_path / "a.png", size).preprocessed
     assert image.shape == size
     fits = [side * 20 / 28 for side in size]
     assert all(own <= fit + 0.5 for own, fit in zip(box(image), fits, strict=True))
@@ -231,21 +231,21 @@ def test_every_mode_and_format(mode: str, suffix: str, tmp_path: Path) -> None:
     expected = seen(picture, tmp_path)
     in_mode(picture, mode).save(tmp_path / f"a.{suffix}")
     photo = read(tmp_path / f"a.{suffix}", (28, 28))
-    assert photo.given.shape == (240, 300, 3)
-    assert likeness(photo.given, np.asarray(picture)) > 0.97
-    assert likeness(photo.seen, expected) > 0.97
+    assert photo.original.shape == (240, 300, 3)
+    assert likeness(photo.original, np.asarray(picture)) > 0.97
+    assert likeness(photo.preprocessed, expected) > 0.97
 
 
 def test_floats_of_any_range(tmp_path: Path) -> None:
     grey = np.asarray(a_digit(2).convert("L"), np.float32)
     for values in (grey, grey / 255, grey * 1e6, grey - 100):
         Image.fromarray(values).save(tmp_path / "a.tif")
-        given = read(tmp_path / "a.tif", (28, 28)).given
+        given = read(tmp_path / "a.tif", (28, 28)).original
         assert given.min() == 0 and given.max() == 255
     values = grey.copy()
     values[0, 0], values[0, 1] = np.nan, np.inf
     Image.fromarray(values).save(tmp_path / "a.tif")
-    assert read(tmp_path / "a.tif", (28, 28)).seen.any()
+    assert read(tmp_path / "a.tif", (28, 28)).preprocessed.any()
 
 
 @pytest.mark.parametrize("dark", [True, False])
@@ -261,8 +261,8 @@ def test_ink_on_nothing(mode: str, dark: bool, tmp_path: Path) -> None:
         layer = layer.convert("LA")
     layer.save(tmp_path / "a.png")
     photo = read(tmp_path / "a.png", (28, 28))
-    assert photo.given[0, 0].tolist() == [255 * dark] * 3
-    assert likeness(photo.seen, expected) > 0.97
+    assert photo.original[0, 0].tolist() == [255 * dark] * 3
+    assert likeness(photo.preprocessed, expected) > 0.97
 
 
 def test_paper_with_transparent_corners(tmp_path: Path) -> None:
@@ -290,20 +290,20 @@ def test_it_is_held_upright(suffix: str, tmp_path: Path) -> None:
         path = tmp_path / f"a.{suffix}"
         picture.transpose(turn).save(path, exif=exif)
         photo = read(path, (28, 28))
-        assert photo.given.shape == (240, 300, 3)
-        assert likeness(photo.seen, expected) > 0.95
+        assert photo.original.shape == (240, 300, 3)
+        assert likeness(photo.preprocessed, expected) > 0.95
 
 
 def test_the_thumbnail_is_small(tmp_path: Path) -> None:
     a_digit(7).resize((2000, 1000)).save(tmp_path / "a.jpg")
-    assert read(tmp_path / "a.jpg", (28, 28)).given.shape == (256, 512, 3)
+    assert read(tmp_path / "a.jpg", (28, 28)).original.shape == (256, 512, 3)
 
 
 def test_the_first_frame(tmp_path: Path) -> None:
     first, second = a_digit(7, size=(200, 200)), a_digit(8, size=(200, 200))
     for name in ("a.gif", "a.tif"):
         first.save(tmp_path / name, save_all=True, append_images=[second])
-        image = read(tmp_path / name, (28, 28)).seen
+        image = read(tmp_path / name, (28, 28)).preprocessed
         assert likeness(image, seen(first, tmp_path)) > 0.97
 
 
@@ -400,7 +400,7 @@ def blank_pages() -> dict[str, Image.Image]:
 def test_what_is_blank(name: str, tmp_path: Path) -> None:
     blank_pages()[name].save(tmp_path / "a.png")
     assert fault(tmp_path / "a.png") == "it is blank, or no ink can be told from its background"
-    assert read(tmp_path / "a.png", (28, 28), raw=True).seen.shape == (28, 28)
+    assert read(tmp_path / "a.png", (28, 28), raw=True).preprocessed.shape == (28, 28)
 
 
 def test_pillows_warnings_stay_inside(tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_pillows_warnings_stay_inside(tmp_path: Path) -> None:
     a_digit().save(tmp_path / "a.jpg", exif=exif)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert read(tmp_path / "a.jpg", (28, 28)).seen.any()
+        assert read(tmp_path / "a.jpg", (28, 28)).preprocessed.any()
 
 
 # ---- and a network recognises them ---------------------------------------------------------------
