@@ -23,11 +23,11 @@ from mnist_exp.figures.style import (
     _resampled,
     _scale,
     canvas,
-    short_percent,
     shorten,
     styled,
     text_width,
 )
+from mnist_exp.formatting import rounded_percent
 
 ROWS, COLUMNS = 5, 6  # of a grid
 PAIRS = 60  # pictures beside what is seen of them
@@ -188,8 +188,8 @@ def predictions_figure(
     ]
     below = [
         [
-            short_percent(ranked[0][1]),
-            *(f"{shorten(name)}  {short_percent(value)}" for name, value in ranked[1:]),
+            rounded_percent(ranked[0][1]),
+            *(f"{shorten(name)}  {rounded_percent(value)}" for name, value in ranked[1:]),
         ]
         for ranked in texts[:count]
     ]

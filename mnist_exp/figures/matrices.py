@@ -23,11 +23,11 @@ from mnist_exp.figures.style import (
     canvas,
     lowest_worth_showing,
     percent,
-    short_percent,
     shorten,
     styled,
     text_width,
 )
+from mnist_exp.formatting import rounded_percent, shortest_number
 
 # Errors and hits have a hue each, so that a strong diagonal can't drown the errors.
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#f5f5f5", "#f6b26b", ORANGE, "#7a2e00"])
@@ -96,13 +96,13 @@ def confusion_matrix(
                 if has_shares:
                     place["fontsize"] = 0.85 * count_size
                     axes.text(
-                        column, row + 0.2, short_percent(share[row, column]), **place, **middle
+                        column, row + 0.2, rounded_percent(share[row, column]), **place, **middle
                     )
         edge = number - 0.5 + 10 / cell
         aside: Any = {"fontsize": size, "color": DISCREET}
         axes.text(edge, -0.5 - 6 / cell, "recall", **aside)
         for row in range(number):
-            recall = short_percent(share[row, row]) if totals[row] else "-"
+            recall = rounded_percent(share[row, row]) if totals[row] else "-"
             axes.text(edge, row, recall, **aside, **middle)
     return figure
 
@@ -157,7 +157,7 @@ def heat_map(
     widest = max((text_width(line, TEXT) for line in lines), default=1.0)
     deepest = (2 if any("\n" in text for text in texts.values()) else 1) * 1.25 * TEXT * DPI / 72
     size = TEXT * min(1.0, 0.92 * wide / widest, 0.92 * tall / deepest)
-    x_names, y_names = ([_number(value) for value in values] for _, values in (x, y))
+    x_names, y_names = ([shortest_number(value) for value in values] for _, values in (x, y))
     x_size, y_size = (min(TEXT, 0.4 * room) for room in rooms)
     widths = np.array([text_width(name, x_size) for name in x_names])
     apart = (widths[1:] + widths[:-1]) / 2 + 8 < np.diff(x_ticks) * wide
@@ -217,14 +217,3 @@ def _swept(name: str, values: Sequence[float]) -> tuple[Floats, Floats, str]:
     around = np.pad(gaps, 1, "edge") if gaps.size else np.ones(2)
     ticks = around[0] / 2 + np.cumsum(np.r_[0, gaps])
     return ticks, np.cumsum(np.r_[0, (around[1:] + around[:-1]) / 2]), name
-
-
-def _number(value: float) -> str:
-    """As short as it goes: 0.01, 64, 1e6; rounded only if it has many digits."""
-    for number in (value, float(f"{value:.3g}")):
-        plain = np.format_float_positional(number, trim="-")
-        power = np.format_float_scientific(number, trim="-", exp_digits=1).replace("e+", "e")
-        text = plain if len(plain) <= 6 else min(plain, power, key=len)
-        if len(text) <= 8:
-            break
-    return text

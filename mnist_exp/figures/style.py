@@ -143,13 +143,6 @@ def percent(value: float, _: object = None) -> str:
     return f"{100 * value:.5g}%"
 
 
-def short_percent(value: float) -> str:
-    """In percent with one digit; never 0.0% for more than none, nor 100.0% for less than all."""
-    if 0 < value < 0.0005:
-        return "<0.1%"
-    return ">99.9%" if 0.9995 <= value < 1 else f"{value:.1%}"
-
-
 def _scale(side: int, wanted: int) -> float:
     """How many pixels a pixel gets, so that a side has about as many as wanted: whole if it can."""
     return max(1, wanted // side) if side <= 1.43 * wanted else wanted / side

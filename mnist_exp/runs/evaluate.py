@@ -14,6 +14,7 @@ from mnist_exp.data.dataset import Dataset
 from mnist_exp.errors import ConfigError
 from mnist_exp.figures import curves, samples, style
 from mnist_exp.figures.curves import History
+from mnist_exp.formatting import number_or_dash
 from mnist_exp.runs import saved_model as saved
 from mnist_exp.runs.job import remembering
 from mnist_exp.runs.recorder import CURVES
@@ -69,7 +70,11 @@ class Evaluation:
     def table(self) -> Table:
         """A row a class."""
         rows = [
-            [name, *map(_share, (one.precision, one.recall, one.f1)), str(one.images)]
+            [
+                name,
+                *(number_or_dash(score, ".2%") for score in (one.precision, one.recall, one.f1)),
+                str(one.images),
+            ]
             for name, one in zip(self.dataset.classes, self.classes, strict=True)
         ]
         return ["class", "precision", "recall", "F1", "images"], rows
@@ -92,10 +97,6 @@ class Evaluation:
         if layer is not None:
             figures["first_layer"] = layer
         return figures
-
-
-def _share(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2%}"
 
 
 def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluation:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import identity
 from mnist_exp.errors import ConfigError, RunFailed, reason_of
+from mnist_exp.formatting import number_or_dash
 from mnist_exp.runs import saved_model as saved
 from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter
@@ -119,8 +120,13 @@ class Reproduction:
                 row += ["none: identical", *[""] * 5]
             else:
                 where = f"{one.at} ({'greatest' if one.beyond is None else 'too great'})"
-                row += [str(one.first), where, _number(one.recorded, 8), _number(one.again, 8)]
-                row += [_number(100 * one.difference, 3) + " %", one.allowed]
+                row += [
+                    str(one.first),
+                    where,
+                    number_or_dash(one.recorded, ".8g"),
+                    number_or_dash(one.again, ".8g"),
+                ]
+                row += [number_or_dash(100 * one.difference, ".3g") + " %", one.allowed]
             rows.append(row)
         return header, rows
 
@@ -275,11 +281,6 @@ def agreement(name: str, recorded: Mapping[int, float], again: Mapping[int, floa
     at = at if beyond is None else beyond
     values = (recorded[at], again.get(at, math.nan)) if at else (0.0, 0.0)
     return Agreement(name, len(recorded), first, beyond, at, *values)
-
-
-def _number(value: float, digits: int) -> str:
-    """A dash for a loss that is not there, or was no number."""
-    return "-" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def _tolerance(name: str, number: int) -> tuple[float, float]:

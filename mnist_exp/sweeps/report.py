@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from mnist_exp.formatting import percent
+
 Table = tuple[list[str], list[list[str]]]
 
 GROUPS = ("dataset", "model", "optimizer", "schedule")  # that a recipe chooses in
@@ -60,7 +62,7 @@ class MeanStd:
     def percent(self) -> str:
         """As in "97.31 % ± 0.12 (3)"; without ± where n = 1."""
         spread = "" if self.std is None else f" ± {100 * self.std:.2f}"
-        return f"{_percent(self.mean)}{spread} ({self.n})"
+        return f"{percent(self.mean)}{spread} ({self.n})"
 
 
 @dataclass(frozen=True)
@@ -233,13 +235,9 @@ def outcomes(jobs: Sequence[JobRecord]) -> Table:
         if len(reason) > REASON_LENGTH:
             reason = reason[: REASON_LENGTH - 1] + "…"
         values = [job.values.get(key, "") for key in keys]
-        best = "" if accuracy is None else _percent(accuracy)
+        best = "" if accuracy is None else percent(accuracy)
         rows.append([f"{job.number}", *values, job.status, best, reason])
     return ["job", *(names[key] for key in keys), "status", "validation accuracy", "reason"], rows
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
