@@ -30,10 +30,10 @@ from mnist_exp.data import dataset as data
 from mnist_exp.data import sources
 from mnist_exp.tracking.store import Store
 from mnist_exp.training import loop as training
+from mnist_exp.training.events import Epoch, RunSpec
 from mnist_exp.training.models import MLP
 from mnist_exp.training.schedules import Constant
 from mnist_exp.training.stack import Stack
-from mnist_exp.training.step import RunSpec
 
 ROUNDS = 5
 BATCH = 64
@@ -93,7 +93,7 @@ def core(dataset: data.Dataset, compiled: bool) -> Callable[[], float]:
 
     def epoch() -> float:
         began = time.perf_counter()
-        while not isinstance(next(records), training.Epoch):
+        while not isinstance(next(records), Epoch):
             pass
         return time.perf_counter() - began
 
@@ -258,7 +258,7 @@ def _stack_epochs(
     records = training.fit(
         stack, dataset, runs, torch.optim.SGD, epochs=4, batch_size=BATCH, compiled=True
     )
-    epochs = [r for r in records if isinstance(r, training.Epoch)]
+    epochs = [r for r in records if isinstance(r, Epoch)]
     rates = [epoch.metrics[0]["images_per_second"] for epoch in epochs[1:]]
     return [len(dataset.train) / rate / size for rate in rates]
 

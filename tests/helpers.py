@@ -18,7 +18,7 @@ import torch
 from mnist_exp.data.dataset import Dataset, Split
 from mnist_exp.runs.console import Reporter
 from mnist_exp.tracking.store import Store
-from mnist_exp.training import loop as training
+from mnist_exp.training.events import Epoch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,7 +89,7 @@ class Interrupting(Reporter):
     def __init__(self, epoch: int) -> None:
         self.last = epoch
 
-    def epoch(self, record: training.Epoch) -> None:
+    def epoch(self, record: Epoch) -> None:
         if record.epoch == self.last:
             raise KeyboardInterrupt
 

@@ -15,8 +15,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # each private part of another library, and the one file that may know it
 PRIVATE = {
     "hydra._internal": {"config/hydra_adapter.py", "sweeps/grid.py"},
-    "torch._inductor": {"training/step.py"},
-    "torch.utils._pytree": {"training/step.py"},
+    "torch._inductor": {"training/compile.py"},
 }
 
 

@@ -137,13 +137,13 @@ def build_optimizer(
     """The optimizer class and its arguments, tried on `parameters` (which it does not keep)."""
     import torch
 
-    from mnist_exp.training.optimizers import UNSUITED
+    from mnist_exp.training.optimizers import UNSUPPORTED
 
     target = _target_class(
         "optimizer", config.optimizer, torch.optim.Optimizer, config.trusted_packages
     )
     _check_arguments("optimizer", target, config.optimizer, ("params",))
-    for unsuited, why in UNSUITED.items():
+    for unsuited, why in UNSUPPORTED.items():
         if issubclass(target, unsuited):
             raise ConfigError(f"optimizer._target_: {target.__name__} cannot be used here: {why}")
     arguments = _named_arguments("optimizer", config.optimizer)

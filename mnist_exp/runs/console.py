@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mnist_exp.errors import BROKEN_PIPE, Terminated
-from mnist_exp.training import loop as training
+from mnist_exp.training import events
 
 NAMED = 16  # runs of a stack that get a line
 
@@ -30,10 +30,10 @@ class Reporter:
     def start(self, names: Sequence[str], device: str, epochs: int) -> None:
         """A stack of runs begins."""
 
-    def progress(self, record: training.Progress) -> None:
+    def progress(self, record: events.Progress) -> None:
         """A part of an epoch is done."""
 
-    def epoch(self, record: training.Epoch) -> None:
+    def epoch(self, record: events.Epoch) -> None:
         """An epoch is done."""
 
     def line(self, text: str) -> None:
@@ -84,9 +84,9 @@ class Terminal(Reporter):
         if self.live and not self.prefix:
             self.bar.start()
 
-    def progress(self, record: training.Progress) -> None:
+    def progress(self, record: events.Progress) -> None:
         now = time.perf_counter()
-        self.seen += record.images * len(record.runs)
+        self.seen += record.images * len(record.active)
         self.right += int(record.correct.sum())
         if now - self.began < 0.2 and record.step < record.steps:
             return
@@ -100,7 +100,7 @@ class Terminal(Reporter):
         )
         self.began, self.seen, self.right = now, 0, 0
 
-    def epoch(self, record: training.Epoch) -> None:
+    def epoch(self, record: events.Epoch) -> None:
         live = [metrics for metrics in record.metrics if metrics]
         if len(record.metrics) > 1 and live:
             split = "val" if "val/accuracy" in live[0] else "train"

@@ -22,7 +22,6 @@ from mnist_exp.sweeps import results
 from mnist_exp.sweeps.report import MeanStd, Table
 from mnist_exp.system import files
 from mnist_exp.tracking.store import Store, StoredRun
-from mnist_exp.training import loop as training
 from mnist_exp.training import metrics
 from mnist_exp.training.metrics import Calibration, ClassScore
 from mnist_exp.training.stack import Stack
@@ -44,7 +43,7 @@ class Evaluation:
     @cached_property
     def test(self) -> dict[str, float]:
         """test/loss and test/accuracy."""
-        (found,) = training.score(self.logits[None], self.dataset.test, "test")
+        (found,) = metrics.score(self.logits[None], self.dataset.test, "test")
         return found
 
     @property
@@ -119,7 +118,7 @@ def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluatio
 
 
 def _evaluated(run: StoredRun, dataset: Dataset, stack: Stack, **more: Any) -> Evaluation:
-    (logits,) = training.predict(stack, dataset, dataset.test)
+    (logits,) = metrics.predict(stack, dataset, dataset.test)
     saved.check_finite(logits, run)
     recorded = {key: value for key, value in run.metrics.items() if key.startswith("test/")}
     return Evaluation(run.id, run.name, dataset, logits, recorded, **more)

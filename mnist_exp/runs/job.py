@@ -18,8 +18,8 @@ from mnist_exp.runs.build import build_model, build_optimizer, build_schedule
 from mnist_exp.tracking.journal import OpenRuns
 from mnist_exp.tracking.run_log import RunHistory, open_runs_at
 from mnist_exp.tracking.store import store_uri
+from mnist_exp.training.events import RunSpec
 from mnist_exp.training.schedules import Schedule
-from mnist_exp.training.step import RunSpec
 
 Load = Callable[[DatasetConfig], data.Dataset]
 # the keys and groups that a run's name tells of

@@ -34,7 +34,8 @@ from mnist_exp.system import files
 from mnist_exp.tracking import checkpoint, journal
 from mnist_exp.tracking.run_log import Beginning, RecordedDataset, RunWriter
 from mnist_exp.tracking.store import save_model
-from mnist_exp.training import loop as training
+from mnist_exp.training import metrics
+from mnist_exp.training.events import Epoch, Message
 from mnist_exp.training.models import DeployedModel
 from mnist_exp.training.stack import Stack
 
@@ -169,7 +170,7 @@ class RunRecorder:
         if self.finished:
             record_first(dataset, self.writer)
         if dataset.val is not None and self._image_every is not None:  # the UI's slider starts at 0
-            record_predictions(stack.take([k]), dataset, self.writer, 0)
+            record_predictions(stack.select([k]), dataset, self.writer, 0)
 
     @property
     def _image_every(self) -> int | None:
@@ -193,9 +194,9 @@ class RunRecorder:
             own = {key: value for key, value in values.items() if key != "epoch"}
             self.writer.metrics(own, int(values["epoch"]))
 
-    def take(self, event: training.Message | training.Epoch, k: int, dataset: data.Dataset) -> None:
+    def take(self, event: Message | Epoch, k: int, dataset: data.Dataset) -> None:
         """Takes in what `fit` has yielded, for run k of the stack."""
-        if isinstance(event, training.Message):
+        if isinstance(event, Message):
             self.log.write(event.text + "\n")
             self.writer.tags({"compiled": str(event.compiled).lower()})
         else:
@@ -207,7 +208,7 @@ class RunRecorder:
         first = [float(f"{loss:.9g}") for loss in losses[:FIRST_STEPS]]  # all digits of a float32
         self.writer.tags({FIRST_LOSSES: json.dumps(first)})
 
-    def _epoch(self, event: training.Epoch, k: int, dataset: data.Dataset) -> None:
+    def _epoch(self, event: Epoch, k: int, dataset: data.Dataset) -> None:
         if k in event.failed:
             path = self._save(event.model(k), dataset)
             self._curves()
@@ -332,10 +333,10 @@ def record_test(
 
     Returns the metrics, which are yet to be recorded: they say that all of this is done.
     """
-    logits = training.predict(stack, dataset, dataset.test)
+    logits = metrics.predict(stack, dataset, dataset.test)
     for name, figure in samples.test_figures(dataset, logits[0]).items():
         writer.image(f"test/{name}", style.pixels(figure), epoch)
-    (test,) = training.score(logits, dataset.test, "test")
+    (test,) = metrics.score(logits, dataset.test, "test")
     return test
 
 

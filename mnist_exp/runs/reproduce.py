@@ -32,7 +32,7 @@ from mnist_exp.sweeps.report import Table
 from mnist_exp.system.processes import is_running, process_identity
 from mnist_exp.tracking.run_log import RunHistory, open_runs_at
 from mnist_exp.tracking.store import Store, StoredRun, UploadState, check_store
-from mnist_exp.training import loop as training
+from mnist_exp.training.events import Epoch, Progress
 
 PREFIX, OWNER = "mnist-exp-reproduce-", "owner.json"  # the temporary folder, and whose it is
 STEPS = "first steps"
@@ -144,7 +144,7 @@ class _Until(Reporter):
     def start(self, names: Sequence[str], device: str, epochs: int) -> None:
         self.inner.start(names, device, epochs)
 
-    def progress(self, record: training.Progress) -> None:
+    def progress(self, record: Progress) -> None:
         self.inner.progress(record)
 
     def line(self, text: str) -> None:
@@ -153,7 +153,7 @@ class _Until(Reporter):
     def stop(self) -> None:
         self.inner.stop()
 
-    def epoch(self, record: training.Epoch) -> None:
+    def epoch(self, record: Epoch) -> None:
         self.inner.epoch(record)
         if record.epoch == self.last:
             raise _Compared(f"the first run has recorded no more than {self.last} epochs")

@@ -37,9 +37,10 @@ from mnist_exp.tracking.run_log import RunHistory, RunWriter, open_runs_at
 from mnist_exp.tracking.store import UploadState, check_store
 from mnist_exp.tracking.upload import Uploader
 from mnist_exp.training import loop as training
+from mnist_exp.training.compile import worth_compiling
+from mnist_exp.training.events import Epoch, Message, Progress
 from mnist_exp.training.models import DeployedModel
 from mnist_exp.training.stack import Stack
-from mnist_exp.training.step import compiling_pays
 
 INTERRUPTED_SECONDS = 3.0  # that somebody who has asked a run to end waits for MLflow
 THREADS = torch.get_num_threads()  # torch's choice, before any run makes its own
@@ -183,7 +184,7 @@ def _train(
             with record:
                 record.restore(own_state)
 
-    def save(event: training.Progress | training.Epoch, steps: int) -> None:
+    def save(event: Progress | Epoch, steps: int) -> None:
         core = event.state()
         kept = {
             "configs": [identity(job.asked) for job in jobs],
@@ -211,15 +212,15 @@ def _train(
         epochs=own.epochs,
         batch_size=own.batch_size,
         compiled=compiles(jobs, len(dataset.train))
-        and (stack.traceable or own.compile == "always"),
+        and (stack.is_traceable or own.compile == "always"),
         state=None if state is None else state["core"],
     ):
-        if isinstance(event, training.Progress):
+        if isinstance(event, Progress):
             reporter.progress(event)
             if event.epoch == 1 and event.step == len(event.losses):
                 for k, record in _open(records):
                     with record:
-                        record.take_first(event.losses[:, event.runs.index(k)])
+                        record.take_first(event.losses[:, event.active.index(k)])
             done = (event.epoch - 1) * in_an_epoch + event.step
             due = every.steps and done - saved >= every.steps
             if event.step < event.steps and (due or signals.asked()):
@@ -230,7 +231,7 @@ def _train(
         for k, record in _open(records):  # first: what a person has seen is kept
             with record:
                 record.take(event, k, dataset)
-        if isinstance(event, training.Message):
+        if isinstance(event, Message):
             reporter.line(event.text)
             continue
         reporter.epoch(event)
@@ -245,7 +246,7 @@ def _train(
     reporter.stop()
     for k, record in _open(records):
         with record:
-            record.end(stack.take([k]), dataset)
+            record.end(stack.select([k]), dataset)
             signals.check()
 
 
@@ -261,7 +262,7 @@ def compiles(jobs: Sequence[Job], images: int) -> bool:
     own = jobs[0].config.training
     if own.compile != "auto":
         return own.compile == "always"
-    return compiling_pays(own.epochs * -(-images // own.batch_size), len(jobs), jobs[0].device)
+    return worth_compiling(own.epochs * -(-images // own.batch_size), len(jobs), jobs[0].device)
 
 
 def finish(folder: Path, load: Load) -> dict[str, float]:

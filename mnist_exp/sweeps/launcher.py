@@ -26,9 +26,9 @@ from mnist_exp.sweeps.sweep import STOP, Task, count_of, outcome_of
 from mnist_exp.system import signals
 from mnist_exp.system.processes import end, fork, receive
 from mnist_exp.tracking.run_log import RunHistory
-from mnist_exp.training.optimizers import RULES
+from mnist_exp.training.compile import warm_up_compiler
+from mnist_exp.training.optimizers import STACKED
 from mnist_exp.training.stack import Stack
-from mnist_exp.training.step import warm_up_compiler
 
 # Bytes of parameters up to which a stack is fastest on a CPU: what the caches of two cores hold.
 # Measured with the seed MLP, seconds an epoch and model: 0.26 for 1, 0.14 for 4, 0.10 for 16 and
@@ -45,7 +45,7 @@ def plan(jobs: Sequence[Planned], max_stack: int | None) -> list[list[Planned]]:
     stacks = []
     for group in groups.values():
         first = group[0].job
-        most = (max_stack or _stack_limit(first)) if first.optimizer in RULES else 1
+        most = (max_stack or _stack_limit(first)) if first.optimizer in STACKED else 1
         count = math.ceil(len(group) / most)
         # one seed beside another: a stack of one seed gathers its images once for all
         group = sorted(group, key=lambda p: p.job.config.seed)
@@ -78,7 +78,7 @@ def _stack_limit(job: Job) -> int:
     size = sum(p.numel() * p.element_size() for p in stack.params.values())
     if job.device.type == "cpu":
         fitting = max(1, min(CPU_STACK_MOST, CPU_STACK_BYTES // size))
-        return 1 if stack.convolves else 1 << (fitting.bit_length() - 1)
+        return 1 if stack.has_convolutions else 1 << (fitting.bit_length() - 1)
     if job.device.type != "cuda":
         return CPU_STACK_MOST
     # parameters, gradients, new and best ones, two memories of the optimizer; images and what

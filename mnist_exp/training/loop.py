@@ -5,70 +5,25 @@ Nothing here knows where the config came from or where the records go.
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_exp.data.dataset import Dataset, Split
+from mnist_exp.data.dataset import Dataset
+from mnist_exp.training import metrics
+from mnist_exp.training.events import Epoch, Message, Progress, RunSpec
 from mnist_exp.training.metrics import MetricSums
 from mnist_exp.training.stack import Stack, Tensors
-from mnist_exp.training.step import RunSpec, TrainStep
+from mnist_exp.training.step import TrainStep
 
-EVALUATION_BATCH = 512  # images at a time; fewer where the models of a stack would need more room
-SPAN = 32  # steps between two looks at what they have brought
+STEPS_PER_SYNC = 32  # the number of steps between two looks at what they have brought
 # Runs that have ended leave a compiled stack when it can be halved and so many steps are left: each
 # size is compiled anew, and the smaller saves about 0.1 ms a step and model.
 SHRINK_FROM_STEPS = 5_000
-
-
-# Called at once, it gives all that the next step depends on, as tensors and plain values: `fit`
-# goes on from it, bit for bit. The tensors are those that training goes on with, no copies.
-State = Callable[[], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a running epoch stands."""
-
-    epoch: int  # 1, 2, ...
-    step: int  # done in this epoch
-    steps: int  # in an epoch
-    images: int  # in the newest S batches
-    runs: Sequence[int]  # that are still trained: K
-    losses: np.ndarray  # [S, K], the mean loss of each batch
-    correct: np.ndarray  # [S, K], predictions
-    state: State = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """The record of one epoch; lists have one entry a run."""
-
-    epoch: int
-    metrics: list[dict[str, float]]  # empty for a run that has failed or stopped before
-    improved: list[bool]  # validation accuracy is the best so far
-    stack: Stack  # as the epoch has left it
-    rows: Sequence[int]  # row i of it is run rows[i]
-    failed: dict[int, str] = field(default_factory=dict)  # run -> reason, where it failed just now
-    stopped: dict[int, str] = field(default_factory=dict)  # run -> reason, where patience ended it
-    state: State = field(default=dict, repr=False)
-
-    def model(self, k: int) -> Stack:
-        """What the stack has of run k, as a stack of one."""
-        return self.stack.take([self.rows.index(k)])
-
-
-@dataclass(frozen=True)
-class Message:
-    """Something that a person should know of, and that changes no number."""
-
-    text: str
-    compiled: bool  # whether the step is
 
 
 def fit(
@@ -111,17 +66,18 @@ def fit(
             compiled = step.compiled is not None
         began = time.perf_counter()
         untrained = max(1, len(data.train) - course.steps * batch_size)  # images, in this epoch
-        metrics, failed = yield from _train(course, epochs)
+        means, failed = yield from _train(course, epochs)
         trained = time.perf_counter()
         ended |= set(failed)
         if data.val is not None and not ended.issuperset(rows):
-            validated = score(predict(step.stack, data, data.val), data.val, "val")
-            metrics = [own | new for own, new in zip(metrics, validated, strict=True)]
+            logits = metrics.predict(step.stack, data, data.val)
+            validated = metrics.score(logits, data.val, "val")
+            means = [train | val for train, val in zip(means, validated, strict=True)]
         times = {
             "epoch_seconds": time.perf_counter() - began,
             "images_per_second": untrained / (trained - began),
         }
-        live = {k: m | times for k, m in zip(rows, metrics, strict=True) if k not in ended}
+        live = {k: m | times for k, m in zip(rows, means, strict=True) if k not in ended}
         improved = {k for k, m in live.items() if data.val is None or seen[k].improves(m, epoch)}
         if data.val is not None or failed or epoch == epochs:
             _keep(course.best, step.stack, rows, improved | set(failed))
@@ -195,7 +151,7 @@ class _Course:
 
     def shrink(self, remaining: Sequence[int]) -> None:
         """Goes on with the rows `remaining` only, not compiled."""
-        self.step, self.rows = self.step.take(remaining), [self.rows[i] for i in remaining]
+        self.step, self.rows = self.step.select(remaining), [self.rows[i] for i in remaining]
         self.sums = MetricSums(len(self.rows))
 
     def state(self) -> dict[str, Any]:
@@ -245,9 +201,9 @@ def _train(
     hyperparameters = step.hyperparameters((epoch - 1) * steps, lr)  # [steps, K] each
     sums, failed = course.sums, course.failed
     sizes = np.minimum(batch_size, count - batch_size * np.arange(steps))[:, None]
-    for first in range(course.steps, steps, SPAN):
-        now = slice(first, first + SPAN)
-        chosen = order[:, first * batch_size : (first + SPAN) * batch_size]  # [K, S * B]
+    for first in range(course.steps, steps, STEPS_PER_SYNC):
+        now = slice(first, first + STEPS_PER_SYNC)
+        chosen = order[:, first * batch_size : (first + STEPS_PER_SYNC) * batch_size]  # [K, S * B]
         own = {name: values[now] for name, values in hyperparameters.items()}
         losses, correct, finite = step(chosen, keys[now], own)  # [S, K]
         sums.add((losses * sizes[now]).sum(0), correct.sum(0), chosen.shape[1])
@@ -264,8 +220,8 @@ def _train(
         )
         if failed and all(k in ended or k in failed for k in rows):
             break
-    metrics = sums.means("train")
-    return [m | {"lr": float(rate)} for m, rate in zip(metrics, lr[-1], strict=True)], failed
+    means = zip(sums.means("train"), lr[-1], strict=True)
+    return [m | {"lr": float(rate)} for m, rate in means], failed
 
 
 def _compile(step: TrainStep) -> Iterator[Message]:
@@ -279,7 +235,7 @@ def _compile(step: TrainStep) -> Iterator[Message]:
 
 def _shrinks(step: TrainStep, remaining: Sequence[int], steps: int, compiled: bool) -> bool:
     """Whether to go on without the rows that have ended, `steps` before the end."""
-    if step.rule is None or len(remaining) == step.stack.size:
+    if step.stacked is None or len(remaining) == step.stack.size:
         return False
     half = 2 * len(remaining) <= step.stack.size
     return not compiled or (half and steps >= SHRINK_FROM_STEPS)
@@ -293,22 +249,6 @@ def _keep(best: Tensors, stack: Stack, rows: Sequence[int], runs: Set[int]) -> N
         to = torch.tensor([rows[i] for i in chosen], device=stack.device)
         for name, tensor in stack.snapshot().items():
             best[name][to] = tensor[own]
-
-
-def predict(stack: Stack, data: Dataset, split: Split) -> Tensor:
-    """Logits [K, N, classes] on the CPU, in evaluation mode."""
-    batches = torch.split(split.images, max(32, min(EVALUATION_BATCH, 2048 // stack.size)))
-    return torch.cat([stack.logits(data.normalise(images)).cpu() for images in batches], 1)
-
-
-def score(logits: Tensor, split: Split, prefix: str) -> list[dict[str, float]]:
-    """Exact loss and accuracy over a split, one dict a run. logits: [K, N, classes]."""
-    labels = split.labels.cpu()
-    sums = MetricSums(len(logits))
-    each = [F.cross_entropy(own.double(), labels, reduction="sum") for own in logits]
-    correct = (logits.argmax(-1) == labels).sum(1)
-    sums.add(torch.stack(each).numpy(), correct.numpy(), len(labels))
-    return sums.means(prefix)
 
 
 def _draw(seed: int, purpose: int, epoch: int) -> np.random.Generator:

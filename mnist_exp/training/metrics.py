@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from mnist_exp.data.dataset import Dataset, Split
+from mnist_exp.training.stack import Stack
+
+EVALUATION_BATCH = 512  # images at a time; fewer where the models of a stack would need more room
 
 
 @dataclass
@@ -46,6 +52,22 @@ class MetricSums:
             {f"{prefix}/loss": float(loss) / self.seen, f"{prefix}/accuracy": int(n) / self.seen}
             for loss, n in zip(self.loss, self.correct, strict=True)
         ]
+
+
+def predict(stack: Stack, data: Dataset, split: Split) -> Tensor:
+    """Logits [K, N, classes] on the CPU, in evaluation mode."""
+    batches = torch.split(split.images, max(32, min(EVALUATION_BATCH, 2048 // stack.size)))
+    return torch.cat([stack.logits(data.normalise(images)).cpu() for images in batches], 1)
+
+
+def score(logits: Tensor, split: Split, prefix: str) -> list[dict[str, float]]:
+    """Exact loss and accuracy over a split, one dict a run. logits: [K, N, classes]."""
+    labels = split.labels.cpu()
+    sums = MetricSums(len(logits))
+    each = [F.cross_entropy(own.double(), labels, reduction="sum") for own in logits]
+    correct = (logits.argmax(-1) == labels).sum(1)
+    sums.add(torch.stack(each).numpy(), correct.numpy(), len(labels))
+    return sums.means(prefix)
 
 
 def confusion(true: Tensor, predicted: Tensor, classes: int) -> np.ndarray:

@@ -7,13 +7,13 @@ runs without vmap, so a single run pays nothing for being a stack.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from torch.overrides import TorchFunctionMode
+
+from mnist_exp.training.dropout import SeededDropout
 
 Tensors = dict[str, Tensor]
 
@@ -45,17 +45,17 @@ class Stack:
         others = [n for n in names if n not in trainable]
         others += [n for n, _ in self.module.named_buffers()]
         self.buffers: Tensors = {n: stacked(n) for n in others}
-        self.noisy = any(_may_draw(m) for m in self.module.modules())
+        self.is_stochastic = any(_is_stochastic(m) for m in self.module.modules())
         # a trace freezes what Python decides in forward(), which modules of one's own may do
-        self.traceable = all(_is_known(m) for m in self.module.modules())
+        self.is_traceable = all(_is_known(m) for m in self.module.modules())
         # on a CPU, convolutions of several models at once are slower than one after the other
-        self.convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in self.module.modules())
+        self.has_convolutions = any(isinstance(m, _CONVOLUTIONS) for m in self.module.modules())
 
-    def take(self, rows: Sequence[int]) -> "Stack":
+    def select(self, indices: Sequence[int]) -> "Stack":
         """A stack of some of the models, copied as they are now."""
         taken = copy.copy(self)
-        taken.size = len(rows)
-        index = torch.tensor(rows, device=self.device)
+        taken.size = len(indices)
+        index = torch.tensor(indices, device=self.device)
         taken.params = {n: t[index] for n, t in self.params.items()}
         taken.buffers = {n: t[index] for n, t in self.buffers.items()}
         return taken
@@ -107,7 +107,7 @@ class Stack:
         # modules write to their buffers (BatchNorm): they get copies, and what is there in the end,
         # written to or assigned, is handed back
         tensors = {**params, **{n: b.clone() for n, b in buffers.items()}}
-        logits = self._call(tensors, x, keys if self.noisy else None)
+        logits = self._call(tensors, x, keys if self.is_stochastic else None)
         buffers = {n: tensors[n].detach() for n in buffers}
         loss = F.cross_entropy(logits, y)
         if smooth is not None:
@@ -117,7 +117,7 @@ class Stack:
 
     def _call(self, tensors: Tensors, x: Tensor, keys: Tensor | None = None) -> Tensor:
         logits: Tensor
-        with nullcontext() if keys is None else _Noise(keys):
+        with nullcontext() if keys is None else SeededDropout(keys):
             logits = functional_call(self.module, tensors, (x,))
         return logits
 
@@ -164,69 +164,30 @@ def _with_tensors(module: nn.Module, tensors: Tensors) -> nn.Module:
     return module
 
 
-def _may_draw(module: nn.Module) -> bool:
-    return isinstance(module, _RANDOM) or not _is_known(module)
+def _is_stochastic(module: nn.Module) -> bool:
+    return isinstance(module, _STOCHASTIC) or not _is_known(module)
 
 
 def _is_known(module: nn.Module) -> bool:
     return type(module).__module__.startswith(("torch.nn.", "mnist_exp."))
 
 
-class _Noise(TorchFunctionMode):
-    """Dropout whose mask is a function of (key, call, position) alone.
-
-    torch draws the masks of a whole stack from one generator, so a run would depend on the runs
-    beside it. Here a run's key, a number a step, decides; under vmap the key is batched. Bits come
-    from MurmurHash3's 32-bit finaliser (Appleby 2011), in int64 as torch has no unsigned shifts.
-    Other random functions are left to torch's generator, which is seeded from the keys: a run alone
-    is reproducible, but in a stack it differs from itself alone.
-    """
-
-    def __init__(self, key: Tensor) -> None:
-        super().__init__()
-        self.key = key
-        self.calls = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in _DROPOUTS:
-            return self._drop(_DROPOUTS[func], *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _drop(
-        self, rank: int, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Tensor:
-        if not training or p == 0:
-            return input
-        if p == 1:
-            return input * 0
-        self.calls += 1
-        # whole channels: the mask is [N, C, 1, ...], or [C, 1, ...] where torch reads the input as
-        # one example; to dropout2d three dimensions are [N, C, L]
-        one = rank in (1, 3) and input.dim() < rank + 2
-        own = input.dim() if rank == 0 else 2 - one
-        shape = input.shape[:own] + (1,) * (input.dim() - own)
-        count = 1
-        for size in shape:
-            count *= size
-        bits = torch.arange(count, device=input.device).view(shape)
-        bits = self.key + self.calls * 0x9E3779B9 + bits * 0x85EBCA77
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            bits = bits & 0xFFFFFFFF
-            bits = (bits ^ (bits >> shift)) * factor
-        bits = bits & 0xFFFFFFFF
-        keep = (bits ^ (bits >> 16)) >= int(p * 2**32)
-        return input * keep / (1 - p)
-
-
 # of torch.nn, what may draw random numbers in training
-_RANDOM = (
-    nn.modules.dropout._DropoutNd,
+_STOCHASTIC = (
+    *(
+        nn.Dropout,
+        nn.Dropout1d,
+        nn.Dropout2d,
+        nn.Dropout3d,
+        nn.AlphaDropout,
+        nn.FeatureAlphaDropout,
+    ),
     nn.FractionalMaxPool2d,
     nn.MultiheadAttention,
     nn.RNNBase,
     nn.RReLU,
 )
-# function -> how many dimensions a channel has, which share one mask value
-_DROPOUTS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)

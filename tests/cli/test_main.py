@@ -31,6 +31,7 @@ from mnist_exp.system import signals
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.store import Store
 from mnist_exp.training import loop as training
+from mnist_exp.training.events import Epoch
 from mnist_exp.training.metrics import wilson
 from tests.helpers import ROOT, command, finish, fresh_store, start, write_idx
 
@@ -365,7 +366,7 @@ def test_terminated(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def signalled(*arguments: Any, **more: Any) -> Iterator[Any]:
         for record in fit(*arguments, **more):
             yield record
-            if isinstance(record, training.Epoch):
+            if isinstance(record, Epoch):
                 signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(training, "fit", signalled)

@@ -22,6 +22,8 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.runs import job
 from mnist_exp.runs.train import Job
 from mnist_exp.training import loop as training
+from mnist_exp.training import metrics
+from mnist_exp.training.events import Epoch, Progress
 from mnist_exp.training.schedules import Constant
 from mnist_exp.training.stack import Stack
 from tests.helpers import ROOT, tiny_dataset, write_idx
@@ -71,14 +73,14 @@ def train_two_batches(job: Job) -> None:
     records = list(
         training.fit(stack, dataset, [job.run], job.optimizer, epochs=1, batch_size=batch_size)
     )
-    progress = [r for r in records if isinstance(r, training.Progress)]
+    progress = [r for r in records if isinstance(r, Progress)]
     assert progress[-1].step == progress[-1].steps == 2
     epoch = records[-1]
-    assert isinstance(epoch, training.Epoch) and not epoch.failed
+    assert isinstance(epoch, Epoch) and not epoch.failed
     after = stack.params
     assert all(bool(torch.isfinite(p).all()) for p in after.values())
     assert any(not torch.equal(before[name], p) for name, p in after.items())
-    logits = training.predict(stack, dataset, dataset.test)
+    logits = metrics.predict(stack, dataset, dataset.test)
     assert logits.shape == (1, len(dataset.test), len(dataset.classes))
 
 

@@ -14,10 +14,10 @@ from PIL import Image, ImageDraw, ImageOps
 from mnist_exp.data.dataset import Dataset, load
 from mnist_exp.data.photos import UnreadableImage, read
 from mnist_exp.training import loop as training
+from mnist_exp.training.events import RunSpec
 from mnist_exp.training.models import CNN
 from mnist_exp.training.schedules import OneCycle
 from mnist_exp.training.stack import Stack
-from mnist_exp.training.step import RunSpec
 from tests.data.drawing import draw, photograph
 
 MIDDLE = 14  # of 28 pixels, as MNIST's images have it: from 13.5 to 14.5

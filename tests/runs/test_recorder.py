@@ -34,6 +34,7 @@ from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking import ui_view as view
 from mnist_exp.tracking.store import Store
 from mnist_exp.training import loop as training
+from mnist_exp.training.events import Epoch
 from tests.helpers import ROOT, fresh_store
 
 EPOCH_METRICS = {
@@ -318,7 +319,7 @@ def test_exception_in_training(
     def breaks(*arguments: Any, **more: Any) -> Iterator[Any]:
         for record in fit(*arguments, **more):
             yield record
-            if isinstance(record, training.Epoch):
+            if isinstance(record, Epoch):
                 raise error
 
     monkeypatch.setattr(training, "fit", breaks)

@@ -26,6 +26,8 @@ from mnist_exp.runs.reproduce import Reproduction, agreement, reproduce
 from mnist_exp.sweeps.sweep import SweepResult
 from mnist_exp.system.processes import process_identity
 from mnist_exp.training import loop as training
+from mnist_exp.training import metrics
+from mnist_exp.training.events import Epoch
 from tests.helpers import Interrupting, config_on_record, finish, fresh_store, start
 
 SMALL = ["debug=fast", "training.compile=never", "training.device=cpu", "tracking.image_every=100"]
@@ -209,7 +211,7 @@ def test_a_second_run_that_fails_says_why(
     def failing(*arguments: object, **more: object) -> Iterator[object]:
         for event in fit(*arguments, **more):  # type: ignore[arg-type]
             yield event
-            if isinstance(event, training.Epoch):
+            if isinstance(event, Epoch):
                 raise RuntimeError("out of luck")
 
     monkeypatch.setattr(training, "fit", failing)
@@ -231,9 +233,9 @@ def test_no_more_is_trained_than_was_recorded(
     composed = compose([*SMALL, *words, "schedule=cosine"])
     with pytest.raises(KeyboardInterrupt):
         package_run.train_composed(composed, Interrupting(2))
-    predict, splits = training.predict, []
+    predict, splits = metrics.predict, []
     monkeypatch.setattr(
-        training,
+        metrics,
         "predict",
         lambda stack, d, split: splits.append(split) or predict(stack, d, split),
     )

@@ -18,10 +18,10 @@ from mnist_exp.tracking import checkpoint, journal
 from mnist_exp.tracking.run_log import RunHistory
 from mnist_exp.tracking.store import UploadState
 from mnist_exp.training import loop as training
+from mnist_exp.training.events import Epoch, Message, RunSpec
 from mnist_exp.training.models import MLP
 from mnist_exp.training.schedules import Constant, Cosine
 from mnist_exp.training.stack import Stack
-from mnist_exp.training.step import RunSpec
 from tests.faults.interruptions import (
     GRID,
     NOBODY,
@@ -86,7 +86,7 @@ CASES = {
 def test_fit_goes_on_from_any_state(
     name: str, validation: int, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "SPAN", 3)
+    monkeypatch.setattr(training, "STEPS_PER_SYNC", 3)
     optimizer, numbers, size = CASES[name]
     dataset = make_dataset(train=100, val=validation)
     runs = [
@@ -105,7 +105,7 @@ def test_fit_goes_on_from_any_state(
         for event in training.fit(
             stack, dataset, runs, optimizer, epochs=3, batch_size=16, state=state
         ):
-            if not isinstance(event, training.Message):
+            if not isinstance(event, Message):
                 seen.append((event, copied(event.state())))
         return stack, seen
 
@@ -116,8 +116,8 @@ def test_fit_goes_on_from_any_state(
         assert [type(e) for e, _ in rest] == [type(e) for e, _ in events[place + 1 :]]
         for (_, state), (_, expected) in zip(rest, events[place + 1 :], strict=True):
             assert equal(state, expected)
-        metrics = [m for e, _ in rest if isinstance(e, training.Epoch) for m in e.metrics]
-        there = [e for e, _ in events[place + 1 :] if isinstance(e, training.Epoch)]
+        metrics = [m for e, _ in rest if isinstance(e, Epoch) for m in e.metrics]
+        there = [e for e, _ in events[place + 1 :] if isinstance(e, Epoch)]
         timed = ("epoch_seconds", "images_per_second")
         for found, wanted in zip(metrics, (m for e in there for m in e.metrics), strict=True):
             assert {k: v for k, v in found.items() if k not in timed} == {
@@ -138,14 +138,14 @@ def test_a_stack_that_has_shrunk_goes_on_shrunk(make_dataset: MakeDataset) -> No
     dataset = make_dataset(train=64, val=40)
     runs = [RunSpec(0, {"lr": lr}, Constant(), patience=p) for lr, p in ((0.0, 1), (0.1, 9))]
 
-    def events(state: Any = None) -> list[training.Epoch]:
+    def events(state: Any = None) -> list[Epoch]:
         stack = Stack(lambda: MLP(dataset.shape, 4, hidden=[8]), [0, 0], torch.device("cpu"))
         found = training.fit(
             stack, dataset, runs, torch.optim.SGD, epochs=5, batch_size=16, state=state
         )
         kept = []
         for event in found:
-            if isinstance(event, training.Epoch):
+            if isinstance(event, Epoch):
                 kept.append((event, copied(event.state())))
         return kept
 

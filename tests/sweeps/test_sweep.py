@@ -43,6 +43,8 @@ from mnist_exp.sweeps import launcher as stacked
 from mnist_exp.tracking import checkpoint, journal
 from mnist_exp.tracking.store import Store
 from mnist_exp.training import loop as training
+from mnist_exp.training import metrics
+from mnist_exp.training.events import Epoch
 from tests.helpers import finish, fresh_store, start, write_idx
 
 BASE = [
@@ -956,7 +958,7 @@ def test_interrupted_sweep(when: str, tmp_path: Path, monkeypatch: pytest.Monkey
     def signalled(*arguments: Any, **more: Any) -> Iterator[Any]:
         for event in fit(*arguments, **more):
             yield event
-            if isinstance(event, training.Epoch) and when == "training":
+            if isinstance(event, Epoch) and when == "training":
                 raise KeyboardInterrupt
 
     def late(*arguments: Any, **more: Any) -> None:
@@ -1091,7 +1093,7 @@ def test_the_test_set_does_not_choose(
     seeds: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Turned upside down, all of it known at the time, it changes nothing."""
-    score = training.score
+    score = metrics.score
 
     def inverted(logits: Any, split: Any, prefix: str) -> list[dict[str, float]]:
         found = score(logits, split, prefix)
@@ -1099,7 +1101,7 @@ def test_the_test_set_does_not_choose(
             found = [{k: 1 - v if k == "test/accuracy" else v for k, v in m.items()} for m in found]
         return found
 
-    monkeypatch.setattr(training, "score", inverted)
+    monkeypatch.setattr(metrics, "score", inverted)
     done = train_all(tmp_path, *seeds.words, "sweep.test=all")
     assert chosen_of(done) == chosen_of(seeds)
     assert done.parent.data.tags["chosen"] == seeds.parent.data.tags["chosen"]

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
 
 from mnist_exp.data.dataset import Dataset, Split, load
+from mnist_exp.training import compile as compile_step
 from mnist_exp.training import loop as training
+from mnist_exp.training import metrics
 from mnist_exp.training import step as train_step
-from mnist_exp.training.loop import Epoch, Message, Progress
+from mnist_exp.training.events import Epoch, Message, Progress, RunSpec
 from mnist_exp.training.metrics import MetricSums
 from mnist_exp.training.models import CNN, MLP
 from mnist_exp.training.schedules import Constant, Cosine, OneCycle, Schedule, Step
 from mnist_exp.training.stack import Stack
-from mnist_exp.training.step import RunSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,7 +61,7 @@ def fit(
     ):
         if isinstance(record, Progress):
             losses = np.full((len(record.losses), len(runs)), np.nan)
-            losses[:, record.runs] = record.losses
+            losses[:, record.active] = record.losses
             trained.losses = np.concatenate([trained.losses, losses])
         elif isinstance(record, Message):
             trained.notices.append(record.text)
@@ -475,7 +476,7 @@ def test_metrics_are_exact_over_uneven_batches(
     size: int, smoothing: float, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of models that stand still: 257 training images in batches of 64, the last of one."""
-    monkeypatch.setattr(training, "EVALUATION_BATCH", 32)  # for 70 images 32, 32 and 6
+    monkeypatch.setattr(metrics, "EVALUATION_BATCH", 32)  # for 70 images 32, 32 and 6
     data = make_dataset(train=257, val=70)
     runs = [run(seed, lr=0.0, smoothing=smoothing) for seed in range(size)]
     trained = fit(mlp, data, runs, batch_size=64)
@@ -513,16 +514,16 @@ def test_an_epoch_tells_how_long_it_took(make_dataset: MakeDataset) -> None:
     for i, record in enumerate(trained.epochs):
         assert record.epoch == i + 1
         assert record.failed == {}
-        for metrics in record.metrics:
-            assert metrics.keys() == names | {"lr", "epoch_seconds", "images_per_second"}
-            training_seconds = len(data.train) / metrics["images_per_second"]
-            assert 0 < training_seconds <= metrics["epoch_seconds"] < 60
+        for own in record.metrics:
+            assert own.keys() == names | {"lr", "epoch_seconds", "images_per_second"}
+            training_seconds = len(data.train) / own["images_per_second"]
+            assert 0 < training_seconds <= own["epoch_seconds"] < 60
 
 
 def test_progress_tells_where_an_epoch_stands(
     make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "SPAN", 4)
+    monkeypatch.setattr(training, "STEPS_PER_SYNC", 4)
     stack = Stack(mlp, [0, 1], CPU)
     records = training.fit(stack, make_dataset(), [run(0), run(1)], SGD, epochs=2, batch_size=BATCH)
     stands = [r for r in records if isinstance(r, Progress)]
@@ -533,7 +534,7 @@ def test_progress_tells_where_an_epoch_stands(
         assert [p.step for p in own] == [4, 8, 10]
         assert [p.images for p in own] == [4 * BATCH, 4 * BATCH, 300 - 8 * BATCH]
     assert {p.losses.shape[1] for p in stands} == {2}
-    assert {tuple(p.runs) for p in stands} == {(0, 1)}
+    assert {tuple(p.active) for p in stands} == {(0, 1)}
 
 
 # ---- validation chooses --------------------------------------------------------------------------
@@ -587,7 +588,9 @@ def test_a_run_that_diverges_stops_before_the_update(
     make_dataset: MakeDataset,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(training, "SPAN", 4)  # it is looked at again after it has diverged
+    monkeypatch.setattr(
+        training, "STEPS_PER_SYNC", 4
+    )  # it is looked at again after it has diverged
     data = make_dataset(val=validation)
     runs = [run(0, lr=0.01, **given), run(1, EXPLODES, **given), run(2, lr=0.02, **given)]
     together = fit(build, data, runs, optimizer, epochs=3)
@@ -617,7 +620,7 @@ def test_a_stack_of_runs_that_all_diverged_ends(
     size: int, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the next look at what the steps have brought, not at the end of the epoch."""
-    monkeypatch.setattr(training, "SPAN", 4)
+    monkeypatch.setattr(training, "STEPS_PER_SYNC", 4)
     runs = [run(0, EXPLODES), run(1, Step(every_epochs=0.5, gamma=1e30))][:size]
     trained = fit(mlp, make_dataset(), runs, epochs=5)
     assert len(trained.epochs) == 2
@@ -679,7 +682,7 @@ def test_one_bad_batch_ends_a_run(
     def build() -> nn.Module:
         return Sure(SHAPE, CLASSES, hidden=(8,))
 
-    monkeypatch.setattr(training, "SPAN", 4)
+    monkeypatch.setattr(training, "STEPS_PER_SYNC", 4)
     data = make_dataset()
     labels = data.train.labels % 3
     labels[123] = 3
@@ -701,11 +704,11 @@ def test_one_bad_batch_ends_a_run(
 
 
 @pytest.mark.skipif(
-    not train_step.can_compile(CPU),
+    not compile_step.can_compile(CPU),
     reason="torch.compile needs a C++ compiler and Python's headers",
 )
 def test_compiled_equals_eager(make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_step, "CHUNK", 2)  # compiles in less time
+    monkeypatch.setattr(train_step, "STEPS_PER_CALL", 2)  # compiles in less time
     standalone_compile = importlib.import_module("torch._inductor.standalone_compile")
     calls: list[int] = []
     compile_graph = standalone_compile.standalone_compile
@@ -776,17 +779,19 @@ def test_what_cannot_be_compiled_runs_as_it_is(
 def test_compiling_pays_for_long_runs_on_machines_that_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(train_step.shutil, "which", lambda name: "/bin/" + name)
-    monkeypatch.setattr(train_step.sysconfig, "get_path", lambda name: str(Path(__file__).parent))
-    assert not train_step.can_compile(CPU)  # no headers
-    monkeypatch.setattr(train_step.Path, "exists", lambda path: path.name == "Python.h")
-    assert train_step.can_compile(CPU)
-    assert not train_step.can_compile(torch.device("mps"))
-    assert train_step.compiling_pays(20_000, 1, CPU) and train_step.compiling_pays(1_000, 4, CPU)
-    assert not train_step.compiling_pays(19_999, 1, CPU)
-    assert not train_step.compiling_pays(999, 4, CPU)
-    monkeypatch.setattr(train_step.shutil, "which", lambda name: None)
-    assert not train_step.can_compile(CPU)  # no compiler
+    monkeypatch.setattr(compile_step.shutil, "which", lambda name: "/bin/" + name)
+    monkeypatch.setattr(compile_step.sysconfig, "get_path", lambda name: str(Path(__file__).parent))
+    assert not compile_step.can_compile(CPU)  # no headers
+    monkeypatch.setattr(compile_step.Path, "exists", lambda path: path.name == "Python.h")
+    assert compile_step.can_compile(CPU)
+    assert not compile_step.can_compile(torch.device("mps"))
+    assert compile_step.worth_compiling(20_000, 1, CPU) and compile_step.worth_compiling(
+        1_000, 4, CPU
+    )
+    assert not compile_step.worth_compiling(19_999, 1, CPU)
+    assert not compile_step.worth_compiling(999, 4, CPU)
+    monkeypatch.setattr(compile_step.shutil, "which", lambda name: None)
+    assert not compile_step.can_compile(CPU)  # no compiler
 
 
 def test_an_update_that_overflows_is_not_made(make_dataset: Callable[..., Dataset]) -> None:

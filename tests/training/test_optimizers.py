@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
 from torch.optim import lr_scheduler as torch_schedules
 
-from mnist_exp.training.optimizers import Rule, over, rule_for
+from mnist_exp.training.optimizers import StackedOptimizer, over, stacked_optimizer
 from mnist_exp.training.schedules import Constant, Cosine, OneCycle, Schedule, Step
 
 PRESETS = sorted(Path(__file__).parents[2].glob("conf/optimizer/*.yaml"))
@@ -27,10 +27,10 @@ def preset(path: Path) -> tuple[Optimizer, Arguments]:
     return getattr(torch.optim, arguments.pop("_target_").rpartition(".")[2]), arguments
 
 
-def stacked_rule(optimizer: Optimizer, runs: Sequence[Arguments]) -> Rule | None:
+def stacked_rule(optimizer: Optimizer, runs: Sequence[Arguments]) -> StackedOptimizer | None:
     """The rule of a stack, with torch's defaults where a run says nothing."""
     dummy = nn.Parameter(torch.zeros(2))
-    return rule_for(optimizer, [optimizer([dummy], **run).defaults for run in runs])
+    return stacked_optimizer(optimizer, [optimizer([dummy], **run).defaults for run in runs])
 
 
 def assert_equals_torch(
@@ -50,11 +50,13 @@ def assert_equals_torch(
     params = [torch.randn(size, *s, generator=generator, dtype=dtype) for s in SHAPES]
     alone = [[nn.Parameter(p[k].clone()) for p in params] for k in range(size)]
     references = [optimizer(own, **run) for own, run in zip(alone, runs, strict=True)]
-    slots = [rule.slots(p) for p in params]
+    slots = [rule.initial_state(p) for p in params]
     peaks = np.array([reference.defaults["lr"] for reference in references])
     for step in range(1, 51):
         lr = peaks * (1 + math.cos(step)) / 2
-        numbers = {n: torch.tensor(v, dtype=dtype) for n, v in rule.at(step, lr).items()}
+        numbers = {
+            n: torch.tensor(v, dtype=dtype) for n, v in rule.hyperparameters(step, lr).items()
+        }
         for i, p in enumerate(params):
             g = torch.randn(p.shape, generator=generator, dtype=dtype)
             for k in range(size):

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mnist_exp.training.dropout import SeededDropout
 from mnist_exp.training.models import CNN, MLP
-from mnist_exp.training.stack import Stack, _Noise
+from mnist_exp.training.stack import Stack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,7 +200,7 @@ def test_restore_brings_back_a_snapshot() -> None:
 
 def masks(key: int, p: float = 0.5, calls: int = 1, shape: tuple[int, ...] = (64, 50)) -> Tensor:
     """[calls, *shape]: what dropout makes of ones in one forward pass."""
-    with _Noise(torch.tensor(key)):
+    with SeededDropout(torch.tensor(key)):
         return torch.stack([F.dropout(torch.ones(shape), p) for _ in range(calls)])
 
 
@@ -224,7 +225,7 @@ def test_dropout_of_nothing_and_of_everything(p: float) -> None:
 
 def test_dropout_is_for_training() -> None:
     ones = torch.ones(64, 50)
-    with _Noise(torch.tensor(1)):
+    with SeededDropout(torch.tensor(1)):
         assert torch.equal(F.dropout(ones, 0.5, training=False), ones)
         assert torch.equal(nn.Dropout(0.5).eval()(ones), ones)
         assert not torch.equal(nn.Dropout(0.5)(ones), ones)
@@ -266,7 +267,7 @@ def test_dropout_masks_are_a_function_of_their_key() -> None:
 
 
 def _masked(key: Tensor) -> Tensor:
-    with _Noise(key):
+    with SeededDropout(key):
         return F.dropout(torch.ones(64, 50), 0.5)
 
 
@@ -283,7 +284,7 @@ def test_dropout_drops_what_torch_drops_together(module: type[nn.Module], rank: 
         return [bool((dropped == dropped.narrow(d, 0, 1)).all()) for d in range(len(shape))]
 
     expected = module(0.5)(torch.ones(shape))
-    with _Noise(torch.tensor(1)):
+    with SeededDropout(torch.tensor(1)):
         assert shared(module(0.5)(torch.ones(shape))) == shared(expected)
 
 
@@ -304,7 +305,7 @@ def test_a_gradient_goes_through_the_masks_of_its_loss(size: int) -> None:
     x, y = batch(size)
     grads, _, loss, _ = stack.gradients(stack.params, stack.buffers, x, y, keys(size), None)
     for k in range(size):
-        with _Noise(keys(size)[k]):
+        with SeededDropout(keys(size)[k]):
             mask = F.dropout(torch.ones(CLASSES, 64), 0.5)
         weight = torch.ones(CLASSES, 64, requires_grad=True)
         expected = F.cross_entropy(x[k].flatten(1) @ (weight * mask).T, y[k])

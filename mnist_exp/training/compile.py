@@ -1,0 +1,140 @@
+"""Compiling the training step: tracing, inductor and CUDA graphs.
+
+This is the only file that knows private parts of torch.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+# The number of steps times models from which on compiling surely repays itself, on the seed recipe:
+# it saves 1 ms a step of a model, and takes 20 s for a model alone (10 s for a stack, where a call
+# holds one step), or 1 s where torch's cache on disk has it.
+COMPILE_FROM = {"alone": 20_000, "stack": 4_000}
+
+Call = Callable[..., Sequence[Tensor]]
+
+
+def compile_in_place(
+    function: Callable[..., tuple[Sequence[Tensor], list[Tensor]]],
+    state: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+) -> Call:
+    """Return `function` compiled, so that a call with new inputs updates `state` in place.
+
+    The function is traced to plain tensor operations by running it on copies, so that what the
+    compiler sees knows no vmap, autograd or module. Nothing in `state` is changed by compiling.
+    A compiler can raise anything.
+
+    Args:
+        function: Takes the state, the constants and the inputs, one tensor an argument, and
+            returns the tensors of the new state and its other results.
+        state: The tensors that the compiled function reads and overwrites.
+        constants: The tensors that it only reads, the same in every call.
+        inputs: Examples of what a call brings; every call must bring the same shapes.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def in_place(*flat: Tensor) -> list[Tensor]:
+        new, results = function(*flat)
+        for old_tensor, new_tensor in zip(flat, new, strict=False):
+            if new_tensor is not old_tensor:
+                old_tensor.copy_(new_tensor)
+        return results
+
+    example = [*(t.clone() for t in state), *constants, *inputs]
+    with torch.random.fork_rng():
+        graph = make_fx(in_place)(*example)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    with torch.random.fork_rng(), torch.no_grad():
+        call = _inductor(graph, example)
+        call(*example)
+        if inputs[0].device.type == "cuda":
+            return capture_cuda_graph(call, state, constants, inputs)
+    return lambda *inputs: call(*state, *constants, *inputs)
+
+
+def _inductor(graph: GraphModule, example: Sequence[Tensor]) -> Call:
+    """Return the traced `graph` as a function compiled for inputs like those of the example."""
+    from torch._inductor import config as inductor  # 2 s to import, for those who compile
+
+    # not from torch._inductor itself, where the module hides the function once it is imported
+    from torch._inductor.standalone_compile import standalone_compile
+
+    # on a machine without a GPU, the CUDA build of torch says so in the middle of the epochs
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    inductor.compile_threads = 1  # its pool of worker processes would double the memory
+    call: Call = standalone_compile(
+        graph,
+        list(example),
+        dynamic_shapes="from_example_inputs",
+        options={"config_patches": {"cpp_wrapper": example[0].device.type == "cpu"}},
+    )
+    return call
+
+
+def capture_cuda_graph(
+    call: Call, state: Sequence[Tensor], constants: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Call:
+    """Return `call` as a CUDA graph, which is one launch, whatever it holds.
+
+    The arguments are those of `compile_in_place`; `state` is as it was before.
+    """
+    before = [t.clone() for t in state]
+    static_inputs = [t.clone() for t in inputs]
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # kernels are built and tuned at first use, which cannot be captured
+            call(*state, *constants, *static_inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call(*state, *constants, *static_inputs)
+    for tensor, value in zip(state, before, strict=True):
+        tensor.copy_(value)
+
+    def replay(*inputs: Tensor) -> Sequence[Tensor]:
+        for tensor, value in zip(static_inputs, inputs, strict=True):
+            tensor.copy_(value)
+        graph.replay()
+        return [t.clone() for t in results]
+
+    return replay
+
+
+def warm_up_compiler() -> None:
+    """Compile next to nothing, so that processes which are forked from this one start at once.
+
+    The first time in a process takes a second more than those that follow, even from the cache: the
+    compiler is imported, and what a cached result depends on (torch, triton, the C++ compiler) is
+    read and hashed.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.zeros(16)
+    with contextlib.suppress(Exception), torch.no_grad():  # TrainStep.compile() will say why not
+        _inductor(make_fx(lambda x: [x + 1])(x), [x])(x)
+
+
+def worth_compiling(steps: int, size: int, device: torch.device) -> bool:
+    """Return whether compiling a stack of `size` models repays itself in so many steps."""
+    return steps * size >= COMPILE_FROM["alone" if size == 1 else "stack"] and can_compile(device)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether this machine has a C++ compiler, and Python's headers for the wrappers."""
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    has_compiler = any(shutil.which(name) for name in compilers)
+    return device.type in ("cpu", "cuda") and headers and has_compiler
