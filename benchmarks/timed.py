@@ -63,7 +63,7 @@ def main() -> None:
         train_there(*arguments)
         out.with_name(f"{out.stem}.{os.getpid()}").write_text(json.dumps(SECONDS))
 
-    stacked._train_there = training_there
+    setattr(stacked, train_there.__name__, training_there)
     status = 1
     try:
         cli.main(words)

@@ -4,7 +4,19 @@ import importlib
 import os
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mnist_exp.api import (
+        build,
+        ensemble,
+        evaluate,
+        load,
+        predict,
+        reproduce,
+        train,
+        train_sweep,
+    )
 
 # Threads that wait spin for milliseconds by default. Where another process wants the core as well,
 # that made training ten times slower; a hundredth of it is as fast where the machine is free.

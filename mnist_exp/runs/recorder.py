@@ -393,7 +393,7 @@ def _gpu(device: torch.device) -> dict[str, str]:
     """Which one it is, and what its numbers depend on; of a CPU, nothing."""
     if device.type != "cuda":
         return {}
-    versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
+    versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     return {"gpu": f"{torch.cuda.get_device_name(device)}, {versions}"}
 
 

@@ -92,7 +92,7 @@ def capture_cuda_graph(
     """
     before = [t.clone() for t in state]
     static_inputs = [t.clone() for t in inputs]
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):  # kernels are built and tuned at first use, which cannot be captured

@@ -264,7 +264,7 @@ def test_usage(words: list[str], call: Call) -> None:
 def test_no_verb(call: Call) -> None:
     status, out, _ = call()
     assert status == 2 and out.startswith("usage: mnist-exp VERB")
-    assert call("--version") == (0, f"mnist-exp {cli.__version__}\n", "")
+    assert call("--version") == (0, f"mnist-exp {mnist_exp.__version__}\n", "")
 
 
 def closed_port() -> int:

@@ -18,9 +18,10 @@ from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import DatasetConfig, task_config
 from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as data
+from mnist_exp.data.sources import DATASETS
 from mnist_exp.errors import ConfigError
 from mnist_exp.runs import job
-from mnist_exp.runs.train import Job
+from mnist_exp.runs.job import Job
 from mnist_exp.training import loop as training
 from mnist_exp.training import metrics
 from mnist_exp.training.events import Epoch, Progress
@@ -102,7 +103,7 @@ def test_choice_composes_and_trains(choice: str, prepare: Prepare) -> None:
 
 
 def test_every_dataset_is_a_choice() -> None:
-    assert {f"dataset={name}" for name in (*data.DATASETS, "idx")} <= set(CHOICES)
+    assert {f"dataset={name}" for name in (*DATASETS, "idx")} <= set(CHOICES)
 
 
 def test_data_are_loaded_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +131,7 @@ def test_data_are_loaded_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_seed_recipe_is_what_it_was(prepare: Prepare) -> None:
     job = prepare(["experiments=seed_mlp"])
     config = job.config
-    layers = list(job.build())
+    layers = list(job.build().children())
     assert [type(m) for m in layers] == [
         *(nn.Flatten, nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear)
     ]
@@ -278,6 +279,7 @@ def test_identity_is_that_of_the_record(tmp_path: Path) -> None:
     config = task_config(compose(["debug=overfit", "optimizer=adamw"]))
     OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
     loaded = OmegaConf.load(tmp_path / "config.yaml")
+    assert isinstance(loaded, DictConfig)
     validate(loaded)
     assert schema.identity(loaded) == schema.identity(config)
 

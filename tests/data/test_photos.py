@@ -41,7 +41,7 @@ def box(image: np.ndarray) -> tuple[int, int]:
 def centre(image: np.ndarray) -> np.ndarray:
     """Of mass: row, column."""
     points = np.indices(image.shape).reshape(2, -1)
-    return (points * image.ravel()).sum(1) / image.sum()
+    return np.asarray((points * image.ravel()).sum(1) / image.sum())
 
 
 def a_digit(digit: int = 5, seed: int = 0, **choices: Any) -> Image.Image:

@@ -86,7 +86,7 @@ class Forked:
         models = [(module, "record_model") for module in (record, run)]
         for owner, name in (*figures, *models):
             setattr(owner, name, lambda *arguments, **more: None)
-        style.save = lambda figure, path: path.write_bytes(b"a picture")
+        style.save = _save_no_figure
         style.pixels = lambda figure: np.zeros((8, 8, 3), np.uint8)
         status = 99
         try:
@@ -123,6 +123,10 @@ class Forked:
                 self.send_signal(signal.SIGKILL)
                 raise AssertionError(f"it hangs: {self.text.read_text()}")
             time.sleep(0.002)
+
+
+def _save_no_figure(figure: Any, path: str | Path) -> None:
+    Path(path).write_bytes(b"a picture")
 
 
 @dataclass

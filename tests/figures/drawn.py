@@ -20,14 +20,13 @@ def find(picture: np.ndarray, tile: np.ndarray) -> tuple[int, int]:
     places = np.argwhere(windows[:, :, 0, 0] == tile[0, 0])
     for y, x in ((0, -1), (-1, 0), (-1, -1), (tile.shape[0] // 2, tile.shape[1] // 2)):
         places = places[windows[places[:, 0], places[:, 1], y, x] == tile[y, x]]
-    places = [(y, x) for y, x in places.tolist() if np.array_equal(windows[y, x], tile)]
-    assert len(places) == 1
-    return places[0]
+    (place,) = [(y, x) for y, x in places.tolist() if np.array_equal(windows[y, x], tile)]
+    return place
 
 
 def has_orange(picture: np.ndarray) -> np.ndarray:
     orange = np.round(np.array(to_rgb(ORANGE)) * 255).astype(np.uint8)
-    return (picture == orange).all(-1)
+    return np.asarray(np.all(picture == orange, axis=-1))
 
 
 def ink_at_edges(picture: np.ndarray) -> bool:
@@ -51,4 +50,4 @@ def history(epochs: int, low: float = 0.5) -> dict[str, list[tuple[int, float]]]
 def counts(classes: int, each: int = 400) -> np.ndarray:
     generator = np.random.default_rng(0)
     wrong = generator.multinomial(each // 10, np.full(classes, 1 / classes), classes)
-    return wrong + (each - each // 10) * np.eye(classes, dtype=int)
+    return np.asarray(wrong + (each - each // 10) * np.eye(classes, dtype=int))

@@ -1,7 +1,9 @@
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.transforms import Bbox
 
 from mnist_exp.figures.curves import learning_curves, reliability_diagram, sweep_curves
 from mnist_exp.figures.style import pixels
@@ -53,7 +55,10 @@ def test_curves_names_best_epoch_and_test_accuracy() -> None:
     assert legend == ["best epoch 2: 97.12%", "validation", "test 96.66%"]
 
 
-def sweep(cells: int, seeds: int, epochs: int) -> dict[str, list[dict[str, list]]]:
+Curves = dict[str, list[tuple[int, float]]]
+
+
+def sweep(cells: int, seeds: int, epochs: int) -> dict[str, list[Curves]]:
     """The better, the earlier."""
     found = {}
     for cell in range(cells):
@@ -81,7 +86,7 @@ def sweep(cells: int, seeds: int, epochs: int) -> dict[str, list[dict[str, list]
         sweep(30, 2, 10),
     ],
 )
-def test_sweep_curves_draws_what_there_is(cells: dict[str, list]) -> None:
+def test_sweep_curves_draws_what_there_is(cells: dict[str, list[Any]]) -> None:
     chosen = next(reversed(cells), None)
     assert not ink_at_edges(pixels(sweep_curves(cells, chosen, "A long title " * 20)))
 
@@ -136,8 +141,8 @@ def test_legend_names_all_cells_or_the_best_and_the_chosen() -> None:
 
 @pytest.mark.parametrize("failed", [0.1, 0.95])
 def test_failed_cells_do_not_drown_the_others(failed: float) -> None:
-    accuracy = [[(1, 0.97), (2, 0.98 - cell / 1000)] for cell in range(7)]
-    cells = {str(i): [{"val/accuracy": points}] for i, points in enumerate(accuracy)}
+    rising = [[(1, 0.97), (2, 0.98 - cell / 1000)] for cell in range(7)]
+    cells = {str(i): [{"val/accuracy": points}] for i, points in enumerate(rising)}
     cells["failed"] = [{"val/accuracy": [(1, 0.1), (2, failed)], "val/loss": [(1, 1e9)]}]
     cells["0"][0]["val/loss"] = cells["1"][0]["val/loss"] = [(1, 0.5)]
     loss, accuracy = sweep_curves(cells, "0", "x").axes
@@ -177,7 +182,7 @@ def test_training_loss_stands_in_for_missing_validation(
 def test_loss_of_a_sweep_is_logarithmic_where_it_spans_decades(low: float, scale: str) -> None:
     axes = sweep_curves({"a": [history(9, low), history(9, low / 9)]}, None, "x").axes[0]
     assert axes.get_yscale() == scale
-    means = axes.lines[0].get_ydata()
+    means = np.asarray(axes.lines[0].get_ydata()).tolist()
     assert axes.get_ylim()[0] < min(means) < max(means) < axes.get_ylim()[1]
 
 
@@ -200,16 +205,18 @@ ACCURACY = np.array([NAN, 0.5, 0.4, 0.99])
 def test_calibration_draws_what_was_given_but_for_empty_bins() -> None:
     figure = reliability_diagram(CONFIDENCE, ACCURACY, np.array([0, 2, 30, 9968]), 0.0123, "x")
     above, below = figure.axes
-    assert [bar.get_height() for bar in above.patches] == [0.5, 0.4, 0.99]
-    assert [bar.get_height() for bar in below.patches] == [2, 30, 9968]
-    for bars in (above.patches, below.patches):
+    uppers: list[Any] = list(above.patches)
+    lowers: list[Any] = list(below.patches)
+    assert [bar.get_height() for bar in uppers] == [0.5, 0.4, 0.99]
+    assert [bar.get_height() for bar in lowers] == [2, 30, 9968]
+    for bars in (uppers, lowers):
         assert np.allclose(
             [bar.get_x() + bar.get_width() / 2 for bar in bars], [3 / 8, 5 / 8, 7 / 8]
         )
     points, even = above.lines
     assert np.array_equal(points.get_xydata(), np.stack([CONFIDENCE[1:]] * 2, 1))
     assert np.array_equal(even.get_xydata(), [[0, 0], [1, 1]])
-    gaps = [path.vertices.tolist() for path in above.collections[0].get_paths()]
+    gaps = [np.asarray(path.vertices).tolist() for path in above.collections[0].get_paths()]
     triples = zip(CONFIDENCE[1:], ACCURACY[1:], strict=True)
     assert gaps == [[[x, y], [x, x]] for x, y in triples]
     assert [text.get_text() for text in below.texts] == ["2", "30", "9968"]
@@ -226,7 +233,8 @@ def test_a_bin_of_few_images_is_seen_beside_one_of_nearly_all(bins: int, most: i
     assert not ink_at_edges(pixels(figure))
     _, below = figure.axes
     for bar in below.patches:
-        assert bar.get_window_extent().intersection(bar.get_window_extent(), below.bbox).height > 5
+        inside = Bbox.intersection(bar.get_window_extent(), below.bbox)
+        assert inside is not None and inside.height > 5
     for text in below.texts:
         extent = text.get_window_extent()
         assert below.bbox.y0 < extent.y0 < extent.y1 < below.bbox.y1

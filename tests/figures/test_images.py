@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -192,8 +194,9 @@ def test_seen_marks_a_doubtful_class() -> None:
     doubtful = [text for text, line in lines.items() if line.get_color() == ORANGE]
     assert doubtful == ["3 ?", "41.0%"]
     assert {"a.png", "7", "8", "90.0%", "1  7.0%\n9  2.0%", "5  30.0%"} < set(lines)
-    large = lines["7"].get_fontsize()
-    assert large > lines["90.0%"].get_fontsize() > lines["1  7.0%\n9  2.0%"].get_fontsize()
+    sizes = [float(lines[text].get_fontsize()) for text in ("7", "90.0%", "1  7.0%\n9  2.0%")]
+    large, medium, small = sizes
+    assert large > medium > small
     assert "below 50%" in figure.texts[1].get_text()
     sure = predictions_figure(photos((20, 20)), noise(1), [RANKING], "x", ["a"])
     assert not has_orange(pixels(sure)).any()
@@ -225,6 +228,6 @@ def test_seen_is_complete(count: int) -> None:
         (photos((4, 4)), noise(1), [RANKING * 2], r"texts\[0\]: 6 classes"),
     ],
 )
-def test_seen_refuses(given: list, small: np.ndarray, texts: list, message: str) -> None:
+def test_seen_refuses(given: list[Any], small: np.ndarray, texts: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         predictions_figure(given, small, texts, "x", [""] * len(given))

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
@@ -213,8 +215,8 @@ def test_heat_map_texts_are_readable_on_their_cells() -> None:
     figure = heat_map(("a", range(10)), ("b", range(10)), swept(10, 10), None, None, "x")
     cells = figure.axes[0].collections[0].to_rgba(swept(10, 10)).reshape(100, 4)
 
-    def luminance(colour: object) -> float:
-        return np.array(to_rgb(colour)) ** 2.2 @ (0.2126, 0.7152, 0.0722)
+    def luminance(colour: Any) -> float:
+        return float(np.array(to_rgb(colour)) ** 2.2 @ np.array([0.2126, 0.7152, 0.0722]))
 
     for text, cell in zip(figure.axes[0].texts, cells, strict=True):
         dark, light = sorted([luminance(text.get_color()), luminance(cell[:3])])

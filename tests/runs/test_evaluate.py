@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -17,6 +18,7 @@ import mnist_exp
 from mnist_exp.cli import main as cli
 from mnist_exp.config.compose import compose
 from mnist_exp.data import dataset as data
+from mnist_exp.data.dataset import Dataset
 from mnist_exp.errors import ConfigError, RunFailed
 from mnist_exp.runs import train
 from mnist_exp.runs.evaluate import Ensemble, Evaluation
@@ -165,11 +167,12 @@ def test_damaged_config(
 ) -> None:
     damaged(content)
     there = [f"tracking.uri={store}"]
-    for use in (
+    uses: list[Callable[[], object]] = [
         lambda: mnist_exp.evaluate(run.run_id, there),
         lambda: mnist_exp.predict(["a.png"], run.run_id, there),
         lambda: mnist_exp.reproduce(run.run_id, there),
-    ):
+    ]
+    for use in uses:
         with pytest.raises(ConfigError, match=rf"^run {run.run_id}, config\.yaml in.*({said})"):
             use()
 
@@ -212,13 +215,14 @@ def test_a_run_that_was_interrupted_before_it_had_a_model(store: str, tmp_path: 
 
 
 def test_a_text_is_not_a_list(store: str) -> None:
-    for use in (
+    uses: list[Callable[[], object]] = [
         lambda: mnist_exp.load("dataset=mnist"),
         lambda: mnist_exp.build("model=cnn"),
         lambda: mnist_exp.train("model=cnn"),
         lambda: mnist_exp.train_sweep("seed=0,1"),
         lambda: mnist_exp.evaluate("last", f"tracking.uri={store}"),
-    ):
+    ]
+    for use in uses:
         with pytest.raises(ConfigError, match=r"^overrides: must be a list, as in \['"):
             use()
     with pytest.raises(ConfigError, match=r"^overrides: must be a list of texts, and is \[3\]"):
@@ -332,6 +336,11 @@ def test_one_data_set_serves_all_members(
 ) -> None:
     loaded = []
     load = data.load
-    monkeypatch.setattr(data, "load", lambda *a, **more: loaded.append(a) or load(*a, **more))
+
+    def counted(*arguments: Any, **more: Any) -> Dataset:
+        loaded.append(arguments)
+        return load(*arguments, **more)
+
+    monkeypatch.setattr(data, "load", counted)
     mnist_exp.ensemble(seeds.run_id, [f"tracking.uri={store}"])
     assert len(loaded) == 1

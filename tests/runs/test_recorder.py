@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow.entities import Run
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import mnist_exp
 from mnist_exp.config import schema
@@ -132,6 +132,7 @@ def test_images_with_steps(result: Result, client: mlflow.MlflowClient, fetch: A
 
 def test_config_recomposes(record: Run, fetch: Any, overrides: list[str]) -> None:
     loaded = OmegaConf.load(fetch("config.yaml"))
+    assert isinstance(loaded, DictConfig)
     validate(loaded)
     typed = shlex.split(record.data.tags["overrides"])
     assert sorted(typed) == sorted(o for o in overrides if not o.startswith("hydra."))

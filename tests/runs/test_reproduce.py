@@ -18,6 +18,7 @@ from mnist_exp import api
 from mnist_exp.config import paths
 from mnist_exp.config.compose import compose
 from mnist_exp.data import dataset as data
+from mnist_exp.data.dataset import Dataset, Split
 from mnist_exp.errors import ConfigError, RunFailed
 from mnist_exp.runs import train as package_run
 from mnist_exp.runs.console import Reporter
@@ -28,6 +29,7 @@ from mnist_exp.system.processes import process_identity
 from mnist_exp.training import loop as training
 from mnist_exp.training import metrics
 from mnist_exp.training.events import Epoch
+from mnist_exp.training.stack import Stack
 from tests.helpers import Interrupting, config_on_record, finish, fresh_store, start
 
 SMALL = ["debug=fast", "training.compile=never", "training.device=cpu", "tracking.image_every=100"]
@@ -187,7 +189,10 @@ def test_another_thread_count_is_within_tolerance(again: Callable[..., Reproduct
 
 
 def test_another_seed_is_different_without_first_losses(
-    again: Callable[..., Reproduction], edited: Callable, run: Result, store: str
+    again: Callable[..., Reproduction],
+    edited: Callable[[str, object], None],
+    run: Result,
+    store: str,
 ) -> None:
     """The record of a run from before they were kept: losses alone could not tell."""
     client = mlflow.MlflowClient(store)
@@ -234,11 +239,12 @@ def test_no_more_is_trained_than_was_recorded(
     with pytest.raises(KeyboardInterrupt):
         package_run.train_composed(composed, Interrupting(2))
     predict, splits = metrics.predict, []
-    monkeypatch.setattr(
-        metrics,
-        "predict",
-        lambda stack, d, split: splits.append(split) or predict(stack, d, split),
-    )
+
+    def counted(stack: Stack, dataset: Dataset, split: Split) -> torch.Tensor:
+        splits.append(split)
+        return predict(stack, dataset, split)
+
+    monkeypatch.setattr(metrics, "predict", counted)
     found = mnist_exp.reproduce("last", [f"tracking.uri={store}"])
     assert found.verdict == "identical" and found.differences == []
     assert [(each.name, each.compared) for each in found.agreements[1:]] == [
@@ -266,7 +272,9 @@ def test_what_was_typed_is_named(
         again(**asked)
 
 
-def test_another_seed_is_different(again: Callable[..., Reproduction], edited: Callable) -> None:
+def test_another_seed_is_different(
+    again: Callable[..., Reproduction], edited: Callable[[str, object], None]
+) -> None:
     edited("seed", 1)
     found = again()
     assert found.verdict == "different"
@@ -282,7 +290,10 @@ def test_another_seed_is_different(again: Callable[..., Reproduction], edited: C
     [("optimizer.lr", 0.08), ("model.hidden", [64, 33]), ("dataset.split_seed", 1)],
 )
 def test_other_values_are_different(
-    key: str, value: object, again: Callable[..., Reproduction], edited: Callable
+    key: str,
+    value: object,
+    again: Callable[..., Reproduction],
+    edited: Callable[[str, object], None],
 ) -> None:
     edited(key, value)
     assert again().verdict == "different"

@@ -138,7 +138,7 @@ def test_a_stack_that_has_shrunk_goes_on_shrunk(make_dataset: MakeDataset) -> No
     dataset = make_dataset(train=64, val=40)
     runs = [RunSpec(0, {"lr": lr}, Constant(), patience=p) for lr, p in ((0.0, 1), (0.1, 9))]
 
-    def events(state: Any = None) -> list[Epoch]:
+    def events(state: Any = None) -> list[tuple[Epoch, Any]]:
         stack = Stack(lambda: MLP(dataset.shape, 4, hidden=[8]), [0, 0], torch.device("cpu"))
         found = training.fit(
             stack, dataset, runs, torch.optim.SGD, epochs=5, batch_size=16, state=state

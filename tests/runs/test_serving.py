@@ -49,7 +49,7 @@ def images() -> np.ndarray:
 
 @torch.no_grad()
 def logits(result: Result, images: np.ndarray) -> np.ndarray:
-    return result.model(torch.from_numpy(images)).numpy()
+    return np.asarray(result.model(torch.from_numpy(images)))
 
 
 def environment(store: str) -> dict[str, str]:

@@ -38,6 +38,7 @@ from mnist_exp.figures import samples, style
 from mnist_exp.runs import recorder as record
 from mnist_exp.runs import train as run
 from mnist_exp.runs.evaluate import evaluate
+from mnist_exp.runs.recorder import Result
 from mnist_exp.sweeps import grid, sweep
 from mnist_exp.sweeps import launcher as stacked
 from mnist_exp.tracking import checkpoint, journal
@@ -177,7 +178,7 @@ def train_all(folder: Path, *words: str) -> Done:
     return Done(folder, list(words), *answer, mlflow.MlflowClient(uri))
 
 
-def alone(folder: Path, uri: str, *words: str) -> run.Result:
+def alone(folder: Path, uri: str, *words: str) -> Result:
     return mnist_exp.train([*words, f"tracking.uri='{uri}'", f"hydra.run.dir='{folder}'"])
 
 
@@ -192,7 +193,7 @@ def same_points(
             if kind == "accuracy":
                 assert abs(x - y) * images[split] <= IMAGES + 1e-6, (key, step)
             else:
-                assert x == pytest.approx(y, **CLOSE), (key, step)
+                assert x == pytest.approx(y, rel=CLOSE["rel"], abs=CLOSE["abs"]), (key, step)
 
 
 SIZES = {"train": 320, "val": 500}
@@ -272,7 +273,7 @@ def test_each_job_has_its_folder(seeds: Done) -> None:
         for key, value in own.items():
             assert OmegaConf.select(config, key) == float(value)
         assert OmegaConf.load(folder / ".hydra" / "config.yaml") == config
-        typed = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
+        typed: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
         assert {f"{key}={value}" for key, value in own.items()} <= set(typed)
         hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra
         assert (hydra.job.num, hydra.runtime.output_dir) == (number, str(folder))

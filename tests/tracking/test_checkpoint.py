@@ -219,8 +219,8 @@ def test_save_killed_anywhere(tmp_path: Path, before: int | None) -> None:
         for folder in (path.parent, *disk.after_power_failure(tmp_path / f"off at {at}")):
             path = folder / path.name
             state = checkpoint.load(path) if path.exists() else None
-            now = state and state["number"]
-            assert now in (before, 2) and (state is None or is_numbered(state, now))
+            now = None if state is None else state["number"]
+            assert now in (before, 2) and (now is None or is_numbered(state, now))
             found.add(now)
             checkpoint.save(path, numbered_state(3))
             assert is_numbered(checkpoint.load(path), 3)

@@ -129,7 +129,8 @@ def test_closed(tmp_path: Path) -> None:
     with Journal(tmp_path) as written:
         written.sync()
     written.close()
-    for use in (lambda: written.write("value"), written.sync):
+    uses: list[Callable[[], object]] = [lambda: written.write("value"), written.sync]
+    for use in uses:
         with pytest.raises(ValueError, match="closed"):
             use()
 

@@ -144,7 +144,7 @@ def test_sync_passes_over_runs_that_cannot_be_read(
         whole(tmp_path / f"run{number}", open_runs, store.uri)
     path = tmp_path / "run5" / journal.NAME
     path.write_bytes(b"x" + path.read_bytes())
-    real = upload.deliver
+    real = deliver
     bad = {tmp_path / f"run{number}" for number in range(4)}
 
     def failing(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
@@ -176,7 +176,7 @@ def test_an_earlier_run_does_not_hold_up(
     store = Store(fresh_store(tmp_path))
     whole(tmp_path / "bad", open_runs, store.uri)
     monkeypatch.setattr(upload, "PAUSE", 0.05)
-    real = upload.deliver
+    real = deliver
 
     def failing(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
         if folder.name == "bad":

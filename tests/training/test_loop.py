@@ -2,6 +2,8 @@
 
 import importlib
 import math
+import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -383,8 +385,8 @@ def indexed(count: int, start: int) -> Split:
 
 def test_an_epoch_is_every_training_image_once(make_dataset: MakeDataset) -> None:
     """And no other; validation sees its own, once, and nothing sees the test set."""
-    splits = {"train": indexed(300, 0), "val": indexed(70, 1000), "test": indexed(50, 2000)}
-    data = replace(make_dataset(), **splits)
+    train, val, test = indexed(300, 0), indexed(70, 1000), indexed(50, 2000)
+    data = replace(make_dataset(), train=train, val=val, test=test)
     seen: dict[bool, list[list[int]]] = {True: [], False: []}  # training -> batches
 
     class Witness(nn.Module):
@@ -400,7 +402,8 @@ def test_an_epoch_is_every_training_image_once(make_dataset: MakeDataset) -> Non
 
     def epochs(seed: int, count: int) -> list[list[int]]:
         """The training images of each epoch, in order."""
-        seen[True].clear(), seen[False].clear()
+        seen[True].clear()
+        seen[False].clear()
         fit(Witness, data, [run(seed)], epochs=count)
         assert [len(b) for b in seen[True]] == ([32] * 9 + [12]) * count
         assert sorted(i for b in seen[False] for i in b) == sorted([*range(1000, 1070)] * count)
@@ -677,7 +680,9 @@ def test_one_bad_batch_ends_a_run(
     class Sure(MLP):
         def forward(self, x: Tensor) -> Tensor:
             impossible = torch.tensor([False, False, False, True])
-            return super().forward(x).masked_fill(impossible, -math.inf)
+            for layer in self:
+                x = layer(x)
+            return x.masked_fill(impossible, -math.inf)
 
     def build() -> nn.Module:
         return Sure(SHAPE, CLASSES, hidden=(8,))
@@ -715,7 +720,12 @@ def test_compiled_equals_eager(make_dataset: MakeDataset, monkeypatch: pytest.Mo
 
     def counted(graph: Any, example: Any, **options: Any) -> Callable[..., Any]:
         made = compile_graph(graph, example, **options)
-        return lambda *arguments: (calls.append(1), made(*arguments))[1]
+
+        def call(*arguments: Any) -> Any:
+            calls.append(1)
+            return made(*arguments)
+
+        return call
 
     monkeypatch.setattr(standalone_compile, "standalone_compile", counted)
     data = make_dataset()
@@ -779,10 +789,10 @@ def test_what_cannot_be_compiled_runs_as_it_is(
 def test_compiling_pays_for_long_runs_on_machines_that_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compile_step.shutil, "which", lambda name: "/bin/" + name)
-    monkeypatch.setattr(compile_step.sysconfig, "get_path", lambda name: str(Path(__file__).parent))
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/" + name)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(Path(__file__).parent))
     assert not compile_step.can_compile(CPU)  # no headers
-    monkeypatch.setattr(compile_step.Path, "exists", lambda path: path.name == "Python.h")
+    monkeypatch.setattr(Path, "exists", lambda path: path.name == "Python.h")
     assert compile_step.can_compile(CPU)
     assert not compile_step.can_compile(torch.device("mps"))
     assert compile_step.worth_compiling(20_000, 1, CPU) and compile_step.worth_compiling(
@@ -790,7 +800,7 @@ def test_compiling_pays_for_long_runs_on_machines_that_can(
     )
     assert not compile_step.worth_compiling(19_999, 1, CPU)
     assert not compile_step.worth_compiling(999, 4, CPU)
-    monkeypatch.setattr(compile_step.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not compile_step.can_compile(CPU)  # no compiler
 
 

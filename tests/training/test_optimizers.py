@@ -55,7 +55,8 @@ def assert_equals_torch(
     for step in range(1, 51):
         lr = peaks * (1 + math.cos(step)) / 2
         numbers = {
-            n: torch.tensor(v, dtype=dtype) for n, v in rule.hyperparameters(step, lr).items()
+            n: torch.tensor(v, dtype=dtype)
+            for n, v in rule.hyperparameters(np.array(step), lr).items()
         }
         for i, p in enumerate(params):
             g = torch.randn(p.shape, generator=generator, dtype=dtype)

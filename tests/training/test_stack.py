@@ -128,7 +128,9 @@ def test_gradients_equal_those_of_plain_modules(
         trained = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
         own = {n: g[k] for n, g in grads.items()}
         torch.testing.assert_close(own, trained, rtol=1e-4, atol=1e-6)
-        rest = {n: p for n, p in module.named_parameters() if not p.requires_grad}
+        rest: dict[str, Tensor] = {
+            n: p for n, p in module.named_parameters() if not p.requires_grad
+        }
         rest |= {n: b.detach() for n, b in module.named_buffers()}
         own = {n: b[k] for n, b in buffers.items()}
         torch.testing.assert_close(own, rest, rtol=1e-5, atol=1e-6)
