@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "predict",
     "reproduce",
+    "resume",
     "train",
     "train_sweep",
 ]

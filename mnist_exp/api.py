@@ -5,17 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnist_exp.errors import ConfigError
+from mnist_exp.errors import ConfigError, Terminated
 
 if TYPE_CHECKING:
     import torch
 
     from mnist_exp.config.schema import Config
     from mnist_exp.data.dataset import Dataset
-    from mnist_exp.runs.evaluate import Ensemble, Evaluation
+    from mnist_exp.runs.evaluate import Evaluation
     from mnist_exp.runs.predict import Prediction
     from mnist_exp.runs.recorder import Result
     from mnist_exp.runs.reproduce import Reproduction
+    from mnist_exp.sweeps.ensemble import Ensemble
     from mnist_exp.sweeps.sweep import SweepResult
     from mnist_exp.tracking.store import Store
 
@@ -92,9 +93,46 @@ def ensemble(sweep: str = "last", overrides: Sequence[str] = ()) -> "Ensemble":
     store, root = open_store(overrides, data=True), moved(overrides)
     parent = store.find(sweep, sweep=True)
 
-    from mnist_exp.runs import evaluate as evaluation
+    from mnist_exp.sweeps import ensemble as ensembles
 
-    return evaluation.ensemble(store, parent, root)
+    return ensembles.ensemble(store, parent, root)
+
+
+def resume(
+    run: str = "last",
+    overrides: Sequence[str] = (),
+    verbose: bool = False,
+    *,
+    failed: bool = False,
+) -> "Result | SweepResult | None":
+    """Go on with a run or a sweep that stopped, to the end that it would have had.
+
+    Return what it leaves; None where it had reached its end. Raise ConfigError, with nothing
+    changed, if it cannot go on, and RunFailed if it does not reach its end this time.
+
+    Args:
+        run: `last`, a run id, its beginning, or the output folder.
+        overrides: `tracking.uri=...` alone, the store to look into.
+        verbose: print a line for every epoch.
+        failed: of a sweep, run also the jobs again that failed.
+    """
+    uri = store_uri(overrides, required=False)  # before torch's seconds of import
+
+    from mnist_exp.config.paths import output_root
+    from mnist_exp.runs import resume as resuming
+    from mnist_exp.runs.console import Reporter, Terminal
+    from mnist_exp.sweeps import sweep
+    from mnist_exp.tracking.run_log import open_runs_at
+
+    folder = resuming.find(run, uri, open_runs_at(output_root()))
+    try:
+        if sweep.is_sweep(folder):
+            return sweep.resume_sweep(folder, failed, verbose)
+        return resuming.resume_run(folder, Terminal() if verbose else Reporter())
+    except (KeyboardInterrupt, Terminated) as error:
+        if not getattr(error, "__notes__", []):  # it had not begun
+            error.add_note(str(folder))
+        raise
 
 
 def predict(

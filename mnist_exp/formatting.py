@@ -1,8 +1,13 @@
 """Numbers as text: one place for all tables, figures and messages."""
 
 import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+Table = tuple[list[str], list[list[str]]]  # a header, and rows
 
 
 def number_or_dash(value: float, spec: str) -> str:
@@ -34,3 +39,23 @@ def shortest_number(value: float) -> str:
         if len(text) <= 8:
             break
     return text
+
+
+@dataclass(frozen=True)
+class MeanStd:
+    """Mean and sample standard deviation (ddof=1; None for n = 1) of n values."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "MeanStd":
+        """Return those of one value or more, exactly rounded: in another order they tie."""
+        std = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), std, len(values))
+
+    def percent(self) -> str:
+        """Return the text of shares: "97.31 % ± 0.12 (3)", and without ± where n = 1."""
+        deviation = "" if self.std is None else f" ± {100 * self.std:.2f}"
+        return f"{percent(self.mean)}{deviation} ({self.n})"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_exp import api
-from mnist_exp.errors import ConfigError, RunFailed, Terminated
+from mnist_exp.errors import ConfigError, RunFailed
 
 # Hydra's flags that print something instead of training, or lead elsewhere
 HYDRAS_OWN = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i",
@@ -408,24 +408,13 @@ def _resume_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _resume(asked: argparse.Namespace) -> int:
-    uri = api.store_uri(asked.overrides, required=False)  # before torch's seconds of import
-
-    from mnist_exp.config.paths import output_root
-    from mnist_exp.runs import resume
-    from mnist_exp.runs.console import Terminal
-    from mnist_exp.sweeps.sweep import SweepResult
-    from mnist_exp.tracking.run_log import open_runs_at
-
-    folder = resume.find(asked.run, uri, open_runs_at(output_root()))
-    try:
-        ended = resume.resume(folder, asked.failed, Terminal())
-    except (KeyboardInterrupt, Terminated) as error:
-        if not getattr(error, "__notes__", []):  # before it had begun
-            error.add_note(str(folder))
-        raise
-    if ended is None:
+    result = api.resume(asked.run, asked.overrides, verbose=True, failed=asked.failed)
+    if result is None:
         return 0
-    return _after_sweep(ended) if isinstance(ended, SweepResult) else _after_run(ended)
+
+    from mnist_exp.sweeps.sweep import SweepResult
+
+    return _after_sweep(result) if isinstance(result, SweepResult) else _after_run(result)
 
 
 def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:

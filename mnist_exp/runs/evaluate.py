@@ -1,25 +1,19 @@
-"""Saved models on the official test set: one, or the seeds of a sweep's choice together."""
+"""The saved model of a run on the official test set."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mnist_exp.data.dataset import Dataset
-from mnist_exp.errors import ConfigError
 from mnist_exp.figures import curves, samples, style
 from mnist_exp.figures.curves import History
-from mnist_exp.formatting import number_or_dash
+from mnist_exp.formatting import Table, number_or_dash
 from mnist_exp.runs import saved_model as saved
-from mnist_exp.runs.job import remembering
 from mnist_exp.runs.recorder import CURVES
-from mnist_exp.sweeps import results
-from mnist_exp.sweeps.report import MeanStd, Table
 from mnist_exp.system import files
 from mnist_exp.tracking.store import Store, StoredRun
 from mnist_exp.training import metrics
@@ -107,7 +101,7 @@ def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluatio
     dataset, stack = saved.fetch(store, run, root=root)
     history = {key: store.history(run.id, key) for key in CURVES}
     best = run.metrics.get("best/epoch")
-    return _evaluated(
+    return evaluate_stack(
         run,
         dataset,
         stack,
@@ -117,76 +111,12 @@ def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluatio
     )
 
 
-def _evaluated(run: StoredRun, dataset: Dataset, stack: Stack, **more: Any) -> Evaluation:
+def evaluate_stack(run: StoredRun, dataset: Dataset, stack: Stack, **more: Any) -> Evaluation:
+    """Return what the one model in a stack, that of a run, says of the official test set."""
     (logits,) = metrics.predict(stack, dataset, dataset.test)
     saved.check_finite(logits, run)
     recorded = {key: value for key, value in run.metrics.items() if key.startswith("test/")}
     return Evaluation(run.id, run.name, dataset, logits, recorded, **more)
-
-
-@dataclass(frozen=True)
-class Ensemble:
-    """The models of one cell of a sweep, which differ in their seeds, and all of them together."""
-
-    members: list[Evaluation]
-    whole: Evaluation
-
-    def spread(self, key: str) -> MeanStd:
-        """Of its members: test/loss or test/accuracy."""
-        return MeanStd.of([member.test[key] for member in self.members])
-
-    def table(self) -> Table:
-        """A row a member, their mean, and all together."""
-        header = ["run", "name", "test accuracy", "test loss", "calibration error"]
-        rows = [
-            [
-                one.run_id[:8],
-                one.name,
-                f"{one.test['test/accuracy']:.2%}",
-                f"{one.test['test/loss']:.4f}",
-                f"{one.calibration.error:.2%}",
-            ]
-            for one in [*self.members, self.whole]
-        ]
-        rows[-1][0] = "together"
-        accuracy, loss = (self.spread(key) for key in ("test/accuracy", "test/loss"))
-        rows.insert(-1, ["mean", "± deviation (n)", accuracy.percent(), f"{loss.mean:.4f}", ""])
-        return header, rows
-
-    def gain(self, key: str) -> float:
-        """What the whole has more than the mean of its members."""
-        return self.whole.test[key] - self.spread(key).mean
-
-
-def ensemble(store: Store, parent: StoredRun, root: str | None = None) -> Ensemble:
-    """Averages the probabilities of a sweep's chosen cell over its seeds.
-
-    parent: its run; root: as for `evaluate`. Raises ConfigError where
-    there is no such cell, or it has one model alone.
-    """
-    run_id = parent.id
-    chosen = results.summarise(results.of_store(store, run_id)).chosen
-    if chosen is None:
-        raise ConfigError(
-            f"sweep {run_id}: validation has chosen no cell, so there is nothing to average. A "
-            f"sweep with finished runs and dataset.val_size=5000 has one"
-        )
-    if len(chosen.finished) < 2:
-        raise ConfigError(
-            f"sweep {run_id}: the chosen cell, {chosen.label}, has one finished run; an ensemble "
-            f"needs two or more. Sweep over seeds: seed=0,1,2"
-        )
-    load = remembering()
-    members = []
-    for job in chosen.finished:
-        run = store.get(job.run_id)
-        members.append(_evaluated(run, *saved.fetch(store, run, load, root)))
-    first = members[0]
-    # the logarithm of the mean probability: logits as good as any
-    shares = torch.stack([m.logits.double().log_softmax(-1) for m in members])
-    logits = shares.logsumexp(0) - math.log(len(members))
-    name = f"ensemble of {len(members)}, {chosen.label}"
-    return Ensemble(members, Evaluation(run_id, name, first.dataset, logits))
 
 
 def save(figures: Mapping[str, Any], folder: Path, suffix: str) -> list[str]:

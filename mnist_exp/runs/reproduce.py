@@ -22,13 +22,12 @@ from omegaconf import DictConfig, open_dict, read_write
 from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import identity
 from mnist_exp.errors import ConfigError, RunFailed, reason_of
-from mnist_exp.formatting import number_or_dash
+from mnist_exp.formatting import Table, number_or_dash
 from mnist_exp.runs import saved_model as saved
 from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.job import Job, prepare
 from mnist_exp.runs.recorder import DIFF, FIRST_LOSSES, Result
-from mnist_exp.sweeps.report import Table
 from mnist_exp.system.processes import is_running, process_identity
 from mnist_exp.tracking.run_log import RunHistory, open_runs_at
 from mnist_exp.tracking.store import Store, StoredRun, UploadState, check_store

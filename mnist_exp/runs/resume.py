@@ -1,4 +1,4 @@
-"""Runs and sweeps that stopped before their end: which one is meant, and going on with it."""
+"""Runs and sweeps that stopped before their end: which one is meant, and going on with a run."""
 
 import os
 from dataclasses import replace
@@ -11,8 +11,6 @@ from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.job import check_unchanged, prepare, remembering
 from mnist_exp.runs.recorder import Result
-from mnist_exp.sweeps import grid, results, sweep
-from mnist_exp.sweeps.sweep import SweepResult
 from mnist_exp.tracking import journal
 from mnist_exp.tracking.journal import OpenRuns
 from mnist_exp.tracking.run_log import RunHistory, open_histories
@@ -51,7 +49,7 @@ def find(word: str, uri: str, open_runs: OpenRuns) -> Path:
             if word != "last" or newest is None or found.start_time > waiting[newest].began:
                 return _whole(_folder_of(found))
     if word == "last" and newest is not None:
-        return newest
+        return _whole(newest)
     raise ConfigError(f"{word}: there is no such run, neither in {uri} nor in {open_runs.folder}")
 
 
@@ -66,26 +64,23 @@ def _folder_of(run: StoredRun) -> Path:
 
 
 def _whole(folder: Path) -> Path:
-    parent = RunHistory.of(folder).parent
-    if parent:
-        name = UploadState.of(Path(parent)).run_id[:8] or parent
-        raise ConfigError(f"{folder}: this is a job of a sweep. To go on: mnist-exp resume {name}")
-    return folder
-
-
-def resume(folder: Path, failed: bool, reporter: Reporter) -> Result | SweepResult | None:
-    """Goes on with a run, or a sweep, to the end it would have had. None: it has reached it.
-
-    failed: of a sweep, also the jobs that failed. Raises ConfigError with nothing changed where it
-    cannot be.
-    """
     story = RunHistory.of(folder)
     if not story.key:
         raise ConfigError(
             f"{folder / journal.NAME}: its first line is damaged, so it cannot be gone on with"
         )
-    if any((folder / name).exists() for name in (results.MANIFEST, grid.FROZEN)):
-        return sweep.resume_sweep(folder, failed, reporter)
+    if story.parent:
+        name = UploadState.of(Path(story.parent)).run_id[:8] or story.parent
+        raise ConfigError(f"{folder}: this is a job of a sweep. To go on: mnist-exp resume {name}")
+    return folder
+
+
+def resume_run(folder: Path, reporter: Reporter) -> Result | None:
+    """Goes on with a run to the end it would have had. None: it has reached it.
+
+    Raises ConfigError with nothing changed where it cannot be.
+    """
+    story = RunHistory.of(folder)
     name = f"run {UploadState.of(folder).run_id[:8] or story.key[:8]}  {story.name}"
     if story.status == "FINISHED":
         reporter.line(f"{name}: it is finished; there is nothing to go on with")

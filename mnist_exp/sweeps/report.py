@@ -18,9 +18,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from mnist_exp.formatting import percent
-
-Table = tuple[list[str], list[list[str]]]
+from mnist_exp.formatting import MeanStd, Table, percent
 
 GROUPS = ("dataset", "model", "optimizer", "schedule")  # that a recipe chooses in
 REASON_LENGTH = 100
@@ -43,26 +41,6 @@ class JobRecord:
         """The newest value; None where there is none that is finite."""
         value = self.metrics.get(key, math.nan)
         return value if math.isfinite(value) else None
-
-
-@dataclass(frozen=True)
-class MeanStd:
-    """Mean and sample standard deviation (ddof=1; None for n = 1) of n values."""
-
-    mean: float
-    std: float | None
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "MeanStd":
-        """Of one value or more. Exactly rounded: the same values in another order tie."""
-        std = statistics.stdev(values) if len(values) > 1 else None
-        return cls(statistics.fmean(values), std, len(values))
-
-    def percent(self) -> str:
-        """As in "97.31 % ± 0.12 (3)"; without ± where n = 1."""
-        spread = "" if self.std is None else f" ± {100 * self.std:.2f}"
-        return f"{percent(self.mean)}{spread} ({self.n})"
 
 
 @dataclass(frozen=True)

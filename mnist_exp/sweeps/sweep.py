@@ -29,13 +29,13 @@ from mnist_exp.config.hydra_adapter import register
 from mnist_exp.config.schema import Config, DatasetConfig, SweepConfig, identity, task_config
 from mnist_exp.config.validate import validate, validate_sweep
 from mnist_exp.errors import ConfigError, RunFailed, first_line, reason_of
+from mnist_exp.formatting import Table
 from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter, Terminal
 from mnist_exp.runs.job import NAMED, Job, Load, check_unchanged, prepare, remembering
 from mnist_exp.runs.recorder import check_folder, check_vacant
 from mnist_exp.sweeps import grid, report, results
 from mnist_exp.sweeps.grid import Planned, refuse
-from mnist_exp.sweeps.report import Table
 from mnist_exp.sweeps.results import Outcome
 from mnist_exp.system import signals, streams
 from mnist_exp.system.processes import END_SECONDS, end, fork, is_running, receive
@@ -251,12 +251,18 @@ def run_sweep(
     return _conduct(task, first.config, first.store_uri, manifest, launch, reporter)
 
 
-def resume_sweep(folder: Path, failed: bool, reporter: Reporter) -> SweepResult | None:
+def is_sweep(folder: Path) -> bool:
+    """Return whether a folder holds the record of a sweep."""
+    return any((folder / name).exists() for name in (results.MANIFEST, grid.FROZEN))
+
+
+def resume_sweep(folder: Path, failed: bool, verbose: bool = True) -> SweepResult | None:
     """Goes on with a sweep from its folder alone: its jobs that are unfinished, and, if asked for,
     those that failed. None: there is nothing to go on with.
 
     Raises ConfigError, with nothing changed, if it cannot be.
     """
+    reporter = Terminal() if verbose else Reporter()
     manifest, parent = results.Manifest.of(folder), RunHistory.of(folder)
     settings = SweepConfig.from_record(manifest.settings)
     torch.set_num_threads(1)
@@ -299,6 +305,7 @@ def resume_sweep(folder: Path, failed: bool, reporter: Reporter) -> SweepResult 
         jobs=jobs,
         command_line=list(sys.argv),
         resume=True,
+        verbose=verbose,
     )
 
     def launch() -> dict[int, Outcome]:

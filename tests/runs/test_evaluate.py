@@ -21,8 +21,9 @@ from mnist_exp.data import dataset as data
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.errors import ConfigError, RunFailed
 from mnist_exp.runs import train
-from mnist_exp.runs.evaluate import Ensemble, Evaluation
+from mnist_exp.runs.evaluate import Evaluation
 from mnist_exp.runs.recorder import Result
+from mnist_exp.sweeps.ensemble import Ensemble
 from mnist_exp.sweeps.sweep import SweepResult
 from mnist_exp.training import metrics
 from tests.helpers import Interrupting, config_on_record, write_idx

@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 
 from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import task_config
+from mnist_exp.formatting import MeanStd
 from mnist_exp.sweeps import report
-from mnist_exp.sweeps.report import Cell, JobRecord, MeanStd
+from mnist_exp.sweeps.report import Cell, JobRecord
 
 
 def job(

@@ -1,0 +1,79 @@
+"""The models of a sweep's chosen cell, which differ in their seeds, as one model."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mnist_exp.errors import ConfigError
+from mnist_exp.formatting import MeanStd, Table
+from mnist_exp.runs import saved_model as saved
+from mnist_exp.runs.evaluate import Evaluation, evaluate_stack
+from mnist_exp.runs.job import remembering
+from mnist_exp.sweeps import results
+from mnist_exp.tracking.store import Store, StoredRun
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The models of one cell of a sweep, which differ in their seeds, and all of them together."""
+
+    members: list[Evaluation]
+    whole: Evaluation
+
+    def spread(self, key: str) -> MeanStd:
+        """Of its members: test/loss or test/accuracy."""
+        return MeanStd.of([member.test[key] for member in self.members])
+
+    def table(self) -> Table:
+        """A row a member, their mean, and all together."""
+        header = ["run", "name", "test accuracy", "test loss", "calibration error"]
+        rows = [
+            [
+                one.run_id[:8],
+                one.name,
+                f"{one.test['test/accuracy']:.2%}",
+                f"{one.test['test/loss']:.4f}",
+                f"{one.calibration.error:.2%}",
+            ]
+            for one in [*self.members, self.whole]
+        ]
+        rows[-1][0] = "together"
+        accuracy, loss = (self.spread(key) for key in ("test/accuracy", "test/loss"))
+        rows.insert(-1, ["mean", "± deviation (n)", accuracy.percent(), f"{loss.mean:.4f}", ""])
+        return header, rows
+
+    def gain(self, key: str) -> float:
+        """What the whole has more than the mean of its members."""
+        return self.whole.test[key] - self.spread(key).mean
+
+
+def ensemble(store: Store, parent: StoredRun, root: str | None = None) -> Ensemble:
+    """Averages the probabilities of a sweep's chosen cell over its seeds.
+
+    parent: its run; root: as for `evaluate`. Raises ConfigError where
+    there is no such cell, or it has one model alone.
+    """
+    run_id = parent.id
+    chosen = results.summarise(results.of_store(store, run_id)).chosen
+    if chosen is None:
+        raise ConfigError(
+            f"sweep {run_id}: validation has chosen no cell, so there is nothing to average. A "
+            f"sweep with finished runs and dataset.val_size=5000 has one"
+        )
+    if len(chosen.finished) < 2:
+        raise ConfigError(
+            f"sweep {run_id}: the chosen cell, {chosen.label}, has one finished run; an ensemble "
+            f"needs two or more. Sweep over seeds: seed=0,1,2"
+        )
+    load = remembering()
+    members = []
+    for job in chosen.finished:
+        run = store.get(job.run_id)
+        members.append(evaluate_stack(run, *saved.fetch(store, run, load, root)))
+    first = members[0]
+    # the logarithm of the mean probability: logits as good as any
+    shares = torch.stack([m.logits.double().log_softmax(-1) for m in members])
+    logits = shares.logsumexp(0) - math.log(len(members))
+    name = f"ensemble of {len(members)}, {chosen.label}"
+    return Ensemble(members, Evaluation(run_id, name, first.dataset, logits))
