@@ -56,7 +56,7 @@ def make_dataset() -> Callable[..., Dataset]:
             train=splits[0],
             val=splits[1] if val else None,
             test=splits[2],
-            first=Split(splits[0].images[:30], splits[0].labels[:30]),
+            preview=Split(splits[0].images[:30], splits[0].labels[:30]),
             mean=float(pixels.mean()),
             std=float(pixels.std()),
             digest="",

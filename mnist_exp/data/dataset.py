@@ -1,24 +1,26 @@
 """Images and labels as tensors: checked, split into train and validation, normalised."""
 
-import difflib
 import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mnist_exp.data import sources
-from mnist_exp.data.sources import DATASETS, DatasetSpec
-from mnist_exp.errors import ConfigError
+from mnist_exp.data.sources import DATASETS, DatasetSpec, IdxFile, format_shape
+from mnist_exp.errors import ConfigError, did_you_mean
+
+PREVIEW_IMAGES = 30  # the number of images that a figure shows of a data set
 
 
 @dataclass(frozen=True)
 class Split:
-    """images: uint8 [N, 1, H, W]; labels: int64 [N], from 0."""
+    """The images of one split, uint8 [N, 1, H, W], and their labels, int64 [N], from 0."""
 
     images: Tensor
     labels: Tensor
@@ -27,12 +29,13 @@ class Split:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "Split":
+        """Return the split on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a model has to know of the data that it was trained on."""
+    """The part of a data set that a model trained on it has to keep."""
 
     classes: tuple[str, ...]
     shape: tuple[int, int, int]  # of an image: (1, H, W)
@@ -40,7 +43,7 @@ class DatasetInfo:
     std: float
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [..., H, W] -> float32 of mean 0 and deviation 1 over the training split."""
+        """Return uint8 images [..., H, W] as float32, standardised by the training split."""
         return images.to(torch.float32).sub_(255 * self.mean).mul_(1 / (255 * self.std))
 
 
@@ -53,7 +56,7 @@ class Dataset:
     train: Split
     val: Split | None
     test: Split
-    first: Split  # the first 30 images of the training file, in its order, whatever the split
+    preview: Split  # the first images of the training file, in its order, whatever the split
     mean: float  # of the training split's pixels, scaled to [0, 1]
     std: float
     digest: str  # SHA-256 of the four unpacked files, one after the other
@@ -61,23 +64,36 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image: (1, H, W)."""
+        """The shape of one image: (1, H, W)."""
         height, width = self.train.images.shape[2:]
         return 1, height, width
 
-    def to(self, device: torch.device | str) -> "Dataset":
-        train, test, first = (s.to(device) for s in (self.train, self.test, self.first))
-        val = self.val and self.val.to(device)
-        return replace(self, train=train, val=val, test=test, first=first)
-
     @property
-    def facts(self) -> DatasetInfo:
-        """What the model keeps of it."""
+    def info(self) -> DatasetInfo:
+        """The part of the data set that a model keeps."""
         return DatasetInfo(self.classes, self.shape, self.mean, self.std)
 
+    def to(self, device: torch.device | str) -> "Dataset":
+        """Return the data set on another device."""
+        train, test, preview = (s.to(device) for s in (self.train, self.test, self.preview))
+        val = self.val and self.val.to(device)
+        return replace(self, train=train, val=val, test=test, preview=preview)
+
     def normalise(self, images: Tensor) -> Tensor:
-        """As its facts do."""
-        return self.facts.normalise(images)
+        """Return uint8 images [..., H, W] as float32, standardised by the training split."""
+        return self.info.normalise(images)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the record of a run says of its data set, as plain values."""
+        splits = {"train": self.train, "test": self.test, "val": self.val}
+        sizes = {name: len(split) for name, split in splits.items() if split is not None}
+        return {
+            "name": self.name,
+            "source": self.source,
+            "digest": self.digest,
+            "shape": list(self.shape),
+            "sizes": sizes,
+        }
 
 
 def load(
@@ -90,88 +106,108 @@ def load(
     classes: Sequence[str] | None = None,
     cache: Path,
 ) -> Dataset:
-    """The data set `name`: one of `DATASETS`, or 'idx' for four IDX files in the folder `root`.
+    """Return the data set `name`: one of DATASETS, or 'idx' for four IDX files in a folder.
 
-    Without `root`, MNIST is the embedded copy, and the others are downloaded to `cache` unless they
-    are there. A permutation that depends on `split_seed` alone decides the split: its last
-    `val_size` images (None: a tenth, 5,000 at most) are validation, its first `train_size` (None:
-    all the rest) are train; both keep the file's order. `classes` names the classes of 'idx', by
-    default '0', '1', ...
-    Raises ConfigError for whatever is wrong with the request, the files or the network.
+    A permutation that depends on `split_seed` alone decides the split: its last `val_size` images
+    are validation, its first `train_size` are train; both keep the file's order.
+
+    Args:
+        name: The name of the data set.
+        root: The folder of its files. Without it, MNIST is the embedded copy, and the others are
+            downloaded to `cache` unless they are there.
+        val_size: The size of the validation split; None is a tenth, 5,000 at most.
+        train_size: The size of the training split; None is all the rest.
+        split_seed: The seed of the permutation.
+        classes: The names of the classes of 'idx', by default '0', '1', ...
+        cache: The folder for downloads.
+
+    Raises:
+        ConfigError: Something is wrong with the request, the files or the network.
     """
-    if name not in (*DATASETS, "idx"):
-        near = difflib.get_close_matches(name, (*DATASETS, "idx"), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"dataset.name={name}: must be one of {', '.join(DATASETS)}, idx{hint}")
-    if name == "idx" and root is None:
-        raise ConfigError("dataset.root: missing; dataset.name=idx needs the folder of its files")
-    if name != "idx" and classes is not None:
-        raise ConfigError(f"dataset.classes: only for dataset.name=idx; {name} has its own names")
-    spec = sources.SPECS.get(name) or DatasetSpec("", tuple(map(str, classes or ())), (), ())
+    spec = _resolve(name, root, classes)
     embedded = name == "mnist" and root is None
-    folder = (
-        sources.EMBEDDED if embedded else Path(root).expanduser() if root is not None else cache
-    )
+    folder = sources.EMBEDDED if embedded else cache if root is None else Path(root).expanduser()
+    files, digest = _read(name, spec, folder)
 
-    if root is not None and not folder.is_dir():
-        why = "is not a folder" if folder.exists() else "there is no such folder"
-        raise ConfigError(f"dataset.root={root}: {why}; it must hold the files of {name}")
-    names, arrays, digest = [], [], hashlib.sha256()
-    published = spec.sha256 if name == "mnist" else (None,) * 4
-    open_files = (
-        sources.idx_files(folder)
-        if name in ("mnist", "idx")
-        else sources.archives(name, spec, folder)
-    )
-    try:
-        for (file_name, file, size), magic, sha256 in zip(
-            open_files, (sources.IMAGES, spec.labels) * 2, published, strict=True
-        ):
-            raw, array = sources.unpack(file_name, file, size, magic)
-            if sha256 and hashlib.sha256(raw.data).hexdigest() != sha256:
-                raise ConfigError(
-                    f"{file_name}: damaged, or not MNIST: the SHA-256 of its content must be"
-                    f" {sha256}; leave dataset.root out for the copy inside mnist-exp, and"
-                    " reinstall mnist-exp if it is that copy"
-                )
-            digest.update(raw.data)
-            names.append(file_name)
-            arrays.append(array)
-    except OSError as error:
-        fault = error.strerror or error
-        raise ConfigError(f"{error.filename or folder}: cannot be read ({fault})") from error
-
+    arrays = [file.array for file in files]
     if not spec.classes:
         spec = replace(spec, classes=tuple(map(str, range(int(arrays[1].max()) + 1))))
-    _check(names, arrays, spec)
+    _check(files, spec)
     images, labels, test_images, test_labels = map(torch.from_numpy, arrays)
     if spec.kind == "EMNIST":  # stored column by column
         _transpose(images)
         _transpose(test_images)
     everything = Split(images[:, None], labels.long() - spec.first_label)
     test = Split(test_images[:, None], test_labels.long() - spec.first_label)
-    first = Split(everything.images[:30].clone(), everything.labels[:30])
+    first = everything.images[:PREVIEW_IMAGES].clone(), everything.labels[:PREVIEW_IMAGES]
     if val_size is None:
         val_size = min(5000, len(everything) // 10)
     train, val = _split(name, everything, val_size, train_size, split_seed)
     mean, std = _mean_and_std(train.images)
     if std == 0:
-        raise ConfigError(f"{names[0]}: every pixel of the training split is alike")
+        raise ConfigError(f"{files[0].name}: every pixel of the training split is alike")
     source = "embedded" if embedded else str(folder)
-    return Dataset(
-        name, spec.classes, train, val, test, first, mean, std, digest.hexdigest(), source
-    )
+    return Dataset(name, spec.classes, train, val, test, Split(*first), mean, std, digest, source)
 
 
-def _check(names: Sequence[str], arrays: Sequence[np.ndarray], spec: DatasetSpec) -> None:
-    """The files belong together, [N, H, W], [N], [M, H, W], [M], and every label has a class."""
+def _resolve(name: str, root: str | None, classes: Sequence[str] | None) -> DatasetSpec:
+    """Return what is known of the data set asked for; raise ConfigError if there is no such one."""
+    known = (*DATASETS, "idx")
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise ConfigError(
+            f"dataset.name={name}: must be one of {', '.join(known)}. {hint}".rstrip()
+        )
+    if name == "idx" and root is None:
+        raise ConfigError("dataset.root: missing; dataset.name=idx needs the folder of its files")
+    if name != "idx" and classes is not None:
+        raise ConfigError(f"dataset.classes: only for dataset.name=idx; {name} has its own names")
+    folder = None if root is None else Path(root).expanduser()
+    if folder is not None and not folder.is_dir():
+        why = "is not a folder" if folder.exists() else "there is no such folder"
+        raise ConfigError(f"dataset.root={root}: {why}; it must hold the files of {name}")
+    return DATASETS.get(name) or DatasetSpec("", tuple(map(str, classes or ())), (), ())
+
+
+def _read(name: str, spec: DatasetSpec, folder: Path) -> tuple[list[IdxFile], str]:
+    """Return the four files of a data set, verified, and the SHA-256 of them all."""
+    if name in ("mnist", "idx"):
+        open_files = sources.idx_files(folder)
+    else:
+        open_files = sources.archives(name, spec, folder)
+    try:
+        kinds = zip(open_files, (sources.IMAGES, spec.labels) * 2, strict=True)
+        files = [sources.unpack(*open_file, magic) for open_file, magic in kinds]
+    except OSError as error:
+        fault = error.strerror or error
+        raise ConfigError(f"{error.filename or folder}: cannot be read ({fault})") from error
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.content.data)
+    if spec.digest and digest.hexdigest() != spec.digest:
+        for file, sha256 in zip(files, spec.sha256, strict=True):
+            if hashlib.sha256(file.content.data).hexdigest() != sha256:
+                raise ConfigError(
+                    f"{file.name}: damaged, or not MNIST: the SHA-256 of its content must be"
+                    f" {sha256}; leave dataset.root out for the copy inside mnist-exp, and"
+                    " reinstall mnist-exp if it is that copy"
+                )
+    return files, digest.hexdigest()
+
+
+def _check(files: Sequence[IdxFile], spec: DatasetSpec) -> None:
+    """Raise ConfigError unless the files belong together and every label has a class.
+
+    Their arrays are [N, H, W], [N], [M, H, W] and [M].
+    """
+    names, arrays = [file.name for file in files], [file.array for file in files]
     for i in (0, 2):
         if len(arrays[i]) != len(arrays[i + 1]):
             raise ConfigError(
                 f"{names[i]}: {len(arrays[i])} images, but {len(arrays[i + 1])} labels in"
                 f" {names[i + 1]}; every image must have one"
             )
-    sizes = [sources.times(arrays[i].shape[1:]) for i in (0, 2)]
+    sizes = [format_shape(arrays[i].shape[1:]) for i in (0, 2)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"{names[2]}: images of {sizes[1]} pixels, but {sizes[0]} in {names[0]}; they must be"
@@ -196,7 +232,10 @@ def _check(names: Sequence[str], arrays: Sequence[np.ndarray], spec: DatasetSpec
 def _split(
     name: str, file: Split, val_size: int, train_size: int | None, seed: int
 ) -> tuple[Split, Split | None]:
-    """Train and validation. Uses `file` up: its memory becomes the training split's."""
+    """Return the training and the validation split of the training file.
+
+    The split uses `file` up: its memory becomes the training split's.
+    """
     count = len(file)
     if not 0 <= val_size < count:
         raise ConfigError(
@@ -215,8 +254,8 @@ def _split(
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     kept, held = order[:size].sort().values, order[rest:].sort().values
     val = Split(file.images[held], file.labels[held]) if val_size else None
-    # In ascending order, no image is overwritten before it has moved, and never are all of them in
-    # memory twice.
+    # In ascending order, no image is overwritten before it has moved, and the images are never all
+    # in memory twice.
     for start in range(0, size, 4096):
         block = kept[start : start + 4096]
         file.images[start : start + len(block)] = file.images[block]
@@ -224,14 +263,14 @@ def _split(
 
 
 def _transpose(images: Tensor) -> None:
-    """[N, S, S], in place, a block at a time: never are all of them in memory twice."""
+    """Transpose images [N, S, S] in place, block by block so as not to hold them all twice."""
     for start in range(0, len(images), 4096):
         block = images[start : start + 4096]
         block.copy_(block.mT.clone())
 
 
 def _mean_and_std(images: Tensor) -> tuple[float, float]:
-    """Of uint8 pixels over 255: exact, by how often each of the 256 levels occurs."""
+    """Return both of uint8 pixels over 255, exactly: by how often each of 256 levels occurs."""
     counts = torch.bincount(images.flatten(), minlength=256).tolist()
     n = sum(counts)
     total = sum(count * level for level, count in enumerate(counts))

@@ -1,4 +1,4 @@
-"""Where a data set's files come from: found or fetched, verified, and unpacked.
+"""The files of a data set: found or fetched, verified, and unpacked.
 
 Nothing unverified is trusted: MNIST's unpacked files and the other sets' archives must have the
 published SHA-256, and a folder of one's own files is checked against its headers to the byte.
@@ -23,19 +23,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
 from mnist_exp.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).with_name("mnist")
-ANSWER_SECONDS = 5.0  # how long a download waits for the server: without a network it ends here
-WAIT_SECONDS = 1.0  # how long another process's download is waited for without a word
-BLOCK = 1 << 20  # bytes read at once
+ANSWER_SECONDS = 5.0  # the longest wait for a server: without a network a download ends here
+WAIT_SECONDS = 1.0  # the wait for another process's download after which a message says so
+BLOCK = 1 << 20  # the number of bytes that are read at once
 
 # An IDX file starts with two zeros, the type code and the number of dimensions.
 IMAGES, LABELS, QMNIST_LABELS = b"\0\0\x08\x03", b"\0\0\x08\x01", b"\0\0\x0c\x02"
@@ -48,7 +49,7 @@ CONTENT = {
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A published data set. Four files: training images and labels, test images and labels."""
+    """A published data set of four files: training images and labels, test images and labels."""
 
     kind: str  # torchvision's class, and its folder in torchvision's layout
     classes: tuple[str, ...]
@@ -56,9 +57,11 @@ class DatasetSpec:
     sha256: tuple[str, ...]  # of the archives; of MNIST, of the unpacked files
     labels: bytes = LABELS
     first_label: int = 0
+    digest: str = ""  # of MNIST, the SHA-256 of the four unpacked files, one after the other
 
     @property
     def archives(self) -> tuple[str, ...]:
+        """The names of the files as they are published."""
         return ("gzip.zip",) if self.kind == "EMNIST" else self.files
 
 
@@ -75,7 +78,7 @@ def _emnist(part: str, classes: str, first_label: int = 0) -> DatasetSpec:
 
 # The digests of MNIST are published with its canonical distribution (mnist/README.md), those of the
 # archives by tensorflow/datasets in tensorflow_datasets/url_checksums/*.txt.
-SPECS = {
+DATASETS = {
     "mnist": DatasetSpec(
         "MNIST",
         tuple(string.digits),
@@ -86,6 +89,7 @@ SPECS = {
             "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
             "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         ),
+        digest="b2d8f5bf39174ee5ffeefa97e42d673c35432b411bb5d1f74fbbeddae7f1690a",
     ),
     "fashion_mnist": DatasetSpec(
         "FashionMNIST",
@@ -129,37 +133,50 @@ SPECS = {
     "emnist_balanced": _emnist("balanced", string.digits + string.ascii_uppercase + "abdefghnqrt"),
     "emnist_digits": _emnist("digits", string.digits),
 }
-DATASETS = tuple(SPECS)
 
 
 OpenFile = tuple[str, IO[bytes], int]  # its name, for messages; itself; its size in bytes
 
 
+class IdxFile(NamedTuple):
+    """An IDX file in memory."""
+
+    name: str
+    content: NDArray[np.uint8]  # every byte of the unpacked file, header included
+    array: np.ndarray  # what it holds, [N, H, W] or [N]: a view of the content
+
+
 def idx_files(root: Path) -> Iterator[OpenFile]:
-    """The four IDX files in `root` or below it where torchvision keeps MNIST, one after the other,
-    in any of the usual spellings."""
+    """Yield the four IDX files in `root`, or below it where torchvision keeps MNIST.
+
+    They may have any of the usual spellings.
+    """
     paths = []
     for parts in (("train",), ("t10k", "test")):
         for content in ("images{}idx3-ubyte", "labels{}idx1-ubyte"):
             stems = [f"{part}-{content.format(mark)}" for part in parts for mark in "-."]
             names = [stem + end for stem in stems for end in ("", ".gz")]
-            here = [place / name for place in (root, root / "MNIST" / "raw") for name in names]
-            found = [path for path in here if path.is_file()]
-            if not found:
+            folders = (root, root / "MNIST" / "raw")
+            candidates = [folder / name for folder in folders for name in names]
+            path = next((path for path in candidates if path.is_file()), None)
+            if path is None:
                 raise ConfigError(f"dataset.root={root}: a file is missing: {' or '.join(names)}")
-            paths.append(found[0])
+            paths.append(path)
     for path in paths:
         with path.open("rb") as file:
             yield str(path), file, path.stat().st_size
 
 
 def archives(name: str, spec: DatasetSpec, root: Path) -> Iterator[OpenFile]:
-    """The four files of a published set, one after the other, out of its verified archives, which
-    are in `root` or below it where torchvision keeps them, or else are downloaded to there."""
+    """Yield the four files of a published data set, out of its verified archives.
+
+    The archives are in `root` or below it where torchvision keeps them, or else are downloaded to
+    there.
+    """
     home = root / spec.kind / "raw"
     for archive, sha256 in zip(spec.archives, spec.sha256, strict=True):
-        found = [path for path in (home / archive, root / archive) if path.is_file()]
-        path = found[0] if found else _download(name, spec, archive, sha256, home)
+        stored = [path for path in (home / archive, root / archive) if path.is_file()]
+        path = stored[0] if stored else _download(name, spec, archive, sha256, home)
         with path.open("rb") as file:
             if _sha256(file) != sha256:
                 raise ConfigError(
@@ -175,8 +192,15 @@ def archives(name: str, spec: DatasetSpec, root: Path) -> Iterator[OpenFile]:
                         yield f"{path}/{member}", inner, bundle.getinfo(member).file_size
 
 
-def unpack(name: str, file: IO[bytes], size: int, magic: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes of an IDX file, header included, and what they hold: [N, H, W] or [N], a view."""
+def unpack(name: str, file: IO[bytes], size: int, magic: bytes) -> IdxFile:
+    """Read an IDX file; raise ConfigError if it is not whole and of the kind expected.
+
+    Args:
+        name: The name of the file, for messages; if it ends in .gz, the file is packed.
+        file: The file, open.
+        size: Its size in bytes, as it is stored.
+        magic: The four bytes that it must begin with.
+    """
     zipped = name.endswith(".gz")
     stream: Any = gzip.GzipFile(fileobj=file) if zipped else file
     try:
@@ -207,21 +231,24 @@ def unpack(name: str, file: IO[bytes], size: int, magic: bytes) -> tuple[np.ndar
     if done < length or surplus:
         fault = "goes on: trailing bytes" if surplus else f"has {done}: truncated"
         raise ConfigError(
-            f"{name}: {times(shape)} by its header, {length} bytes in all; the file {fault}"
+            f"{name}: {format_shape(shape)} by its header, {length} bytes in all; the file {fault}"
         )
     if length == len(header):
-        raise ConfigError(f"{name}: holds nothing: {times(shape)} by its header")
+        raise ConfigError(f"{name}: holds nothing: {format_shape(shape)} by its header")
     array = raw[len(header) :].view(element).reshape(shape)
     if magic == QMNIST_LABELS:  # [N, 8]: the class, then the writer, ...
         array = array[:, 0].astype(np.int64)
-    return raw, array
+    return IdxFile(name, raw, array)
 
 
 def _download(name: str, spec: DatasetSpec, archive: str, sha256: str, folder: Path) -> Path:
-    """`archive` into `folder`: whole and verified, or not at all. One process does it for all."""
+    """Download an archive to `folder`, whole and verified or not at all, and return its path.
+
+    One process does it for all that want it at the same time.
+    """
     path = folder / archive
     try:
-        with _alone(path):
+        with download_lock(path):
             if path.is_file():
                 return path
             for leftover in folder.glob(".download-*"):  # of a process that was killed
@@ -229,7 +256,7 @@ def _download(name: str, spec: DatasetSpec, archive: str, sha256: str, folder: P
             url = _url(spec, archive)
             log.info("downloading %s to %s", url, folder)
             with (
-                _answer(url) as response,
+                open_url(url) as response,
                 tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as partial,
             ):
                 with Path(partial, archive).open("w+b") as file:
@@ -249,6 +276,7 @@ def _download(name: str, spec: DatasetSpec, archive: str, sha256: str, folder: P
 
 
 def _url(spec: DatasetSpec, archive: str) -> str:
+    """Return the address of an archive, which torchvision knows."""
     from torchvision import datasets  # takes 1.3 s and 160 MB, so not before it is needed
 
     kind: Any = getattr(datasets, spec.kind)
@@ -263,8 +291,8 @@ def _url(spec: DatasetSpec, archive: str) -> str:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Where no other process downloads to the folder of `path`, which is made if need be.
+def download_lock(path: Path) -> Iterator[None]:
+    """Keep other processes from downloading to the folder of `path`, which is made if need be.
 
     The lock ends with its process, however that ends. Its file stays: who deletes the file of a
     lock that others wait for lets two of them in.
@@ -282,9 +310,12 @@ def _alone(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _answer(url: str) -> Any:
-    """The open response of `url`, in time or never: in a thread, because a socket's timeout leaves
-    out the look-up of the host's name, which can take far longer where there is no network."""
+def open_url(url: str) -> Any:
+    """Return the open response of `url`; raise TimeoutError after ANSWER_SECONDS.
+
+    A thread waits for it, because a socket's timeout leaves out the look-up of the host's name,
+    which can take far longer where there is no network.
+    """
     answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -307,11 +338,12 @@ def _answer(url: str) -> Any:
 
 
 def _sha256(file: IO[bytes]) -> str:
-    """Of the rest of `file`, which is then back at its beginning."""
+    """Return the hex SHA-256 of the rest of `file`, and rewind it."""
     digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     file.seek(0)
     return digest
 
 
-def times(shape: Sequence[int]) -> str:
+def format_shape(shape: Sequence[int]) -> str:
+    """Return a shape as in "60000x28x28"."""
     return "x".join(map(str, shape))

@@ -5,19 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_exp.data.dataset import Dataset
+from mnist_exp.data.dataset import PREVIEW_IMAGES, Dataset
 from mnist_exp.figures.images import sample_grid, weights_figure
 from mnist_exp.figures.matrices import confusion_matrix
 from mnist_exp.training import metrics
 
-SHOWN = 30  # images in a sample grid
-
 
 def first_images(dataset: Dataset) -> Any:
     """The first 30 images of the training file with their labels."""
-    labels = [dataset.classes[i] for i in dataset.first.labels.tolist()]
+    labels = [dataset.classes[i] for i in dataset.preview.labels.tolist()]
     title = f"{dataset.name}: the first {len(labels)} images"
-    return sample_grid(dataset.first.images[:, 0].cpu().numpy(), labels, title=title)
+    return sample_grid(dataset.preview.images[:, 0].cpu().numpy(), labels, title=title)
 
 
 def predictions(
@@ -45,7 +43,7 @@ def test_figures(dataset: Dataset, logits: Tensor) -> dict[str, Any]:
     shares, true = logits.softmax(-1), dataset.test.labels.cpu()
     confidence, predicted = shares.max(-1)
     wrong = (predicted != true).nonzero().flatten()
-    worst = wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
+    worst = wrong[confidence[wrong].argsort(descending=True)][:PREVIEW_IMAGES]
     figures = {}
     if len(worst):
         title = f"most confident of {len(wrong)} mistakes on the test set"

@@ -279,7 +279,7 @@ class RunRecorder:
 
     def _save(self, stack: Stack, dataset: data.Dataset) -> Path:
         path = self.folder / "checkpoint.pt"
-        kept = saved.state(stack, dataset.facts)
+        kept = saved.state(stack, dataset.info)
         checkpoint.save(path, {**kept, "epochs": len(self.history)})
         for file in (path, path.with_name(path.name + ".sha256")):
             self.writer.artifact(file, "checkpoint")
@@ -315,7 +315,7 @@ def record_model(
     """The model, as MLflow keeps and serves it, and a picture of its first layer."""
     if (layer := samples.first_layer(served.model, dataset.shape)) is not None:
         writer.image("model/first_layer", style.pixels(layer), epoch)
-    example = dataset.first.images[:2].cpu().numpy().astype(np.float32) / 255
+    example = dataset.preview.images[:2].cpu().numpy().astype(np.float32) / 255
     path = writer.folder / "model"
     save_model(path, served, dataset.shape, len(dataset.classes), example)
     writer.model(path)
@@ -343,7 +343,7 @@ def record_test(
 def record_predictions(stack: Stack, dataset: data.Dataset, writer: RunWriter, epoch: int) -> None:
     val = dataset.val
     assert val is not None
-    images, labels = val.images[: samples.SHOWN], val.labels[: samples.SHOWN]
+    images, labels = val.images[: data.PREVIEW_IMAGES], val.labels[: data.PREVIEW_IMAGES]
     shares = stack.logits(dataset.normalise(images))[0].softmax(-1).cpu()
     title = f"validation, epoch {epoch}" if epoch else "validation, before training"
     figure = samples.predictions(dataset, images, labels, shares, title)

@@ -63,7 +63,7 @@ def fetch(
             f"{dataset.digest[:12]}..., and was {digest[:12]}... To name the right folder: "
             f"dataset.root=FOLDER"
         )
-    return dataset, _stack(own, kept["model"], dataset.facts, name)
+    return dataset, _stack(own, kept["model"], dataset.info, name)
 
 
 def recall(recorded: Path, weights: Path, load: Load) -> tuple[Dataset, Stack]:
@@ -74,7 +74,7 @@ def recall(recorded: Path, weights: Path, load: Load) -> tuple[Dataset, Stack]:
     config = validate(read_config(recorded))
     dataset = load(config.dataset)
     weights_of = checkpoint.load(weights)["model"]
-    return dataset, _stack(config, weights_of, dataset.facts, str(weights.parent))
+    return dataset, _stack(config, weights_of, dataset.info, str(weights.parent))
 
 
 def config_of(store: Store, run_id: str, folder: Path) -> DictConfig:

@@ -110,8 +110,8 @@ def test_embedded_mnist_is_the_published_one(mnist: Dataset) -> None:
     # sha256sum of the four unpacked files, concatenated
     assert mnist.digest == "b2d8f5bf39174ee5ffeefa97e42d673c35432b411bb5d1f74fbbeddae7f1690a"
     assert mnist.source == "embedded"
-    assert mnist.first.labels.tolist()[:10] == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
-    assert torch.equal(mnist.first.images, mnist.train.images[:30])
+    assert mnist.preview.labels.tolist()[:10] == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert torch.equal(mnist.preview.images, mnist.train.images[:30])
 
 
 def test_a_folder_of_mnist_files_is_the_same(mnist: Dataset, tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_split_is_disjoint_and_complete(numbered: Path, val_size: int, seed: int
     assert sorted(train + val) == list(range(5000))
     assert train == sorted(train)
     assert val == sorted(val)
-    assert indices(got.first) == list(range(30))
+    assert indices(got.preview) == list(range(30))
     assert indices(got.test) == list(range(9))
 
 
@@ -425,7 +425,7 @@ def test_to_moves_every_split(numbered: Path, val_size: int) -> None:
     got = read("idx", numbered, val_size=val_size)
     moved = got.to("meta")
     assert (moved.val is None) == (val_size == 0)
-    for split in filter(None, (moved.train, moved.val, moved.test, moved.first)):
+    for split in filter(None, (moved.train, moved.val, moved.test, moved.preview)):
         assert split.images.is_meta
         assert split.labels.is_meta
     assert not got.train.images.is_meta
@@ -437,7 +437,7 @@ def test_to_moves_every_split(numbered: Path, val_size: int) -> None:
 def trust(monkeypatch: pytest.MonkeyPatch, name: str, *archives: bytes) -> None:
     """Take the archives for those that were published as `name`."""
     sha256 = tuple(hashlib.sha256(archive).hexdigest() for archive in archives)
-    monkeypatch.setitem(sources.SPECS, name, replace(sources.SPECS[name], sha256=sha256))
+    monkeypatch.setitem(sources.DATASETS, name, replace(sources.DATASETS[name], sha256=sha256))
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, name: str, contents: list[np.ndarray]) -> list[bytes]:
@@ -479,7 +479,7 @@ def test_qmnist_label_is_column_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     columns = [rng.integers(0, 1 << 30, (len(y), 8), np.int32) for y in (labels, test_labels)]
     columns[0][:, 0], columns[1][:, 0] = labels, test_labels
     archives = publish(monkeypatch, "qmnist", [images, columns[0], test_images, columns[1]])
-    for file, archive in zip(sources.SPECS["qmnist"].files, archives, strict=True):
+    for file, archive in zip(sources.DATASETS["qmnist"].files, archives, strict=True):
         (tmp_path / file).write_bytes(archive)
     got = read("qmnist", tmp_path)
     assert np.array_equal(got.train.labels.numpy(), labels)
@@ -504,7 +504,7 @@ def test_emnist_is_upright_and_labelled_from_0(
     bundle = io.BytesIO()
     with zipfile.ZipFile(bundle, "w") as archive:
         archive.writestr("gzip/emnist-byclass-mapping.txt", "of no concern")
-        for file, array in zip(sources.SPECS[name].files, stored, strict=True):
+        for file, array in zip(sources.DATASETS[name].files, stored, strict=True):
             archive.writestr(file, gzip.compress(idx(array)))
     trust(monkeypatch, name, bundle.getvalue())
     raw = tmp_path / "EMNIST" / "raw"
@@ -528,17 +528,17 @@ def test_emnist_is_upright_and_labelled_from_0(
 def test_no_network(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(url: str) -> None:
         assert url.startswith("http")
-        assert url.endswith(f"/{sources.SPECS[name].archives[0]}")
+        assert url.endswith(f"/{sources.DATASETS[name].archives[0]}")
         raise urllib.error.URLError("Network is unreachable")
 
-    monkeypatch.setattr(sources, "_answer", fail)
+    monkeypatch.setattr(sources, "open_url", fail)
     with pytest.raises(ConfigError) as caught:
         read(name, None, cache=tmp_path / "cache")
-    home = tmp_path / "cache" / sources.SPECS[name].kind / "raw"
+    home = tmp_path / "cache" / sources.DATASETS[name].kind / "raw"
     for part in (
         f"dataset.name={name}",
         "Network is unreachable",
-        f"put {', '.join(sources.SPECS[name].archives)} into {home}",
+        f"put {', '.join(sources.DATASETS[name].archives)} into {home}",
         "dataset.root=FOLDER",
     ):
         assert part in str(caught.value)
@@ -551,13 +551,13 @@ def test_waiting_for_an_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with pytest.raises(OSError, match=r"timed out|no answer"):
-            sources._answer(f"http://127.0.0.1:{port}/")
+            sources.open_url(f"http://127.0.0.1:{port}/")
     with pytest.raises(OSError, match="refused"):  # closed by now
-        sources._answer(f"http://127.0.0.1:{port}/")
+        sources.open_url(f"http://127.0.0.1:{port}/")
     # A name server that does not answer is not subject to the timeout of sockets.
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, timeout: time.sleep(1))
     with pytest.raises(TimeoutError, match="no answer"):
-        sources._answer("http://example.invalid/")
+        sources.open_url("http://example.invalid/")
 
 
 @dataclass
@@ -633,7 +633,7 @@ def fetch(spec: sources.DatasetSpec, url: str, cache: Path) -> list[np.ndarray]:
     from torchvision import datasets
 
     datasets.KMNIST.mirrors = [url]
-    sources.SPECS["kmnist"] = spec
+    sources.DATASETS["kmnist"] = spec
     torch.set_num_threads(1)
     cache.with_name(f"{os.getpid()}.ready").touch()
     got = read("kmnist", None, cache=cache)
@@ -653,7 +653,7 @@ def test_eight_processes_download_once(
 ) -> None:
     contents = arrays(classes=10)
     mirror.publish(monkeypatch, contents)
-    asked = sources.SPECS["kmnist"], mirror.url, tmp_path / "cache"
+    asked = sources.DATASETS["kmnist"], mirror.url, tmp_path / "cache"
     mirror.whole.clear()
     with ProcessPoolExecutor(8, processes) as pool:
         found = [pool.submit(fetch, *asked) for _ in range(8)]
@@ -672,7 +672,7 @@ def killed_halfway(mirror: Mirror, processes: Any, cache: Path) -> Iterator[None
     """Where another process is in the middle of a download. At the end it is killed there."""
     home = cache / "KMNIST" / "raw"
     mirror.whole.clear()
-    process = processes.Process(target=fetch, args=(sources.SPECS["kmnist"], mirror.url, cache))
+    process = processes.Process(target=fetch, args=(sources.DATASETS["kmnist"], mirror.url, cache))
     process.start()
     try:
         wait_until(lambda: any(path.stat().st_size for path in home.glob(".download-*/*")))
@@ -731,7 +731,7 @@ def test_waiting_for_another_process_is_said_once(
     contents = arrays(classes=10)
     archives = publish(monkeypatch, "kmnist", contents)
     monkeypatch.setattr(sources, "WAIT_SECONDS", 0.1)
-    monkeypatch.setattr(sources, "_answer", lambda url: pytest.fail(f"asked for {url}"))
+    monkeypatch.setattr(sources, "open_url", lambda url: pytest.fail(f"asked for {url}"))
     caplog.set_level(logging.INFO, "mnist_exp")
     home = tmp_path / "KMNIST" / "raw"
     home.mkdir(parents=True)
@@ -825,7 +825,7 @@ def test_interrupted_download_leaves_nothing(
             assert list(tmp_path.rglob(".download-*/*"))  # the part so far
             raise fault
 
-    monkeypatch.setattr(sources, "_answer", lambda url: Response(b"the first bytes"))
+    monkeypatch.setattr(sources, "open_url", lambda url: Response(b"the first bytes"))
     with pytest.raises(raised):
         read("kmnist", None, cache=tmp_path)
     home = tmp_path / "KMNIST" / "raw"
@@ -866,7 +866,7 @@ not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere
 def test_no_folder_to_download_to(
     spoil: Callable[[Path], None], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_answer", lambda url: pytest.fail(f"asked for {url}"))
+    monkeypatch.setattr(sources, "open_url", lambda url: pytest.fail(f"asked for {url}"))
     spoil(tmp_path / "cache")
     with pytest.raises(ConfigError, match=rf"dataset\.name=kmnist: .*({fault}).*dataset\.root="):
         read("kmnist", None, cache=tmp_path / "cache")
