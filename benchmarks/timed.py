@@ -16,7 +16,6 @@ from typing import Any
 
 from mnist_exp.cli import main as cli
 from mnist_exp.runs import recorder as record
-from mnist_exp.runs import train as run
 from mnist_exp.sweeps import launcher as stacked
 from mnist_exp.tracking import store as tracking
 from mnist_exp.tracking import upload
@@ -51,8 +50,7 @@ def timed(owner: Any, name: str, kind: str) -> None:
 def main() -> None:
     out, words = Path(sys.argv[1]), sys.argv[2:]
     timed(upload, "deliver", "runs")
-    for module in (record, run):
-        timed(module, "record_model", "model")
+    timed(record, "record_model", "model")
     timed(tracking.Store, "__init__", "store")
     timed(step.TrainStep, "compile", "compile")
     timed(step.TrainStep, "__call__", "steps")

@@ -57,8 +57,10 @@ def train(overrides: Sequence[str] = (), verbose: bool = False) -> "Result":
     from mnist_exp.config.compose import compose
     from mnist_exp.runs import train as run
     from mnist_exp.runs.console import Reporter, Terminal
+    from mnist_exp.runs.job import prepare
 
-    return run.train_composed(compose(overrides), Terminal() if verbose else Reporter())
+    job = prepare(compose(overrides))
+    return run.train(job, job.folder, Terminal() if verbose else Reporter())
 
 
 def train_sweep(overrides: Sequence[str], verbose: bool = False) -> "SweepResult":

@@ -113,8 +113,10 @@ def _after_sweep(swept: Any) -> int:
 def _train_one(composed: Any) -> int:
     from mnist_exp.runs import train as run
     from mnist_exp.runs.console import Terminal
+    from mnist_exp.runs.job import prepare
 
-    return _after_run(run.train_composed(composed, Terminal()))
+    job = prepare(composed)
+    return _after_run(run.train(job, job.folder, Terminal()))
 
 
 def _after_run(result: Any) -> int:

@@ -1,113 +1,50 @@
-"""From the open parts of a config (`model`, `optimizer`, `schedule`) to objects."""
+"""Building a config's open parts (`model`, `optimizer`, `schedule`), with checked arguments."""
 
 import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from mnist_exp.config.hydra_adapter import import_target, instantiate_target
 from mnist_exp.config.schema import Config
 from mnist_exp.config.validate import check_target
 from mnist_exp.errors import ConfigError, did_you_mean, first_line
-
-if TYPE_CHECKING:
-    import torch
-
-    from mnist_exp.training.schedules import Schedule
-
-
-def _target_class(key: str, node: Mapping[str, Any], base: type, trusted: Sequence[str]) -> Any:
-    """The class that `node` names, its arguments checked against its signature.
-
-    An import path may lead through a module into its imports (`torch.nn.modules.os`), so what it
-    leads to is checked as well: a subclass of `base`, defined in a package that is allowed.
-    """
-    target = node.get("_target_")
-    check_target(f"{key}._target_", target, trusted)
-    if any(str(target).startswith(f"{p}.") for p in trusted) and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a module beside where the command is typed
-    try:
-        found = import_target(str(target))
-    except Exception as error:  # importing somebody's module can raise anything
-        reason = " ".join(str(error).split("\n", 1)[-1].split())  # the first line says no more
-        raise ConfigError(f"{key}._target_={target}: it cannot be imported. {reason}") from error
-    is_class = inspect.isclass(found) and issubclass(found, base)
-    home = f"{getattr(found, '__module__', '?')}.{getattr(found, '__qualname__', '?')}"
-    check_target(f"{key}._target_", target, trusted, home)
-    if not is_class or inspect.isabstract(found):
-        raise ConfigError(f"{key}._target_={target}: must be a class that extends {base.__name__}")
-    return found
-
-
-def _check_arguments(
-    key: str, target: Any, node: Mapping[str, Any], given: Sequence[str] = ()
-) -> None:
-    """Names against the signature of `target`; `given` are arguments that we add ourselves."""
-    taken = inspect.signature(target).parameters
-    name = f"{target.__module__}.{target.__qualname__}"
-    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-        for argument in node:
-            if not argument.startswith("_") and argument not in taken:
-                own = [n for n in taken if n not in given]
-                raise ConfigError(
-                    f"{key}.{argument}: {name} takes no such argument. "
-                    f"{did_you_mean(argument, own)}It takes: {', '.join(own) or 'none'}. "
-                    f"To drop it: '~{key}.{argument}'"
-                )
-        default = taken[argument].default if argument in taken else None
-        is_number = isinstance(default, int | float) and not isinstance(default, bool)
-        value = node[argument]
-        fits = isinstance(value, int | float | None) and not isinstance(value, bool)
-        if is_number and not fits:
-            raise ConfigError(
-                f"{key}.{argument}={value}: must be a number, as its default {default}"
-            )
-    if "_args_" in node:
-        return
-    for argument, p in taken.items():
-        needed = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        if needed and argument not in node and argument not in given:
-            raise ConfigError(f"{key}.{argument}: {name} needs it. Add +{key}.{argument}=VALUE")
-
-
-def _named_arguments(key: str, node: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a target that takes plain values: nothing nested in them is built."""
-    for name in node:
-        if name.startswith("_") and name != "_target_":
-            raise ConfigError(f"{key}.{name}: every argument of the {key} is given by its name")
-    return {name: value for name, value in node.items() if name != "_target_"}
+from mnist_exp.training.optimizers import UNSUPPORTED
+from mnist_exp.training.schedules import Schedule
 
 
 def build_model(
     config: Config, input_shape: tuple[int, int, int], num_classes: int
-) -> "Callable[[], torch.nn.Module]":
-    """A function that makes the model anew, initialised from torch's default generator.
+) -> Callable[[], nn.Module]:
+    """Return a function that makes the model anew, initialised from torch's default generator.
 
-    The target gets `input_shape` and `num_classes` where it takes them and the config does not
-    say; lazy layers are given their sizes. Raises ConfigError unless a model can be made whose
-    output for images [B, C, H, W] is logits [B, num_classes].
+    The model's class gets `input_shape` and `num_classes` where it takes them and the config does
+    not give them; lazy layers are given their sizes.
+
+    Args:
+        config: the config of a run.
+        input_shape: of an image, (C, H, W).
+        num_classes: the number of logits.
+
+    Raises:
+        ConfigError: unless a model can be made and trained whose output for images [B, C, H, W] is
+            logits [B, num_classes].
     """
-    import torch
+    node = config.model
+    _check_nested_targets("model", node, config.trusted_packages)
+    target = _target_class("model", node, nn.Module, config.trusted_packages)
+    parameters = inspect.signature(target).parameters
+    sizes = {"input_shape": input_shape, "num_classes": num_classes}
+    added = {k: v for k, v in sizes.items() if k in parameters and k not in node}
+    _check_arguments("model", target, node, tuple(added))
 
-    def check(key: str, node: Any) -> None:
-        children = node.items() if isinstance(node, Mapping) else enumerate(node)
-        for name, child in children:
-            if isinstance(child, Mapping | list):
-                check(f"{key}.{name}", child)
-        if isinstance(node, Mapping) and "_target_" in node and key != "model":
-            target = _target_class(key, node, torch.nn.Module, config.trusted_packages)
-            _check_arguments(key, target, node)
-
-    check("model", config.model)
-    target = _target_class("model", config.model, torch.nn.Module, config.trusted_packages)
-    facts = {"input_shape": input_shape, "num_classes": num_classes}
-    taken = inspect.signature(target).parameters
-    facts = {k: v for k, v in facts.items() if k in taken and k not in config.model}
-    _check_arguments("model", target, config.model, tuple(facts))
-
-    def build() -> torch.nn.Module:
-        module: torch.nn.Module = instantiate_target(config.model, **facts)
+    def build() -> nn.Module:
+        module: nn.Module = instantiate_target(node, **added)
         with torch.no_grad():
             logits = module.eval()(torch.zeros(2, *input_shape))
         if tuple(logits.shape) != (2, num_classes):
@@ -120,50 +57,49 @@ def build_model(
     try:
         with torch.random.fork_rng(devices=[]):
             module = build()
-            images = torch.zeros(2, *input_shape)
-            loss = torch.nn.functional.cross_entropy(module(images), torch.zeros(2).long())
-            if learned := [p for p in module.parameters() if p.requires_grad]:
-                torch.autograd.grad(loss, learned, allow_unused=True)
+            loss = F.cross_entropy(module(torch.zeros(2, *input_shape)), torch.zeros(2).long())
+            if trainable := [p for p in module.parameters() if p.requires_grad]:
+                torch.autograd.grad(loss, trainable, allow_unused=True)
     except (Exception, SystemExit) as error:  # a constructor can raise anything
         raise ConfigError(f"model: {target.__qualname__}: {first_line(error)}") from error
-    if not any(p.requires_grad for p in module.parameters()):
+    if not trainable:
         raise ConfigError(f"model: {target.__qualname__} has no trainable parameters")
     return build
 
 
-def build_optimizer(
-    config: Config, parameters: "Sequence[torch.nn.Parameter]"
-) -> "tuple[type[torch.optim.Optimizer], dict[str, Any]]":
-    """The optimizer class and its arguments, tried on `parameters` (which it does not keep)."""
-    import torch
+def optimizer_class(config: Config) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Return the optimizer's class and its arguments, whose names are checked.
 
-    from mnist_exp.training.optimizers import UNSUPPORTED
-
-    target = _target_class(
-        "optimizer", config.optimizer, torch.optim.Optimizer, config.trusted_packages
-    )
-    _check_arguments("optimizer", target, config.optimizer, ("params",))
+    Raises:
+        ConfigError: if the class is none that can be used here, or takes no such arguments.
+    """
+    node = config.optimizer
+    target = _target_class("optimizer", node, torch.optim.Optimizer, config.trusted_packages)
+    _check_arguments("optimizer", target, node, ("params",))
     for unsuited, why in UNSUPPORTED.items():
         if issubclass(target, unsuited):
             raise ConfigError(f"optimizer._target_: {target.__name__} cannot be used here: {why}")
-    arguments = _named_arguments("optimizer", config.optimizer)
+    return target, _named_arguments("optimizer", node)
+
+
+def try_optimizer(
+    target: type[torch.optim.Optimizer], arguments: Mapping[str, Any], model: nn.Module
+) -> None:
+    """Raise ConfigError unless the optimizer can make a step for the parameters of a model."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     try:
-        built = target([torch.nn.Parameter(p.detach().clone()) for p in parameters], **arguments)
-        for group in built.param_groups:
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p)
-        built.step()
+        optimizer: Any = target(parameters, **arguments)
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
     except Exception as error:  # a constructor can raise anything
         raise ConfigError(f"optimizer: {target.__qualname__}: {first_line(error)}") from error
-    if "lr" not in built.defaults:
+    if "lr" not in optimizer.defaults:
         raise ConfigError(f"optimizer: {target.__qualname__} has no lr, which a schedule sets")
-    return target, arguments
 
 
-def build_schedule(config: Config) -> "Schedule":
-    """The learning rate schedule."""
-    from mnist_exp.training.schedules import Schedule
-
+def build_schedule(config: Config) -> Schedule:
+    """Return the learning rate schedule. Raise ConfigError if it cannot be made."""
     target = _target_class("schedule", config.schedule, Schedule, config.trusted_packages)
     _check_arguments("schedule", target, config.schedule)
     arguments = _named_arguments("schedule", config.schedule)
@@ -177,3 +113,97 @@ def build_schedule(config: Config) -> "Schedule":
             f"training.epochs ({config.training.epochs})"
         )
     return schedule
+
+
+def _check_nested_targets(key: str, node: Any, trusted: Sequence[str]) -> None:
+    """Check the classes, and their arguments, that are nested in the node of a model."""
+    children = node.items() if isinstance(node, Mapping) else enumerate(node)
+    for name, child in children:
+        if not isinstance(child, Mapping | list):
+            continue
+        _check_nested_targets(f"{key}.{name}", child, trusted)
+        if isinstance(child, Mapping) and "_target_" in child:
+            target = _target_class(f"{key}.{name}", child, nn.Module, trusted)
+            _check_arguments(f"{key}.{name}", target, child)
+
+
+def _target_class(key: str, node: Mapping[str, Any], base: type, trusted: Sequence[str]) -> Any:
+    """Return the class that a node names.
+
+    An import path may lead through a module into its imports (`torch.nn.modules.os`), so what it
+    leads to is checked as well.
+
+    Args:
+        key: the dotted key of the node, for messages.
+        node: a part of a config, with a `_target_`.
+        base: the class that the target has to extend.
+        trusted: packages that the class may come from besides torch and this one.
+
+    Raises:
+        ConfigError: if it cannot be imported, or is not what is allowed.
+    """
+    path = node.get("_target_")
+    check_target(f"{key}._target_", path, trusted)
+    if any(str(path).startswith(f"{p}.") for p in trusted) and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a module beside where the command is typed
+    try:
+        target = import_target(str(path))
+    except Exception as error:  # importing somebody's module can raise anything
+        reason = " ".join(str(error).split("\n", 1)[-1].split())  # the first line says no more
+        raise ConfigError(f"{key}._target_={path}: it cannot be imported. {reason}") from error
+    is_class = inspect.isclass(target) and issubclass(target, base)
+    home = f"{getattr(target, '__module__', '?')}.{getattr(target, '__qualname__', '?')}"
+    check_target(f"{key}._target_", path, trusted, home)
+    if not is_class or inspect.isabstract(target):
+        raise ConfigError(f"{key}._target_={path}: must be a class that extends {base.__name__}")
+    return target
+
+
+def _check_arguments(
+    key: str, target: Any, node: Mapping[str, Any], added: Sequence[str] = ()
+) -> None:
+    """Check the arguments in a node against the signature of its target.
+
+    Args:
+        key: the dotted key of the node, for messages.
+        target: a class.
+        node: a part of a config; keys that begin with an underscore are no arguments.
+        added: names of the arguments that are added to those of the config.
+
+    Raises:
+        ConfigError: for an argument that is unknown, missing, or text in place of a number.
+    """
+    parameters = inspect.signature(target).parameters
+    name = f"{target.__module__}.{target.__qualname__}"
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for argument, value in node.items():
+        if argument not in parameters and not argument.startswith("_") and not takes_any:
+            known = [n for n in parameters if n not in added]
+            raise ConfigError(
+                f"{key}.{argument}: {name} takes no such argument. "
+                f"{did_you_mean(argument, known)}It takes: {', '.join(known) or 'none'}. "
+                f"To drop it: '~{key}.{argument}'"
+            )
+        default = parameters[argument].default if argument in parameters else None
+        if _is_number(default) and not (value is None or _is_number(value)):
+            raise ConfigError(
+                f"{key}.{argument}={value}: must be a number, as its default {default}"
+            )
+    if "_args_" in node:
+        return
+    for argument, p in parameters.items():
+        needed = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if needed and argument not in node and argument not in added:
+            raise ConfigError(f"{key}.{argument}: {name} needs it. Add +{key}.{argument}=VALUE")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _named_arguments(key: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments in a node whose values are plain: nothing nested in them is built."""
+    for name in node:
+        if name.startswith("_") and name != "_target_":
+            raise ConfigError(f"{key}.{name}: every argument of the {key} is given by its name")
+    return {name: value for name, value in node.items() if name != "_target_"}

@@ -98,7 +98,7 @@ def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluatio
     root: where its data is by now, if not where it was. Raises ConfigError where the run has left
     no model.
     """
-    dataset, stack = saved.fetch(store, run, root=root)
+    dataset, stack = saved.load_run(store, run, root=root)
     history = {key: store.history(run.id, key) for key in CURVES}
     best = run.metrics.get("best/epoch")
     return evaluate_stack(

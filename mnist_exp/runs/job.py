@@ -1,9 +1,10 @@
-"""What a run needs, from its composed config: checked by building it; nothing is created."""
+"""Jobs: everything that a run needs, from its composed config, checked by building it."""
 
 import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,29 +15,25 @@ from mnist_exp.config.schema import Config, DatasetConfig, identity, task_config
 from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as data
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.build import build_model, build_optimizer, build_schedule
-from mnist_exp.tracking.journal import OpenRuns
-from mnist_exp.tracking.run_log import RunHistory, open_runs_at
-from mnist_exp.tracking.store import store_uri
+from mnist_exp.runs.build import build_model, build_schedule, optimizer_class, try_optimizer
+from mnist_exp.tracking.run_log import RunHistory
 from mnist_exp.training.events import RunSpec
 from mnist_exp.training.schedules import Schedule
 
 Load = Callable[[DatasetConfig], data.Dataset]
-# the keys and groups that a run's name tells of
-NAMED = ("dataset", "dataset.name", "model", "model.hidden", "optimizer", "optimizer.lr",
-         "schedule", "training.batch_size", "seed")  # fmt: skip
+# the keys and groups whose values are in a run's name already
+KEYS_IN_NAME = ("dataset", "dataset.name", "model", "model.hidden", "optimizer", "optimizer.lr",
+                "schedule", "training.batch_size", "seed")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run needs, checked; nothing has been created."""
+    """A run that is checked and ready to be trained; nothing has been created for it."""
 
     config: Config
-    composed: DictConfig  # Hydra's own part included
-    asked: DictConfig  # without it
+    composed: DictConfig  # with Hydra's own part
+    task_config: DictConfig  # without it
     name: str
-    store_uri: str
-    open_runs: OpenRuns  # of the runs that MLflow does not have whole
     device: torch.device
     load: Load
     build: Callable[[], torch.nn.Module]  # the model, initialised from torch's default generator
@@ -46,84 +43,110 @@ class Job:
 
     @property
     def choices(self) -> dict[str, str | None]:
-        """Which option was chosen in each config group."""
+        """The option that was chosen in each config group."""
         return {str(k): v for k, v in self.composed.hydra.runtime.choices.items()}
 
     @property
     def overrides(self) -> list[str]:
-        """What was typed."""
+        """The overrides that were typed."""
         return list(self.composed.hydra.overrides.task)
 
     @property
-    def run(self) -> RunSpec:
-        """What the core needs to know of it."""
-        own = self.config.training
+    def folder(self) -> Path:
+        """The output folder of a run that is no job of a sweep."""
+        return Path(self.composed.hydra.run.dir)
+
+    @property
+    def run_spec(self) -> RunSpec:
+        """The numbers of this run that `fit` needs to know."""
+        training = self.config.training
         return RunSpec(
             self.config.seed,
             self.optimizer_arguments,
             self.schedule,
-            own.label_smoothing,
-            own.patience,
+            training.label_smoothing,
+            training.patience,
         )
 
 
 def prepare(composed: DictConfig, load: Load | None = None) -> Job:
-    """Checks everything that a composed config asks for, by building it; its store is not looked
-    at. Raises ConfigError.
+    """Check all that a composed config asks for by building it, and return it as a job.
 
-    `load`: where the data set comes from, if not from `load_dataset`.
+    Args:
+        composed: the config with Hydra's own part.
+        load: how a data set is loaded; by default a `cached_loader` of the job's own.
+
+    Raises:
+        ConfigError: if the run cannot be trained. Its store and its folder are not looked at.
     """
-    asked = task_config(composed)
-    typed = validate(asked)
+    config = validate(plain := task_config(composed))
     if not str(composed.hydra.run.dir).strip():
         raise ConfigError("hydra.run.dir=: must be a folder of its own for the run's output")
-    device = _device(typed.training.device)
-    schedule = build_schedule(typed)
-    dummy = torch.nn.Parameter(torch.zeros(2, 2))
-    build_optimizer(typed, [dummy])  # before the data, which may have to be fetched
-    load = load or load_dataset
-    dataset = load(typed.dataset)
-    if typed.training.patience is not None and dataset.val is None:
+    device = _device(config.training.device)
+    schedule = build_schedule(config)
+    optimizer, optimizer_arguments = optimizer_class(config)
+    load = load or cached_loader()
+    dataset = load(config.dataset)  # after what can be checked without: it may have to be fetched
+    if config.training.patience is not None and dataset.val is None:
         raise ConfigError(
-            f"training.patience={typed.training.patience}: needs validation images, and "
+            f"training.patience={config.training.patience}: needs validation images, and "
             f"dataset.val_size is 0. Add dataset.val_size=5000, or training.patience=null"
         )
-    build = build_model(typed, dataset.shape, len(dataset.classes))
-    _check_last_batch(build, dataset, typed.training.batch_size)
+    build = build_model(config, dataset.shape, len(dataset.classes))
+    _check_last_batch(build, dataset, config.training.batch_size)
     with torch.random.fork_rng(devices=[]):
-        parameters = [p for p in build().parameters() if p.requires_grad]
-    optimizer, arguments = build_optimizer(typed, parameters)
+        try_optimizer(optimizer, optimizer_arguments, build())
     return Job(
-        config=typed,
+        config=config,
         composed=composed,
-        asked=asked,
-        name=typed.tracking.run_name or _name(typed, composed.hydra.runtime.choices),
-        store_uri=store_uri(typed.tracking.uri, paths.output_root()),
-        open_runs=open_runs_at(paths.output_root()),
+        task_config=plain,
+        name=config.tracking.run_name or _name(config, composed.hydra.runtime.choices),
         device=device,
         load=load,
         build=build,
         optimizer=optimizer,
-        optimizer_arguments=arguments,
+        optimizer_arguments=optimizer_arguments,
         schedule=schedule,
     )
 
 
-def check_unchanged(job: Job, story: RunHistory) -> None:
-    """Raises ConfigError if a run that is to be resumed began with another config."""
-    before = story.tags.get("config_hash")
-    if before not in (None, identity(job.asked)):
+def check_unchanged(job: Job, history: RunHistory) -> None:
+    """Raise ConfigError if a run that is to be resumed began with another config."""
+    if history.tags.get("config_hash") not in (None, identity(job.task_config)):
         raise ConfigError(
             "the run began with another config than this. Restore it, or train a new run"
         )
 
 
+def load_dataset(config: DatasetConfig) -> data.Dataset:
+    """Return the data set that a config asks for, on the CPU."""
+    return data.load(
+        config.name,
+        root=config.root,
+        val_size=config.val_size,
+        train_size=config.train_size,
+        split_seed=config.split_seed,
+        classes=config.classes,
+        cache=paths.output_root() / "data",
+    )
+
+
+def cached_loader(size: int = 2) -> Load:
+    """Return a `load_dataset` that keeps the `size` data sets which were used last."""
+
+    @functools.lru_cache(size)
+    def load(config: str) -> data.Dataset:
+        return load_dataset(DatasetConfig(**json.loads(config)))
+
+    return lambda config: load(json.dumps(asdict(config)))
+
+
 def _check_last_batch(
     build: Callable[[], torch.nn.Module], dataset: data.Dataset, batch_size: int
 ) -> None:
-    """Raises ConfigError if the model cannot train on the epoch's last batch, of one image.
+    """Raise ConfigError if the model cannot train on an epoch's last batch of a single image.
 
-    Batch normalisation of single values cannot; better known now than after an epoch.
+    Batch normalisation of single values cannot, which is better known now than after an epoch.
     """
     if len(dataset.train) % batch_size != 1 and batch_size != 1:
         return
@@ -138,43 +161,21 @@ def _check_last_batch(
         ) from error
 
 
-def load_dataset(asked: DatasetConfig) -> data.Dataset:
-    """The data set that a config asks for, on the CPU."""
-    return data.load(
-        asked.name,
-        root=asked.root,
-        val_size=asked.val_size,
-        train_size=asked.train_size,
-        split_seed=asked.split_seed,
-        classes=asked.classes,
-        cache=paths.output_root() / "data",
-    )
-
-
-def remembering(size: int = 2) -> Load:
-    """`load_dataset`, which has the newest `size` data sets at hand."""
-
-    @functools.lru_cache(size)
-    def load(asked: str) -> data.Dataset:
-        return load_dataset(DatasetConfig(**json.loads(asked)))
-
-    return lambda asked: load(json.dumps(asdict(asked)))
-
-
-def _device(asked: str) -> torch.device:
+def _device(name: str) -> torch.device:
+    """Return the device of this name, or the best one for "auto". Raise ConfigError without it."""
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
-    if asked == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if present[name]))
-    device = torch.device(asked)
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if present[kind]))
+    device = torch.device(name)
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if not present[device.type] or (device.index or 0) >= count:
-        here = ", ".join(name for name, there in present.items() if there)
-        raise ConfigError(f"training.device={asked}: it is not there. This machine has: {here}")
+        available = ", ".join(kind for kind, is_present in present.items() if is_present)
+        raise ConfigError(f"training.device={name}: it is not there. This machine has: {available}")
     return device
 
 
 def _name(config: Config, choices: Mapping[Any, Any]) -> str:
-    """What tells a run apart from others in a list: "mlp-64-32 sgd lr=0.1 bs=64 seed=0"."""
+    """Return a name that tells runs apart in a list: "mlp-64-32 sgd lr=0.1 bs=64 seed=0"."""
     hidden = config.model.get("hidden", [])
     layers = hidden if isinstance(hidden, list) else [hidden]
     model = "-".join([str(choices.get("model") or "model"), *map(str, layers)])
@@ -184,5 +185,6 @@ def _name(config: Config, choices: Mapping[Any, Any]) -> str:
     if choices.get("schedule") not in (None, "constant"):
         parts.append(str(choices["schedule"]))
     lr = config.optimizer.get("lr")
-    parts += [f"lr={lr:g}"] if isinstance(lr, int | float) else []
+    if isinstance(lr, int | float):
+        parts.append(f"lr={lr:g}")
     return " ".join([*parts, f"bs={config.training.batch_size}", f"seed={config.seed}"])

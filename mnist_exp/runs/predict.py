@@ -41,7 +41,7 @@ def predict(store: Store, run: StoredRun, files: Sequence[Path], raw: bool) -> l
     raw: the files are taken as they are, for what is no photograph of ink on paper. Raises
     ConfigError where the run has left no model, or one that gives no numbers.
     """
-    facts, stack = saved.fetch_model(store, run)
+    facts, stack = saved.load_model(store, run)
     predictions: list[Prediction] = []
     kept = 0
     for file in files:

@@ -12,26 +12,26 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
 from omegaconf import DictConfig, open_dict, read_write
 
+from mnist_exp.config import paths
 from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import identity
-from mnist_exp.errors import ConfigError, RunFailed, reason_of
+from mnist_exp.errors import ConfigError, reason_of
 from mnist_exp.formatting import Table, number_or_dash
-from mnist_exp.runs import saved_model as saved
-from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.job import Job, prepare
-from mnist_exp.runs.recorder import DIFF, FIRST_LOSSES, Result
+from mnist_exp.runs.recorder import DIFF, FINGERPRINT, Result
+from mnist_exp.runs.saved_model import fetch_config
+from mnist_exp.runs.train import LastEpochReached, StackPlan, run_id_of, train, train_stack
 from mnist_exp.system.processes import is_running, process_identity
 from mnist_exp.tracking.run_log import RunHistory, open_runs_at
-from mnist_exp.tracking.store import Store, StoredRun, UploadState, check_store
-from mnist_exp.training.events import Epoch, Progress
+from mnist_exp.tracking.store import Store, StoredRun, UploadState, check_store, store_uri
 
 PREFIX, OWNER = "mnist-exp-reproduce-", "owner.json"  # the temporary folder, and whose it is
 STEPS = "first steps"
@@ -130,34 +130,6 @@ class Reproduction:
         return header, rows
 
 
-class _Compared(RunFailed):
-    """All that is on record is there again."""
-
-
-class _Until(Reporter):
-    """Ends the second run after the last epoch that the first one has recorded."""
-
-    def __init__(self, inner: Reporter, last: int) -> None:
-        self.inner, self.last = inner, last
-
-    def start(self, names: Sequence[str], device: str, epochs: int) -> None:
-        self.inner.start(names, device, epochs)
-
-    def progress(self, record: Progress) -> None:
-        self.inner.progress(record)
-
-    def line(self, text: str) -> None:
-        self.inner.line(text)
-
-    def stop(self) -> None:
-        self.inner.stop()
-
-    def epoch(self, record: Epoch) -> None:
-        self.inner.epoch(record)
-        if record.epoch == self.last:
-            raise _Compared(f"the first run has recorded no more than {self.last} epochs")
-
-
 def reproduce(
     store: Store,
     stored: StoredRun,
@@ -168,63 +140,165 @@ def reproduce(
     device: str | None = None,
     root: str | None = None,
 ) -> Reproduction:
-    """Trains a run again, and compares the loss of every epoch.
+    """Train a run again from its record, and compare the loss of every epoch.
 
-    keep: the store for the second run, which is gone otherwise. threads, device: in place of the
-    recorded ones; root: where its data is by now. That the second run fails is one of the
-    differences. Raises ConfigError where the record does not tell enough, or the machine lacks
-    something.
+    Args:
+        store: the store that has the run.
+        stored: the run.
+        reporter: shows how the second run gets on.
+        keep: the store for the second run, which is removed otherwise.
+        threads: in place of the recorded number.
+        device: in place of the recorded one.
+        root: the folder of its data set, if not the recorded one.
+
+    Returns:
+        How far the two agree; that the second run fails is one of the differences.
+
+    Raises:
+        ConfigError: if the record does not tell enough, or the machine lacks something.
     """
-    run_id = stored.id
-    if stored.status == "RUNNING":
-        raise ConfigError(f"run {run_id}: it is still running. To reproduce it, wait for its end")
-    steps = stored.parsed_tag(FIRST_LOSSES, _losses, dict[int, float]())
-    choices = stored.choices()
-    recorded = {key: dict(store.history(run_id, key)) for key in LOSSES}
-    if not recorded["train/loss"]:
-        raise ConfigError(f"run {run_id}: no epoch of it is recorded; {stored.explain_status()}")
-    with _place() as place:
-        config = saved.config_of(store, run_id, place)
-        diff = _text(store.fetch(run_id, DIFF, place)) if store.has(run_id, DIFF) else ""
-        changed = stored.tags.get("config_hash") not in (None, identity(config))
-        _as_recorded(config, stored, threads, device, root)
+    with _temporary_folder() as folder:
+        record = _read_record(store, stored, folder)
+        _apply_recorded_settings(record, threads, device, root)
         if keep is not None:
-            check_store(keep, config.tracking.experiment, option="--keep")
-            config.tracking.tags = {**config.tracking.tags, "reproduces": run_id}
+            tracking = record.config.tracking
+            check_store(keep, tracking.experiment, option="--keep")
+            tracking.tags = {**tracking.tags, "reproduces": stored.id}
         try:
-            job = _job(config, choices, keep, place)
+            job = _prepare(record, None if keep else folder / "run")
         except ConfigError as error:
-            said = _refusal(str(error), threads, device)
-            raise ConfigError(f"run {run_id} cannot be trained here, {said}") from error
-        folder = Path(job.composed.hydra.run.dir)
-        outcome = _train(job, folder, reporter, recorded, kept=keep is not None)
-        story = RunHistory.of(folder)
-        agreements = [
-            agreement(STEPS, steps, _losses(story.tags.get(FIRST_LOSSES, "[]"))),
-            *(agreement(key, recorded[key], story.metrics.get(key, {})) for key in LOSSES),
-        ]
-        differences = [CHANGED] if changed else []
-        if isinstance(outcome, Exception) and not isinstance(outcome, _Compared):
-            differences.insert(0, f"the second run failed: {reason_of(outcome)}")
-        if not steps:
-            differences.append(UNKNOWN)
-        differences += _differences(stored, job, story.tags, diff, _text(folder / DIFF))
+            reason = _refusal(str(error), threads, device)
+            raise ConfigError(f"run {stored.id} cannot be trained here, {reason}") from error
+        outcome = _train(job, record, reporter, keep, folder)
+        return _compare(record, job, outcome, keep)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a store has of the run that is to be reproduced."""
+
+    run: StoredRun
+    config: DictConfig
+    is_unchanged: bool  # the config is what the run began with
+    first_losses: dict[int, float]  # by step
+    losses: dict[str, dict[int, float]]  # of each key of LOSSES, by epoch
+    diff: str  # uncommitted changes of its code
+
+
+def _read_record(store: Store, run: StoredRun, folder: Path) -> _Record:
+    """Return what is needed of a run's record. `folder`: where files of it are left."""
+    if run.status == "RUNNING":
+        raise ConfigError(f"run {run.id}: it is still running. To reproduce it, wait for its end")
+    first_losses = run.parsed_tag(FINGERPRINT, _by_step, dict[int, float]())
+    run.choices()  # which may be damaged
+    losses = {key: dict(store.history(run.id, key)) for key in LOSSES}
+    if not losses["train/loss"]:
+        raise ConfigError(f"run {run.id}: no epoch of it is recorded; {run.explain_status()}")
+    config = fetch_config(store, run.id, folder)
+    is_unchanged = run.tags.get("config_hash") in (None, identity(config))
+    diff = _text(store.fetch(run.id, DIFF, folder)) if store.has(run.id, DIFF) else ""
+    return _Record(run, config, is_unchanged, first_losses, losses, diff)
+
+
+def _apply_recorded_settings(
+    record: _Record, threads: int | None, device: str | None, root: str | None
+) -> None:
+    """Set in the config what it leaves to the machine: as recorded, or as asked for."""
+    config, tags = record.config, record.run.tags
+    if root is not None:
+        config.dataset.root = root
+    recorded = record.run.parsed_tag("threads", int, config.training.threads)
+    config.training.threads = recorded if threads is None else threads
+    if device is not None or "device" in tags:
+        config.training.device = tags["device"] if device is None else device
+    if "compiled" in tags:
+        config.training.compile = "always" if tags["compiled"] == "true" else "never"
+
+
+def _prepare(record: _Record, folder: Path | None) -> Job:
+    """Return the run as a job, to be trained in `folder` or else in the usual one."""
+    composed = record.config.copy()
+    with open_dict(composed):
+        composed.hydra = compose([]).hydra
+    with read_write(composed.hydra), open_dict(composed.hydra):
+        composed.hydra.runtime.choices = record.run.choices()
+        # as it is now: it says the time
+        composed.hydra.run.dir = str(folder or composed.hydra.run.dir)
+    return prepare(composed)
+
+
+def _train(
+    job: Job, record: _Record, reporter: Reporter, keep: str | None, folder: Path
+) -> Result | Exception:
+    """Return what the second run has come to, which goes as far as the first one was recorded."""
+    defer_test = not record.losses["test/loss"]
+    last = max(record.losses["train/loss"])
+    last_epoch = last if last < job.config.training.epochs else None
+    if keep is None:
+        uri = store_uri(job.config.tracking.uri, paths.output_root())
+        plan = StackPlan([job], [job.folder], uri, open_runs_at(folder), defer_test=defer_test)
+        return train_stack(plan, reporter, last_epoch=last_epoch)[0]
+    try:
+        return train(
+            *(job, job.folder, reporter), store=keep, defer_test=defer_test, last_epoch=last_epoch
+        )
+    except ConfigError:  # nothing was trained
+        raise
+    except Exception as error:  # a model can raise anything
+        return error
+
+
+def _compare(
+    record: _Record, job: Job, outcome: Result | Exception, keep: str | None
+) -> Reproduction:
+    """Return how far the record and the second run agree, and what differs between them."""
+    run, history = record.run, RunHistory.of(job.folder)
+    agreements = [
+        agreement(STEPS, record.first_losses, _by_step(history.tags.get(FINGERPRINT, "[]"))),
+        *(agreement(key, record.losses[key], history.metrics.get(key, {})) for key in LOSSES),
+    ]
+    differences = []
+    if isinstance(outcome, Exception) and not isinstance(outcome, LastEpochReached):
+        differences.append(f"the second run failed: {reason_of(outcome)}")
+    if not record.is_unchanged:
+        differences.append(CHANGED)
+    if not record.first_losses:
+        differences.append(UNKNOWN)
+    differences += _differences(record, job, history.tags)
     return Reproduction(
-        run_id,
-        stored.name,
-        [each for each in agreements if each.compared],
+        run.id,
+        run.name,
+        [agreement for agreement in agreements if agreement.compared],
         differences,
-        same_config=not changed,
-        kept=folder if keep is not None else None,
-        store=job.store_uri,
-        kept_id=run.name_of(folder) if keep is not None else "",
-        delivered=UploadState.of(folder, job.store_uri).ended,
+        same_config=record.is_unchanged,
+        kept=job.folder if keep else None,
+        store=history.uri,
+        kept_id=run_id_of(job.folder) if keep else "",
+        delivered=UploadState.of(job.folder, history.uri).ended,
     )
 
 
+def _differences(record: _Record, job: Job, tags: Mapping[str, str]) -> list[str]:
+    """Return what differs of all that numbers can depend on. `tags`: of the second run."""
+    recorded, differences = record.run.tags, []
+    digest, present = record.run.dataset_digest, job.load(job.config.dataset).digest
+    if digest not in ("", present):
+        differences.append(f"data: SHA-256 {digest[:12]}..., now {present[:12]}...")
+    commit = "mlflow.source.git.commit"
+    if recorded.get(commit) != tags.get(commit):
+        before, now = recorded.get(commit, "?")[:8], tags.get(commit, "?")[:8]
+        differences.append(f"code: commit {before}, now {now}")
+    elif record.diff != _text(job.folder / DIFF):
+        differences.append("code: the uncommitted changes (uncommitted.diff)")
+    for tag, name in TAGS.items():
+        if tag in recorded and recorded[tag] != tags.get(tag):
+            differences.append(f"{name}: {recorded[tag]}, now {tags.get(tag, '?')}")
+    return differences
+
+
 @contextlib.contextmanager
-def _place() -> Iterator[Path]:
-    """A temporary folder. What a process that was killed has left is removed by the next one."""
+def _temporary_folder() -> Iterator[Path]:
+    """Yield a temporary folder; remove those that processes which were killed have left."""
     for owner in Path(gettempdir()).glob(f"{PREFIX}*/{OWNER}"):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # another user's
             if is_running(json.loads(owner.read_text())) is False:
@@ -235,33 +309,15 @@ def _place() -> Iterator[Path]:
 
 
 def _refusal(error: str, threads: int | None, device: str | None) -> str:
-    """Why a run cannot be trained again, and as what: what was typed, if anything was."""
-    typed = [f"--threads {threads}"] * (threads is not None)
-    typed += [f"--device {device}"] * (device is not None)
-    hint = ". To choose another device: --device cpu" * error.startswith("training.device=")
-    return f"{' and '.join(typed) or 'as its record says'}: {error}{hint}"
-
-
-def _train(
-    job: Job,
-    folder: Path,
-    reporter: Reporter,
-    recorded: Mapping[str, Mapping[int, float]],
-    *,
-    kept: bool,
-) -> Result | Exception:
-    """What the second run has come to, which goes as far as the first one has recorded."""
-    last, finished = max(recorded["train/loss"]), bool(recorded["test/loss"])
-    if last < job.config.training.epochs:
-        reporter = _Until(reporter, last)
-    if not kept:
-        return run.execute([job], [folder], reporter, finished=finished)[0]
-    try:
-        return run.conduct(job, folder, reporter, finished=finished)
-    except ConfigError:  # nothing was trained
-        raise
-    except Exception as error:  # a model can raise anything
-        return error
+    """Return why a run cannot be trained again, and with which options, if any were typed."""
+    options = []
+    if threads is not None:
+        options.append(f"--threads {threads}")
+    if device is not None:
+        options.append(f"--device {device}")
+    is_device = error.startswith("training.device=")
+    hint = ". To choose another device: --device cpu" if is_device else ""
+    return f"{' and '.join(options) or 'as its record says'}: {error}{hint}"
 
 
 def agreement(name: str, recorded: Mapping[int, float], again: Mapping[int, float]) -> Agreement:
@@ -298,63 +354,9 @@ def _relative(before: float, now: float) -> float:
     return abs(now - before) / max(abs(before), 1e-12)
 
 
-def _losses(text: str) -> dict[int, float]:
-    """By their step."""
+def _by_step(text: str) -> dict[int, float]:
+    """Return the losses in a tag by their step: 1, 2, ..."""
     return dict(enumerate(map(float, json.loads(text)), start=1))
-
-
-def _as_recorded(
-    config: DictConfig,
-    stored: StoredRun,
-    threads: int | None,
-    device: str | None,
-    root: str | None,
-) -> None:
-    """What the config leaves to the machine, as it was, but for what is asked for."""
-    tags = stored.tags
-    if root is not None:
-        config.dataset.root = root
-    before = stored.parsed_tag("threads", int, config.training.threads)
-    config.training.threads = before if threads is None else threads
-    if device is not None or "device" in tags:
-        config.training.device = tags["device"] if device is None else device
-    if "compiled" in tags:
-        config.training.compile = "always" if tags["compiled"] == "true" else "never"
-
-
-def _job(
-    config: DictConfig, choices: Mapping[str, str | None], keep: str | None, place: Path
-) -> Job:
-    """The run, ready to be trained: within `place`, or in the usual one if it is to be kept."""
-    composed = config.copy()
-    with open_dict(composed):
-        composed.hydra = compose([]).hydra
-    with read_write(composed.hydra), open_dict(composed.hydra):
-        composed.hydra.runtime.choices = choices
-        # as it is now: it says the time
-        composed.hydra.run.dir = str(composed.hydra.run.dir if keep else place / "run")
-    job = prepare(composed)
-    return replace(job, store_uri=keep) if keep else replace(job, open_runs=open_runs_at(place))
-
-
-def _differences(
-    stored: StoredRun, job: Job, tags: Mapping[str, str], diff: str, diff_now: str
-) -> list[str]:
-    """What is not as it was, of what numbers can depend on."""
-    was = stored.tags
-    said = []
-    before, now = stored.dataset_digest, job.load(job.config.dataset).digest
-    if before not in ("", now):
-        said.append(f"data: SHA-256 {before[:12]}..., now {now[:12]}...")
-    commit = "mlflow.source.git.commit"
-    if was.get(commit) != tags.get(commit):
-        said.append(f"code: commit {was.get(commit, '?')[:8]}, now {tags.get(commit, '?')[:8]}")
-    elif diff != diff_now:
-        said.append("code: the uncommitted changes (uncommitted.diff)")
-    for tag, name in TAGS.items():
-        if tag in was and was[tag] != tags.get(tag):
-            said.append(f"{name}: {was[tag]}, now {tags.get(tag, '?')}")
-    return said
 
 
 def _text(path: Path) -> str:

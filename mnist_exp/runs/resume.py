@@ -1,16 +1,15 @@
 """Runs and sweeps that stopped before their end: which one is meant, and going on with a run."""
 
 import os
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf, open_dict
-
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter
-from mnist_exp.runs.job import check_unchanged, prepare, remembering
-from mnist_exp.runs.recorder import Result
+from mnist_exp.runs.folder import load_composed
+from mnist_exp.runs.job import check_unchanged, prepare
+from mnist_exp.runs.recorder import Result, last_epoch_of
+from mnist_exp.runs.train import train
 from mnist_exp.tracking import journal
 from mnist_exp.tracking.journal import OpenRuns
 from mnist_exp.tracking.run_log import RunHistory, open_histories
@@ -18,42 +17,65 @@ from mnist_exp.tracking.store import Store, StoredRun, UploadState, check_store,
 
 
 def find(word: str, uri: str, open_runs: OpenRuns) -> Path:
-    """The folder of the run or sweep that a person means: `last`, an id, its beginning, a folder.
+    """Return the folder of the run or sweep that a person means.
 
-    First among those that MLflow does not have whole, for which no server is needed.
-    Raises ConfigError.
+    It is looked for first among the runs that MLflow does not have whole, which takes no server.
+
+    Args:
+        word: `last`, an id or its beginning, or a folder.
+        uri: the store.
+        open_runs: the registry of the runs that MLflow does not have whole.
+
+    Raises:
+        ConfigError: if there is no such run, or several, or it cannot be gone on with.
     """
     if os.path.isdir(word or "."):
         if word and journal.size(Path(word)) > 0:
-            return _whole(Path(word).resolve())
+            return _resumable(Path(word).resolve())
         raise ConfigError(
             f"{word or repr(word)}: it holds no record of a run ({journal.NAME}) to go on with"
         )
-    waiting = {entry.folder: story for entry, story in open_histories(open_runs)}
-    if word != "last":
-        names = {f: (story.key, UploadState.of(f).run_id) for f, story in waiting.items()}
-        matching = [f for f, ids in names.items() if any(i.startswith(word) for i in ids if i)]
-        if len(matching) > 1:
-            raise ConfigError(f"{word}: {len(matching)} runs begin like this; give more of it")
-        if matching:
-            return _whole(matching[0])
-    here = [f for f, story in waiting.items() if not story.parent]
-    newest = max(here, key=lambda folder: waiting[folder].began, default=None)
+    histories = {entry.folder: history for entry, history in open_histories(open_runs)}
+    if word == "last":
+        return _find_last(histories, uri, open_runs)
+    matching = [
+        folder
+        for folder, history in histories.items()
+        if any(name.startswith(word) for name in (history.key, UploadState.of(folder).run_id))
+    ]
+    if len(matching) > 1:
+        raise ConfigError(f"{word}: {len(matching)} runs begin like this; give more of it")
+    if matching:
+        return _resumable(matching[0])
+    if has_runs(uri):
+        return _resumable(_folder_of(Store(uri).find(word, sweep=None)))
+    raise _no_such_run(word, uri, open_runs)
+
+
+def _find_last(histories: Mapping[Path, RunHistory], uri: str, open_runs: OpenRuns) -> Path:
+    """Return the folder of the run or sweep that began last: an open one, or one in the store."""
+    folders = [folder for folder, history in histories.items() if not history.parent]
+    newest = max(folders, key=lambda folder: histories[folder].began, default=None)
     if has_runs(uri):
         try:
-            found = Store(uri).find(word, sweep=None)
+            stored = Store(uri).find("last", sweep=None)
         except ConfigError:
-            if word != "last" or newest is None:
+            if newest is None:
                 raise
         else:
-            if word != "last" or newest is None or found.start_time > waiting[newest].began:
-                return _whole(_folder_of(found))
-    if word == "last" and newest is not None:
-        return _whole(newest)
-    raise ConfigError(f"{word}: there is no such run, neither in {uri} nor in {open_runs.folder}")
+            if newest is None or stored.start_time > histories[newest].began:
+                return _resumable(_folder_of(stored))
+    if newest is None:
+        raise _no_such_run("last", uri, open_runs)
+    return _resumable(newest)
+
+
+def _no_such_run(word: str, uri: str, open_runs: OpenRuns) -> ConfigError:
+    return ConfigError(f"{word}: there is no such run, neither in {uri} nor in {open_runs.folder}")
 
 
 def _folder_of(run: StoredRun) -> Path:
+    """Return the folder of a stored run. Raise ConfigError if it is not on this machine."""
     folder = Path(run.tags.get("output_dir", ""))
     if not (folder / journal.NAME).exists():
         raise ConfigError(
@@ -63,55 +85,41 @@ def _folder_of(run: StoredRun) -> Path:
     return folder
 
 
-def _whole(folder: Path) -> Path:
-    story = RunHistory.of(folder)
-    if not story.key:
+def _resumable(folder: Path) -> Path:
+    """Return a folder. Raise ConfigError if its record is damaged, or is that of a sweep's job."""
+    history = RunHistory.of(folder)
+    if not history.key:
         raise ConfigError(
             f"{folder / journal.NAME}: its first line is damaged, so it cannot be gone on with"
         )
-    if story.parent:
-        name = UploadState.of(Path(story.parent)).run_id[:8] or story.parent
+    if history.parent:
+        name = UploadState.of(Path(history.parent)).run_id[:8] or history.parent
         raise ConfigError(f"{folder}: this is a job of a sweep. To go on: mnist-exp resume {name}")
     return folder
 
 
 def resume_run(folder: Path, reporter: Reporter) -> Result | None:
-    """Goes on with a run to the end it would have had. None: it has reached it.
+    """Go on with a run to the end it would have had, or return None if it has reached it.
 
-    Raises ConfigError with nothing changed where it cannot be.
+    Raises:
+        ConfigError: with nothing changed, if it cannot be gone on with.
     """
-    story = RunHistory.of(folder)
-    name = f"run {UploadState.of(folder).run_id[:8] or story.key[:8]}  {story.name}"
-    if story.status == "FINISHED":
+    history = RunHistory.of(folder)
+    name = f"run {UploadState.of(folder).run_id[:8] or history.key[:8]}  {history.name}"
+    if history.status == "FINISHED":
         reporter.line(f"{name}: it is finished; there is nothing to go on with")
         return None
-    if story.reason.startswith("diverged"):
-        raise ConfigError(f"{name}: it {story.reason}. It would again: train with other numbers")
-    check_store(story.uri, story.experiment, required=False)
-    composed = thaw(folder)
+    if history.reason.startswith("diverged"):
+        raise ConfigError(f"{name}: it {history.reason}. It would again: train with other numbers")
+    check_store(history.uri, history.experiment, required=False)
+    composed = load_composed(folder)
     try:
-        job = prepare(composed, remembering())
-        job = replace(job, store_uri=story.uri)
-        check_unchanged(job, story)
+        job = prepare(composed)
+        check_unchanged(job, history)
     except ConfigError as error:
         raise ConfigError(f"{folder / '.hydra' / 'config.yaml'}: {error}") from error
-    epochs = max((step for step, _ in story.history("train/loss")), default=0)
     reporter.line(
-        f"{name}: goes on in {folder}; {epochs} of {job.config.training.epochs} epochs are recorded"
+        f"{name}: goes on in {folder}; {last_epoch_of(history)} of {job.config.training.epochs} "
+        f"epochs are recorded"
     )
-    return run.conduct(job, folder, reporter, resume=True)
-
-
-def thaw(folder: Path) -> DictConfig:
-    """The composed config of a run, as it was when it began. Raises ConfigError."""
-    try:
-        config = OmegaConf.load(folder / ".hydra" / "config.yaml")
-        own = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
-        assert isinstance(config, DictConfig) and isinstance(own, DictConfig)
-        with open_dict(config):
-            config.hydra = own.hydra
-    except Exception as error:  # whatever a file can hold
-        raise ConfigError(
-            f"{folder / '.hydra'}: the run's config cannot be read ({error})"
-        ) from error
-    return config
+    return train(job, folder, reporter, store=history.uri, resume=True)

@@ -21,96 +21,95 @@ from mnist_exp.tracking.store import Store, StoredRun
 from mnist_exp.training.stack import Stack
 
 
-def state(stack: Stack, facts: DatasetInfo) -> dict[str, Any]:
-    """What a checkpoint holds of a model (a stack of one), and of the data it was trained on."""
-    plain = {**asdict(facts), "classes": list(facts.classes), "shape": list(facts.shape)}
+def model_state(stack: Stack, info: DatasetInfo) -> dict[str, Any]:
+    """Return what a checkpoint holds of a model (a stack of one) and of its data, as plain values.
+
+    Args:
+        stack: the model.
+        info: what is needed of its data set to use the model.
+    """
+    plain = {**asdict(info), "classes": list(info.classes), "shape": list(info.shape)}
     return {"model": stack.model(0).state_dict(), "data": plain}
 
 
-def fetch_model(store: Store, run: StoredRun) -> tuple[DatasetInfo, Stack]:
-    """A run's model, as a stack of one on the CPU.
+def load_model(store: Store, run: StoredRun) -> tuple[DatasetInfo, Stack]:
+    """Return a stored run's model, as a stack of one on the CPU, without its data set.
 
-    Raises ConfigError.
+    Raises:
+        ConfigError: if the run has left no model, or one that cannot be used.
     """
-    config, kept = _fetched(store, run)
+    config, state = _load_record(store, run)
     name = f"run {run.id}"
-    if "data" not in kept:
+    if "data" not in state:
         raise ConfigError(
             f"{name}: its checkpoint does not say which classes it knows, as an earlier version "
             f"has written it. Train it again"
         )
-    own = kept["data"]
-    facts = DatasetInfo(tuple(own["classes"]), tuple(own["shape"]), own["mean"], own["std"])
-    return facts, _stack(validate(config), kept["model"], facts, name)
+    plain = state["data"]
+    info = DatasetInfo(tuple(plain["classes"]), tuple(plain["shape"]), plain["mean"], plain["std"])
+    return info, _build_stack(validate(config), state["model"], info, name)
 
 
-def fetch(
+def load_run(
     store: Store, run: StoredRun, load: Load = load_dataset, root: str | None = None
 ) -> tuple[Dataset, Stack]:
-    """A run's model and its data set. root: where that is by now, if not where it was.
+    """Return a stored run's data set and its model, as a stack of one on the CPU.
 
-    Raises ConfigError, also where the data is not what the run was trained on.
+    Args:
+        store: the store that has the run.
+        run: the run.
+        load: how the data set is loaded.
+        root: the folder of the data set, if not the recorded one.
+
+    Raises:
+        ConfigError: if there is no such model, or the data is not what it was trained on.
     """
-    config, kept = _fetched(store, run)
+    plain, state = _load_record(store, run)
     if root is not None:
-        config.dataset.root = root
-    own, name = validate(config), f"run {run.id}"
-    dataset = load(own.dataset)
-    digest = run.dataset_digest
-    if digest not in ("", dataset.digest):
-        raise ConfigError(
-            f"{dataset.source}: this is not the data of {name}: its SHA-256 is "
-            f"{dataset.digest[:12]}..., and was {digest[:12]}... To name the right folder: "
-            f"dataset.root=FOLDER"
-        )
-    return dataset, _stack(own, kept["model"], dataset.info, name)
-
-
-def recall(recorded: Path, weights: Path, load: Load) -> tuple[Dataset, Stack]:
-    """A run's data set and model from files: its resolved config, and its checkpoint.
-
-    Raises ConfigError.
-    """
-    config = validate(read_config(recorded))
+        plain.dataset.root = root
+    config = validate(plain)
     dataset = load(config.dataset)
-    weights_of = checkpoint.load(weights)["model"]
-    return dataset, _stack(config, weights_of, dataset.info, str(weights.parent))
+    if run.dataset_digest not in ("", dataset.digest):
+        raise ConfigError(
+            f"{dataset.source}: this is not the data of run {run.id}: its SHA-256 is "
+            f"{dataset.digest[:12]}..., and was {run.dataset_digest[:12]}... To name the right "
+            f"folder: dataset.root=FOLDER"
+        )
+    return dataset, _build_stack(config, state["model"], dataset.info, f"run {run.id}")
 
 
-def config_of(store: Store, run_id: str, folder: Path) -> DictConfig:
-    """A run's config, as its record has it, checked. folder: where a copy of the file is left.
+def load_from_folder(folder: Path, load: Load) -> tuple[Dataset, Stack]:
+    """Return the data set and the model of the run in a folder. Raise ConfigError without them."""
+    config = validate(load_config(folder / "config.yaml"))
+    dataset = load(config.dataset)
+    weights = checkpoint.load(folder / "checkpoint.pt")["model"]
+    return dataset, _build_stack(config, weights, dataset.info, str(folder))
 
-    Raises ConfigError where the run has none, or one that is damaged.
+
+def fetch_config(store: Store, run_id: str, folder: Path) -> DictConfig:
+    """Return a stored run's config, checked.
+
+    Args:
+        store: the store that has the run.
+        run_id: the run's id.
+        folder: where a copy of the file is left.
+
+    Raises:
+        ConfigError: if the run has no config, or a damaged one.
     """
     path = store.fetch(run_id, "config.yaml", folder)
-    return read_config(path, f"run {run_id}, config.yaml in its record")
+    return load_config(path, f"run {run_id}, config.yaml in its record")
 
 
-def check_finite(logits: Tensor, run: StoredRun) -> None:
-    """Raises ConfigError where a run's model gives no probabilities, as one that has diverged."""
-    if not logits.log_softmax(-1).isnan().any():  # -inf is a class that cannot be
-        return
-    raise ConfigError(
-        f"run {run.id}: with its weights, outputs are infinite or no numbers (nan); "
-        f"{run.explain_status()}"
-    )
+def load_config(path: Path, name: str = "") -> DictConfig:
+    """Return the resolved config of a run from its file, checked.
 
+    Args:
+        path: a run's config.yaml.
+        name: what the messages call it, if not by its path.
 
-def _fetched(store: Store, run: StoredRun) -> tuple[DictConfig, dict[str, Any]]:
-    """A run's config, and what its checkpoint holds."""
-    with TemporaryDirectory() as folder:
-        try:
-            path = store.fetch(run.id, "checkpoint", Path(folder)) / "checkpoint.pt"
-        except ConfigError as error:
-            raise ConfigError(f"{error}; {run.explain_status()}") from error
-        config = config_of(store, run.id, Path(folder))
-        return config, checkpoint.load(path, f"run {run.id}, checkpoint/checkpoint.pt")
-
-
-def read_config(path: Path, name: str = "") -> DictConfig:
-    """A run's resolved config, checked. `name`: of the file, as for `checkpoint.load`.
-
-    Raises ConfigError.
+    Raises:
+        ConfigError: if the file cannot be read, or holds something else.
     """
     name = name or str(path)
     try:
@@ -118,8 +117,8 @@ def read_config(path: Path, name: str = "") -> DictConfig:
     except OSError as error:
         raise ConfigError(f"{name}: it cannot be read ({error.strerror})") from error
     except Exception as error:  # whatever a parser of YAML raises
-        said = " ".join(str(error).split())
-        raise ConfigError(f"{name}: it cannot be read as YAML, {said}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{name}: it cannot be read as YAML, {reason}") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{name}: it holds no keys with their values")
     try:
@@ -129,11 +128,34 @@ def read_config(path: Path, name: str = "") -> DictConfig:
     return config
 
 
-def _stack(config: Config, weights: Mapping[str, Tensor], facts: DatasetInfo, name: str) -> Stack:
-    build = build_model(config, facts.shape, len(facts.classes))
+def check_finite(logits: Tensor, run: StoredRun) -> None:
+    """Raise ConfigError if a run's model gives no probabilities, as one that has diverged."""
+    if logits.log_softmax(-1).isnan().any():  # -inf is a class that cannot be
+        raise ConfigError(
+            f"run {run.id}: with its weights, outputs are infinite or no numbers (nan); "
+            f"{run.explain_status()}"
+        )
+
+
+def _load_record(store: Store, run: StoredRun) -> tuple[DictConfig, dict[str, Any]]:
+    """Return a stored run's config, and the state in its checkpoint."""
+    with TemporaryDirectory() as folder:
+        try:
+            path = store.fetch(run.id, "checkpoint", Path(folder)) / "checkpoint.pt"
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {run.explain_status()}") from error
+        config = fetch_config(store, run.id, Path(folder))
+        return config, checkpoint.load(path, f"run {run.id}, checkpoint/checkpoint.pt")
+
+
+def _build_stack(
+    config: Config, weights: Mapping[str, Tensor], info: DatasetInfo, name: str
+) -> Stack:
+    """Return a model with its weights as a stack of one. `name`: of its run, for the message."""
+    build = build_model(config, info.shape, len(info.classes))
     stack = Stack(build, [config.seed], torch.device("cpu"))
-    shapes = [{n: t.shape for n, t in s.items()} for s in (weights, stack.module.state_dict())]
-    if shapes[0] != shapes[1]:
+    state = stack.module.state_dict()
+    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in state.items()}:
         raise ConfigError(
             f"{name}: its checkpoint does not fit {config.model['_target_']} as it is now: the "
             f"code has changed since"

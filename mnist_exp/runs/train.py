@@ -1,286 +1,338 @@
-"""Runs, from their composed configs to their records: alone, or together as a stack."""
+"""Training: `train` trains one run, `train_stack` the runs that can share a stack."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from mnist_exp.config import paths
 from mnist_exp.config.schema import identity
 from mnist_exp.config.validate import checkpoint_every
-from mnist_exp.data import dataset as data
 from mnist_exp.errors import RunFailed, Terminated
-from mnist_exp.runs import saved_model as saved
 from mnist_exp.runs.console import Reporter
-from mnist_exp.runs.job import Job, Load, prepare
+from mnist_exp.runs.folder import check_output_folder, check_vacant, write_configs
+from mnist_exp.runs.job import Job, Load
+from mnist_exp.runs.provenance import ask_git, run_tags, stack_tags
 from mnist_exp.runs.recorder import (
-    CURVES,
+    Event,
     Result,
     RunRecorder,
-    ask_git,
-    check_folder,
-    check_vacant,
-    common_tags,
-    record_curves,
-    record_first,
-    record_model,
+    closing_on_error,
+    deployed_model,
+    last_epoch_of,
+    open_recorders,
     record_predictions,
-    record_test,
-    write_configs,
+    record_preview,
+    record_test_and_model,
 )
+from mnist_exp.runs.saved_model import load_from_folder
 from mnist_exp.system import signals
 from mnist_exp.tracking import checkpoint, journal
-from mnist_exp.tracking.run_log import RunHistory, RunWriter, open_runs_at
-from mnist_exp.tracking.store import UploadState, check_store
+from mnist_exp.tracking.journal import OpenRuns
+from mnist_exp.tracking.run_log import Beginning, RunHistory, RunWriter, open_runs_at
+from mnist_exp.tracking.store import UploadState, check_store, store_uri
 from mnist_exp.tracking.upload import Uploader
 from mnist_exp.training import loop as training
 from mnist_exp.training.compile import worth_compiling
 from mnist_exp.training.events import Epoch, Message, Progress
-from mnist_exp.training.models import DeployedModel
 from mnist_exp.training.stack import Stack
 
 INTERRUPTED_SECONDS = 3.0  # that somebody who has asked a run to end waits for MLflow
+NO_RECORD: dict[str, Any] = {"history": [], "best": {}}  # as `RunRecorder.state`
 THREADS = torch.get_num_threads()  # torch's choice, before any run makes its own
 
 
-def train_composed(composed: DictConfig, reporter: Reporter) -> Result:
-    """One run, from its composed config. Raises as `api.train` does."""
-    job, folder = prepare(composed), Path(composed.hydra.run.dir)
-    own = job.config.tracking
-    check_store(job.store_uri, own.experiment, own.required)
-    check_folder(folder)
-    check_vacant(folder)
-    return conduct(job, folder, reporter)
+class LastEpochReached(RunFailed):
+    """Training ended before its last epoch, where its caller wanted no more."""
 
 
-def conduct(
-    job: Job, folder: Path, reporter: Reporter, *, resume: bool = False, finished: bool = True
+@dataclass(frozen=True)
+class StackPlan:
+    """The runs that are trained together as a stack, and where their records go."""
+
+    jobs: Sequence[Job]  # that can share a stack
+    folders: Sequence[Path]  # of their records
+    store_uri: str
+    open_runs: OpenRuns  # the registry of the runs that the store does not have whole
+    tags: Sequence[Mapping[str, str]] = ({},)  # of each run, beyond its own
+    parent: Path | None = None  # the folder of the sweep that they belong to
+    checkpoint_dir: Path | None = None  # of the stack, if it is not the first run's folder
+    defer_test: bool = False  # leave the test set and the model to `record_deferred_test`
+    threads: int = THREADS  # where the config does not say
+
+
+def train(
+    job: Job,
+    folder: Path,
+    reporter: Reporter,
+    *,
+    store: str | None = None,
+    resume: bool = False,
+    defer_test: bool = False,
+    last_epoch: int | None = None,
 ) -> Result:
-    """One run, its record delivered to MLflow while it is trained."""
-    uploader = Uploader(job.store_uri, job.open_runs, reporter.line)
+    """Train one run, whose record is uploaded to MLflow meanwhile.
+
+    Args:
+        job: the run.
+        folder: its output folder.
+        reporter: shows how it gets on.
+        store: the URI of the store to upload to, if it is not the config's.
+        resume: go on with the run in `folder` from its newest checkpoint.
+        defer_test: leave the test set and the model to `record_deferred_test`.
+        last_epoch: the last one that the run to be reproduced has recorded, if not all; training
+            ends after it, with LastEpochReached.
+
+    Raises:
+        ConfigError: with nothing created, if the run cannot be recorded there.
+        RunFailed: if the run does not reach its end.
+    """
+    tracking = job.config.tracking
+    uri = store or store_uri(tracking.uri, paths.output_root())
+    open_runs = open_runs_at(paths.output_root())
+    if not resume:
+        check_store(uri, tracking.experiment, tracking.required)
+        check_output_folder(folder)
+        check_vacant(folder)
+    plan = StackPlan([job], [folder], uri, open_runs, defer_test=defer_test)
+    uploader = Uploader(uri, open_runs, reporter.line)
     uploader.watch([folder])
     uploader.start()
-    patience = INTERRUPTED_SECONDS
+    flush_seconds = INTERRUPTED_SECONDS
     try:
-        (outcome,) = execute([job], [folder], reporter, resume=resume, finished=finished)
-        patience = job.config.tracking.flush_seconds
+        (outcome,) = train_stack(plan, reporter, resume=resume, last_epoch=last_epoch)
+        flush_seconds = tracking.flush_seconds
     except (KeyboardInterrupt, Terminated) as error:
         if RunHistory.of(folder).key:
             error.add_note(str(folder))  # that can be resumed
         raise
     finally:
-        undelivered = uploader.close(patience)
+        undelivered = uploader.close(flush_seconds)
     if isinstance(outcome, Exception):
         raise outcome
-    return replace(outcome, run_id=name_of(folder), delivered=not undelivered)
+    return replace(outcome, run_id=run_id_of(folder), delivered=not undelivered)
 
 
-def name_of(folder: Path) -> str:
-    """MLflow's id of a run, or, until MLflow has it, the key of its record."""
+def run_id_of(folder: Path) -> str:
+    """Return MLflow's id of a run, or, until MLflow has it, the key of its record."""
     return UploadState.of(folder).run_id or RunHistory.of(folder).key
 
 
-def execute(
-    jobs: Sequence[Job],
-    folders: Sequence[Path],
-    reporter: Reporter,
-    *,
-    tags: Sequence[Mapping[str, str]] = ({},),
-    parent: Path | None = None,
-    place: Path | None = None,
-    finished: bool = True,
-    threads: int = THREADS,
-    resume: bool = False,
+def train_stack(
+    plan: StackPlan, reporter: Reporter, *, resume: bool = False, last_epoch: int | None = None
 ) -> list[Result | Exception]:
-    """Trains jobs that can share a stack, and keeps the record of each in its folder.
+    """Train the runs of a stack, and keep the record of each in its folder.
 
-    Returns what each has come to. A job that fails leaves the others as they are; what stops the
-    stack of several itself is raised, and leaves their records open.
-    `tags`: for each run, beyond its own. `parent`: the folder of the sweep they belong to.
-    `place`: the folder of the stack's checkpoints, if not the first job's. Not `finished`: `finish`
-    is left for later. `threads`: unless the config says. `resume`: from the newest checkpoint.
+    A run that fails leaves the others as they are; what stops the stack of several itself is
+    raised, and leaves their records open.
+
+    Args:
+        plan: the runs, and where their records go.
+        reporter: shows how they get on.
+        resume: go on from the newest checkpoint; a run that had ended before stays as it is.
+        last_epoch: as for `train`; LastEpochReached is the outcome then.
+
+    Returns:
+        The outcome of each run that had not ended before.
     """
-    first, place = jobs[0], place or folders[0]
-    for folder in folders:
-        check_folder(folder)
-    torch.set_num_threads(first.config.training.threads or threads)
+    jobs, first = plan.jobs, plan.jobs[0]
+    settings = first.config.training
+    for folder in plan.folders:
+        check_output_folder(folder)
+    torch.set_num_threads(settings.threads or plan.threads)
     dataset = first.load(first.config.dataset).to(first.device)
-    facts, diff = common_tags(first, len(jobs)), ask_git("diff", "HEAD")
-    for job, folder in zip(jobs, folders, strict=True):
+    common_tags, diff = stack_tags(first, len(jobs)), ask_git("diff", "HEAD")
+    for job, folder in zip(jobs, plan.folders, strict=True):
         if not (folder / journal.NAME).exists():  # else they are what the run is resumed from
             write_configs(job, folder)
-    state = _newest_state(jobs, place, reporter) if resume else None
+    checkpointer = Checkpointer(plan, len(dataset.train))
+    state = checkpointer.load_newest(reporter) if resume else None
     if state is not None:  # as many as before: they decide the order of sums
         torch.set_num_threads(state["threads"])
-    records: list[RunRecorder] = []
-    try:
-        with signals.deferred():
-            for job, folder, own in zip(jobs, folders, tags, strict=True):
-                told = facts | dict(own)
-                story = RunHistory.of(folder) if resume and len(jobs) > 1 else RunHistory()
-                # one that had ended before the others of its stack were interrupted stays as it is
-                ended = story.status in ("FINISHED", "FAILED")
-                make = RunRecorder.of_ended if ended else RunRecorder
-                record = make(job, folder, told, diff, parent=parent, finished=finished)
-                records.append(record)
-            stack = Stack(first.build, [job.config.seed for job in jobs], first.device)
-            _train(stack, dataset, records, reporter, place, state)
-    except (KeyboardInterrupt, Terminated):
-        reporter.stop()
-        for _, record in _open(records):
-            with record:
-                record.close("KILLED", "interrupted")
-        raise
-    except (Exception, SystemExit) as raised:  # a model can raise anything
-        reporter.stop()
-        error = raised if isinstance(raised, Exception) else _ended(raised)
-        if len(jobs) > 1 and not isinstance(error, RunFailed):
-            for _, record in _open(records):
-                record.leave()
-            raise error from None  # it has its own cause
-        for _, record in _open(records):
-            record.fail(error)
-        if len(records) < len(jobs):
-            raise
-    return [record.outcome for record in records]
-
-
-def _newest_state(jobs: Sequence[Job], place: Path, reporter: Reporter) -> Mapping[str, Any] | None:
-    """What the newest checkpoint that is whole, and these jobs', holds."""
-    own = [identity(job.asked) for job in jobs]
-    state, problems = checkpoint.newest(
-        place, lambda found: "" if found.get("configs") == own else "it is of another run"
-    )
-    for problem in problems:
-        reporter.line(problem)
-    return state
-
-
-def _ended(raised: BaseException) -> RunFailed:
-    error = RunFailed(f"the code of the run ended it: {type(raised).__name__}: {raised}")
-    error.__cause__ = raised
-    return error
-
-
-def _train(
-    stack: Stack,
-    dataset: data.Dataset,
-    records: Sequence[RunRecorder],
-    reporter: Reporter,
-    place: Path,
-    state: Mapping[str, Any] | None,
-) -> None:
-    jobs = [record.job for record in records]
-    own = jobs[0].config.training
-    every = checkpoint_every(own.checkpoint_every)
-    for k, record in _open(records):
-        with record:
-            record.start(dataset, stack, k)
-    if state is not None:
-        for record, own_state in zip(records, state["records"], strict=True):
-            with record:
-                record.restore(own_state)
-
-    def save(event: Progress | Epoch, steps: int) -> None:
-        core = event.state()
-        kept = {
-            "configs": [identity(job.asked) for job in jobs],
-            "records": [record.state() for record in records],
-            "threads": torch.get_num_threads(),
-            "core": core,
-        }
-        place.mkdir(parents=True, exist_ok=True)
+    recorders: list[RunRecorder] = []
+    with closing_on_error(recorders, len(jobs)), signals.deferred():
+        for k in _unfinished(plan) if resume else range(len(jobs)):
+            writer = _open_journal(plan, k, common_tags)
+            recorder = RunRecorder(jobs[k], k, dataset, writer, plan.store_uri, plan.defer_test)
+            recorders.append(recorder)
+        stack = Stack(first.build, [job.config.seed for job in jobs], first.device)
+        for recorder in recorders:
+            with recorder.failing_alone():
+                recorder.start(stack, diff)
+                if state is not None:
+                    recorder.restore(state["records"][recorder.index])
+        compiled = should_compile(jobs, len(dataset.train))
+        events = training.fit(
+            stack,
+            dataset,
+            [job.run_spec for job in jobs],
+            first.optimizer,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            compiled=compiled and (stack.is_traceable or settings.compile == "always"),
+            state=None if state is None else state["core"],
+        )
+        reporter.start([job.name for job in jobs], str(stack.device), settings.epochs)
         try:
-            checkpoint.save_numbered(place, steps, kept)
-        except OSError as error:
-            before = "the one before it is" if any(place.glob("state-*.pt")) else "no other is"
-            raise RunFailed(
-                f"the checkpoint cannot be written to {place} ({error.strerror}); {before} there"
-            ) from error
-
-    reporter.start([job.name for job in jobs], str(stack.device), own.epochs)
-    in_an_epoch = -(-len(dataset.train) // own.batch_size)
-    saved = 0 if state is None else state["core"]["epoch"] * in_an_epoch + state["core"]["steps"]
-    for event in training.fit(
-        stack,
-        dataset,
-        [job.run for job in jobs],
-        jobs[0].optimizer,
-        epochs=own.epochs,
-        batch_size=own.batch_size,
-        compiled=compiles(jobs, len(dataset.train))
-        and (stack.is_traceable or own.compile == "always"),
-        state=None if state is None else state["core"],
-    ):
-        if isinstance(event, Progress):
-            reporter.progress(event)
-            if event.epoch == 1 and event.step == len(event.losses):
-                for k, record in _open(records):
-                    with record:
-                        record.take_first(event.losses[:, event.active.index(k)])
-            done = (event.epoch - 1) * in_an_epoch + event.step
-            due = every.steps and done - saved >= every.steps
-            if event.step < event.steps and (due or signals.asked()):
-                save(event, done)
-                saved = done
+            _follow(events, recorders, checkpointer, reporter, last_epoch)
+        finally:
+            reporter.stop()
+        for recorder in open_recorders(recorders):
+            with recorder.failing_alone():
+                recorder.end(stack.select([recorder.index]))
                 signals.check()
-            continue
-        for k, record in _open(records):  # first: what a person has seen is kept
-            with record:
-                record.take(event, k, dataset)
+    return [recorder.outcome for recorder in recorders]
+
+
+def _unfinished(plan: StackPlan) -> list[int]:
+    """Return the numbers of the runs to go on with: of several, those that have not ended."""
+    histories = [RunHistory.of(folder) for folder in plan.folders]
+    ended = [history.status in ("FINISHED", "FAILED") for history in histories]
+    return [k for k in range(len(ended)) if len(ended) == 1 or not ended[k]]
+
+
+def _open_journal(plan: StackPlan, k: int, common_tags: Mapping[str, str]) -> RunWriter:
+    """Return the writer of run k's journal, which begins there or is resumed."""
+    job, folder = plan.jobs[k], plan.folders[k]
+    beginning = Beginning(
+        job.name,
+        plan.store_uri,
+        job.config.tracking.experiment,
+        run_tags(job, folder, {**common_tags, **plan.tags[k]}),
+        plan.parent,
+    )
+    return RunWriter(folder, plan.open_runs, beginning)
+
+
+def _follow(
+    events: Iterable[Event],
+    recorders: Sequence[RunRecorder],
+    checkpointer: "Checkpointer",
+    reporter: Reporter,
+    last_epoch: int | None,
+) -> None:
+    """Record, show and checkpoint what training yields, until no run is left to be trained.
+
+    Raises:
+        LastEpochReached: after epoch `last_epoch`.
+        KeyboardInterrupt, Terminated: where a signal has come, after a checkpoint.
+    """
+    for event in events:
+        for recorder in open_recorders(recorders):  # first: what a person has seen is kept
+            with recorder.failing_alone():
+                recorder.record(event)
         if isinstance(event, Message):
             reporter.line(event.text)
             continue
-        reporter.epoch(event)
-        due = event.epoch == own.epochs or (every.epochs and event.epoch % every.epochs == 0)
-        # where all have failed, a later try begins with the epoch that they failed in
-        if _open(records) and (due or signals.asked()):
-            saved = event.epoch * in_an_epoch
-            save(event, saved)
-        signals.check()
-        if not _open(records):
-            break
-    reporter.stop()
-    for k, record in _open(records):
-        with record:
-            record.end(stack.select([k]), dataset)
+        if isinstance(event, Progress):
+            reporter.progress(event)
+        else:
+            reporter.epoch(event)
+        is_left = bool(open_recorders(recorders))
+        if checkpointer.is_due(event):
+            if is_left:  # where all have failed, a later try begins with the epoch they failed in
+                checkpointer.save(event, recorders)
             signals.check()
+        if isinstance(event, Epoch):
+            if not is_left:
+                return
+            if event.epoch == last_epoch:
+                raise LastEpochReached(
+                    f"the first run has recorded no more than {last_epoch} epochs"
+                )
 
 
-def _open(records: Sequence[RunRecorder]) -> list[tuple[int, RunRecorder]]:
-    return [(k, record) for k, record in enumerate(records) if record.is_open]
+class Checkpointer:
+    """The numbered checkpoints of a stack, from which its training can go on."""
+
+    def __init__(self, plan: StackPlan, images: int) -> None:
+        """Take the checkpoints that are in the folder of a plan. `images`: in an epoch."""
+        settings = plan.jobs[0].config.training
+        self.folder = plan.checkpoint_dir or plan.folders[0]
+        self.configs = [identity(job.task_config) for job in plan.jobs]
+        self.every, self.epochs = checkpoint_every(settings.checkpoint_every), settings.epochs
+        self.steps_per_epoch = -(-images // settings.batch_size)
+        self.saved = 0  # after so many steps
+
+    def load_newest(self, reporter: Reporter) -> dict[str, Any] | None:
+        """Return the newest state that is whole and of these runs; say which ones are not."""
+        state, problems = checkpoint.newest(
+            self.folder,
+            lambda state: "" if state.get("configs") == self.configs else "it is of another run",
+        )
+        for problem in problems:
+            reporter.line(problem)
+        if state is not None:
+            core = state["core"]
+            self.saved = core["epoch"] * self.steps_per_epoch + core["steps"]
+        return state
+
+    def is_due(self, event: Progress | Epoch) -> bool:
+        """Return whether to save after an event: at the set intervals, or for a signal."""
+        if isinstance(event, Epoch):
+            at_epochs = self.every.epochs and event.epoch % self.every.epochs == 0
+            return bool(at_epochs) or event.epoch == self.epochs or signals.asked()
+        if event.step == event.steps:  # the end of the epoch comes next
+            return False
+        steps = self._steps(event) - self.saved
+        return bool(self.every.steps and steps >= self.every.steps) or signals.asked()
+
+    def save(self, event: Progress | Epoch, recorders: Sequence[RunRecorder]) -> None:
+        """Save what training and its recorders need to go on. Raise RunFailed if it cannot be."""
+        records = {recorder.index: recorder.state() for recorder in recorders}
+        state = {
+            "configs": self.configs,
+            # a run that had ended before is never gone on with
+            "records": [records.get(k, NO_RECORD) for k in range(len(self.configs))],
+            "threads": torch.get_num_threads(),
+            "core": event.state(),
+        }
+        self.saved = self._steps(event)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            checkpoint.save_numbered(self.folder, self.saved, state)
+        except OSError as error:
+            there = any(self.folder.glob("state-*.pt"))
+            raise RunFailed(
+                f"the checkpoint cannot be written to {self.folder} ({error.strerror}); "
+                f"{'the one before it is' if there else 'no other is'} there"
+            ) from error
+
+    def _steps(self, event: Progress | Epoch) -> int:
+        """Return how many steps are done."""
+        if isinstance(event, Epoch):
+            return event.epoch * self.steps_per_epoch
+        return (event.epoch - 1) * self.steps_per_epoch + event.step
 
 
-def compiles(jobs: Sequence[Job], images: int) -> bool:
-    """Whether these jobs are to be trained with a compiled step, as a stack that can be traced.
+def should_compile(jobs: Sequence[Job], images: int) -> bool:
+    """Return whether a stack is to be trained with a compiled step, if it can be traced.
 
-    `images`: in an epoch.
+    Args:
+        jobs: the runs of the stack.
+        images: in an epoch.
     """
-    own = jobs[0].config.training
-    if own.compile != "auto":
-        return own.compile == "always"
-    return worth_compiling(own.epochs * -(-images // own.batch_size), len(jobs), jobs[0].device)
+    settings = jobs[0].config.training
+    if settings.compile != "auto":
+        return settings.compile == "always"
+    steps = settings.epochs * -(-images // settings.batch_size)
+    return worth_compiling(steps, len(jobs), jobs[0].device)
 
 
-def finish(folder: Path, load: Load) -> dict[str, float]:
-    """What `execute` has left for later, of the run whose record is in `folder`: the official test
-    set, pictures, the model for MLflow."""
-    dataset, stack = saved.recall(folder / "config.yaml", folder / "checkpoint.pt", load)
+def record_deferred_test(folder: Path, load: Load) -> dict[str, float]:
+    """Do what `train_stack` has deferred for the run in `folder`, and return its test metrics.
+
+    It records the official test set, the pictures, and the model for MLflow.
+    """
+    dataset, stack = load_from_folder(folder, load)
     writer = RunWriter.reopen(folder, open_runs_at(paths.output_root()))
-    story = RunHistory.of(folder)
-    history = {key: story.history(key) for key in CURVES}
-    epoch = max(step for step, _ in history["train/loss"])
-    record_first(dataset, writer)
-    test = record_test(stack, dataset, writer, epoch)
-    best = story.newest().get("best/epoch")
+    history = RunHistory.of(folder)
+    record_preview(dataset, writer)
     if dataset.val is not None:  # the weights are those of the best epoch
-        record_predictions(stack, dataset, writer, int(best or epoch))
-    record_curves(history, best, story.name, test["test/accuracy"], writer)
-    served = DeployedModel(stack.model(0), dataset.mean, dataset.std).eval()
-    record_model(served, dataset, writer, epoch)
-    writer.metrics(test, epoch)
+        epoch = int(history.newest().get("best/epoch") or last_epoch_of(history))
+        record_predictions(stack, dataset, writer, epoch)
+    test = record_test_and_model(stack, deployed_model(stack, dataset), dataset, writer)
     writer.journal.close()
     return test

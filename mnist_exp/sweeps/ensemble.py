@@ -9,7 +9,7 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import MeanStd, Table
 from mnist_exp.runs import saved_model as saved
 from mnist_exp.runs.evaluate import Evaluation, evaluate_stack
-from mnist_exp.runs.job import remembering
+from mnist_exp.runs.job import cached_loader
 from mnist_exp.sweeps import results
 from mnist_exp.tracking.store import Store, StoredRun
 
@@ -66,11 +66,11 @@ def ensemble(store: Store, parent: StoredRun, root: str | None = None) -> Ensemb
             f"sweep {run_id}: the chosen cell, {chosen.label}, has one finished run; an ensemble "
             f"needs two or more. Sweep over seeds: seed=0,1,2"
         )
-    load = remembering()
+    load = cached_loader()
     members = []
     for job in chosen.finished:
         run = store.get(job.run_id)
-        members.append(evaluate_stack(run, *saved.fetch(store, run, load, root)))
+        members.append(evaluate_stack(run, *saved.load_run(store, run, load, root)))
     first = members[0]
     # the logarithm of the mean probability: logits as good as any
     shares = torch.stack([m.logits.double().log_softmax(-1) for m in members])

@@ -58,7 +58,7 @@ def _shape(job: Job) -> str:
     """What the jobs of a stack have in common, as text: the config less what a stack can carry."""
     kept = {
         key: value
-        for key, value in leaves(job.asked)
+        for key, value in leaves(job.task_config)
         if key not in ("seed", "training.label_smoothing", "training.patience")
         and not key.startswith(("schedule.", "tracking."))
         and not (key.startswith("optimizer.") and _is_number(value))
@@ -210,7 +210,7 @@ def _train_there(
 
 def _compiles(stack: Sequence[Planned]) -> bool:
     first = stack[0].job
-    return run.compiles([p.job for p in stack], len(first.load(first.config.dataset).train))
+    return run.should_compile([p.job for p in stack], len(first.load(first.config.dataset).train))
 
 
 def _cost(stack: Sequence[Planned]) -> float:

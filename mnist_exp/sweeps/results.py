@@ -20,7 +20,7 @@ from mnist_exp.runs import saved_model as saved
 from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.job import Load
-from mnist_exp.runs.recorder import described, provenance
+from mnist_exp.runs.provenance import described, process_tags
 from mnist_exp.sweeps import report
 from mnist_exp.sweeps.report import Cell, JobRecord
 from mnist_exp.system import files
@@ -101,7 +101,7 @@ def open_parent(config: Config, uri: str, manifest: Manifest, folder: Path) -> R
             if value not in swept.setdefault(key, []):
                 swept[key].append(value)
     tags = {
-        **provenance(),
+        **process_tags(),
         "sweep": "true",
         "launcher": manifest.launcher,
         "output_dir": str(folder),
@@ -145,7 +145,7 @@ def report_again(
         recipe = ""
         if found.chosen is not None:
             best = found.chosen.finished[0].run_id
-            config = saved.config_of(store, best, Path(temporary))
+            config = saved.fetch_config(store, best, Path(temporary))
             choices = store.get(best).choices()
             recipe = _recipe(config, choices, run_id, found.chosen)
         figures = draw(found)
@@ -237,7 +237,7 @@ def conclude(
             if tested.metric("test/accuracy") is not None:
                 continue  # by an earlier try: the test set is read once
             try:
-                run.finish(Path(manifest.jobs[tested.number]["folder"]), load)
+                run.record_deferred_test(Path(manifest.jobs[tested.number]["folder"]), load)
             except Exception as error:  # the report is made all the same
                 failures.append(f"the test of {chosen.label} failed: {reason_of(error)}")
     if not ended:
@@ -262,7 +262,7 @@ def conclude(
             json.loads(RunHistory.of(best).tags["choices"]),
             UploadState.of(folder).run_id,
         )
-        config = saved.read_config(best / "config.yaml")
+        config = saved.load_config(best / "config.yaml")
         recipe = _recipe(config, choices, name or folder.name, found.chosen)
     figures = draw(found)
     for path in write(found, figures, recipe, folder):

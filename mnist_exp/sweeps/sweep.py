@@ -32,15 +32,15 @@ from mnist_exp.errors import ConfigError, RunFailed, first_line, reason_of
 from mnist_exp.formatting import Table
 from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter, Terminal
-from mnist_exp.runs.job import NAMED, Job, Load, check_unchanged, prepare, remembering
-from mnist_exp.runs.recorder import check_folder, check_vacant
+from mnist_exp.runs.folder import check_output_folder, check_vacant
+from mnist_exp.runs.job import KEYS_IN_NAME, Job, Load, cached_loader, check_unchanged, prepare
 from mnist_exp.sweeps import grid, report, results
 from mnist_exp.sweeps.grid import Planned, refuse
 from mnist_exp.sweeps.results import Outcome
 from mnist_exp.system import signals, streams
 from mnist_exp.system.processes import END_SECONDS, end, fork, is_running, receive
 from mnist_exp.tracking.run_log import RunHistory, open_runs_at
-from mnist_exp.tracking.store import check_store
+from mnist_exp.tracking.store import check_store, store_uri
 from mnist_exp.tracking.upload import Uploader
 
 STOP = "stop"  # a file in the sweep's folder: no more jobs are to be started
@@ -72,6 +72,7 @@ class Task:
     """What a launcher calls for each job. It is sent to other processes, so it holds little."""
 
     folder: Path  # of the sweep, with its record
+    store_uri: str
     settings: SweepConfig
     values: dict[int, dict[str, str]]  # of each job, what was swept
     isolated: bool  # each job in a process of its own, which may die alone
@@ -136,17 +137,18 @@ class Task:
         ]
         alone = len(jobs) == 1
         name = f"{numbers[0]}-{numbers[-1]}"  # another one for each half of a stack that failed
-        run.execute(
+        plan = run.StackPlan(
             jobs,
             folders,
-            reporter,
+            self.store_uri,
+            open_runs_at(paths.output_root()),
             tags=tags,
             parent=self.folder,
-            place=None if alone else self.folder / ".stacks" / name,
-            finished=self.settings.test == "all",
+            checkpoint_dir=None if alone else self.folder / ".stacks" / name,
+            defer_test=self.settings.test != "all",
             threads=threads,
-            resume=self.resume,
         )
+        run.train_stack(plan, reporter, resume=self.resume)
 
     def _alone(self, config: DictConfig) -> Outcome:
         """One job in a process of its own: what kills it ends that job alone.
@@ -176,7 +178,7 @@ def _run_there(task: Task, config: DictConfig, to: Connection) -> None:
 
 @functools.cache
 def _remembered() -> Load:
-    return remembering()
+    return cached_loader()
 
 
 def _load(asked: DatasetConfig) -> Any:
@@ -213,8 +215,9 @@ def run_sweep(
     for number, p in enumerate(valid):  # as the launcher will number them
         p.number = number
     first = valid[0].job
-    own = first.config.tracking
-    check_store(first.store_uri, own.experiment, own.required)
+    tracking = first.config.tracking
+    uri = store_uri(tracking.uri, paths.output_root())
+    check_store(uri, tracking.experiment, tracking.required)
     folder = _folders(master, valid)
     check_vacant(folder)
     manifest = results.Manifest(
@@ -228,6 +231,7 @@ def run_sweep(
     _make_folder(master, folder, valid, manifest)
     task = Task(
         folder=folder,
+        store_uri=uri,
         settings=settings,
         values={p.number: p.values for p in valid},
         isolated=name not in ("basic", "stacked") and hasattr(os, "fork"),
@@ -248,7 +252,7 @@ def run_sweep(
         returns = launcher.launch([p.words for p in valid], initial_job_idx=0)
         return {p.number: r.return_value for p, r in zip(valid, returns, strict=True)}
 
-    return _conduct(task, first.config, first.store_uri, manifest, launch, reporter)
+    return _conduct(task, first.config, uri, manifest, launch, reporter)
 
 
 def is_sweep(folder: Path) -> bool:
@@ -291,7 +295,6 @@ def resume_sweep(folder: Path, failed: bool, verbose: bool = True) -> SweepResul
     for p in jobs:
         if p.problem:
             raise ConfigError(f"{p.said}: {p.problem}")
-        p.job = replace(p.job, store_uri=parent.uri)
         try:
             check_unchanged(p.job, found[p.number])
         except ConfigError as error:
@@ -299,6 +302,7 @@ def resume_sweep(folder: Path, failed: bool, verbose: bool = True) -> SweepResul
     check_store(parent.uri, parent.experiment, required=False)
     task = Task(
         folder=folder,
+        store_uri=parent.uri,
         settings=settings,
         values={p.number: p.values for p in planned},
         isolated=False,
@@ -382,7 +386,7 @@ def _conduct(
         uploader.begin()
         undelivered = uploader.close(patience)
     best = folder / results.BEST if found.chosen is not None else None
-    return SweepResult(run.name_of(folder), uri, folder, found, best, reason, not undelivered)
+    return SweepResult(run.run_id_of(folder), uri, folder, found, best, reason, not undelivered)
 
 
 def _folders(master: DictConfig, valid: Sequence[Planned]) -> Path:
@@ -391,7 +395,7 @@ def _folders(master: DictConfig, valid: Sequence[Planned]) -> Path:
     if not asked.strip():
         raise ConfigError("hydra.sweep.dir=: must be a folder of its own for the sweep's output")
     folder = Path(asked).resolve()
-    check_folder(folder, "hydra.sweep.dir")
+    check_output_folder(folder, "hydra.sweep.dir")
     owners: dict[Path, Planned] = {}
     for p in valid:
         try:
@@ -446,13 +450,15 @@ def check(planned: Sequence[Planned], settings: SweepConfig) -> None:
             except ConfigError as error:
                 p.problem = str(error)
             else:
-                places.add((p.job.store_uri, p.job.config.tracking.experiment))
+                tracking = p.job.config.tracking
+                uri = store_uri(tracking.uri, paths.output_root())
+                places.add((uri, tracking.experiment))
                 if len(places) > 1:
                     raise ConfigError(
                         f"{p.said}: tracking.uri and tracking.experiment cannot be swept: a sweep "
                         f"is one object, in one experiment"
                     )
-                twin = seen.setdefault(identity(p.job.asked), p)
+                twin = seen.setdefault(identity(p.job.task_config), p)
                 if twin is not p:
                     p.problem = f"the same as {twin.said}; its result would be the same as well"
         refuse(p, settings)
@@ -463,7 +469,7 @@ def _told_apart(job: Job, values: Mapping[str, str]) -> Job:
     if job.config.tracking.run_name is not None:
         return job
     short = report.short_names(list(values))
-    parts = [f"{short[key]}={value}" for key, value in values.items() if key not in NAMED]
+    parts = [f"{short[key]}={value}" for key, value in values.items() if key not in KEYS_IN_NAME]
     return replace(job, name=" ".join([job.name, *parts]))
 
 

@@ -72,7 +72,7 @@ def train_two_batches(job: Job) -> None:
     before = stack.snapshot()
     batch_size = -(-len(dataset.train) // 2)
     records = list(
-        training.fit(stack, dataset, [job.run], job.optimizer, epochs=1, batch_size=batch_size)
+        training.fit(stack, dataset, [job.run_spec], job.optimizer, epochs=1, batch_size=batch_size)
     )
     progress = [r for r in records if isinstance(r, Progress)]
     assert progress[-1].step == progress[-1].steps == 2
@@ -451,7 +451,7 @@ TARGETS = [
         good=model("mnist_exp.training.models.LeNet5")),
     bad(model("mnist_exp.training.models.nn.modules.module.functools.partial"), "functools.partial",
         "not allowed", good=model("mnist_exp.training.models.LeNet5")),
-    bad(model("mnist_exp.runs.recorder.subprocess.run"), "leads to subprocess.run", "not allowed",
+    bad(model("mnist_exp.runs.provenance.subprocess.run"), "leads to subprocess.run", "not allowed",
         good=model("mnist_exp.training.models.LeNet5")),
     bad(model("torch.nn.modules.module.os"), "it cannot be imported", "'os'",
         good=model("mnist_exp.training.models.LeNet5")),

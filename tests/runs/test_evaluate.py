@@ -20,9 +20,10 @@ from mnist_exp.config.compose import compose
 from mnist_exp.data import dataset as data
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.errors import ConfigError, RunFailed
-from mnist_exp.runs import train
 from mnist_exp.runs.evaluate import Evaluation
+from mnist_exp.runs.job import prepare
 from mnist_exp.runs.recorder import Result
+from mnist_exp.runs.train import train
 from mnist_exp.sweeps.ensemble import Ensemble
 from mnist_exp.sweeps.sweep import SweepResult
 from mnist_exp.training import metrics
@@ -206,9 +207,9 @@ def test_a_damaged_checkpoint(store: str, tmp_path: Path) -> None:
 
 def test_a_run_that_was_interrupted_before_it_had_a_model(store: str, tmp_path: Path) -> None:
     there = [f"tracking.uri={store}"]
-    composed = compose([*SMALL, *there, f"hydra.run.dir={tmp_path}/run"])
+    job = prepare(compose([*SMALL, *there, f"hydra.run.dir={tmp_path}/run"]))
     with pytest.raises(KeyboardInterrupt):
-        train.train_composed(composed, Interrupting(1))
+        train(job, job.folder, Interrupting(1))
     with pytest.raises(
         ConfigError, match=r"no artifact checkpoint; the run is KILLED.*mnist-exp res"
     ):

@@ -29,7 +29,8 @@ from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as data
 from mnist_exp.errors import ConfigError
 from mnist_exp.runs.evaluate import evaluate
-from mnist_exp.runs.recorder import Result, ask_git
+from mnist_exp.runs.provenance import ask_git
+from mnist_exp.runs.recorder import Result
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking import ui_view as view
 from mnist_exp.tracking.store import Store

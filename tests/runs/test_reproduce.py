@@ -20,10 +20,11 @@ from mnist_exp.config.compose import compose
 from mnist_exp.data import dataset as data
 from mnist_exp.data.dataset import Dataset, Split
 from mnist_exp.errors import ConfigError, RunFailed
-from mnist_exp.runs import train as package_run
 from mnist_exp.runs.console import Reporter
+from mnist_exp.runs.job import prepare
 from mnist_exp.runs.recorder import Result
 from mnist_exp.runs.reproduce import Reproduction, agreement, reproduce
+from mnist_exp.runs.train import train
 from mnist_exp.sweeps.sweep import SweepResult
 from mnist_exp.system.processes import process_identity
 from mnist_exp.training import loop as training
@@ -235,9 +236,9 @@ def test_no_more_is_trained_than_was_recorded(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [f"tracking.uri={store}", f"hydra.run.dir={tmp_path}/run", "training.epochs=50"]
-    composed = compose([*SMALL, *words, "schedule=cosine"])
+    job = prepare(compose([*SMALL, *words, "schedule=cosine"]))
     with pytest.raises(KeyboardInterrupt):
-        package_run.train_composed(composed, Interrupting(2))
+        train(job, job.folder, Interrupting(2))
     predict, splits = metrics.predict, []
 
     def counted(stack: Stack, dataset: Dataset, split: Split) -> torch.Tensor:

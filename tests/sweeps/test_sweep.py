@@ -967,7 +967,7 @@ def test_interrupted_sweep(when: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(training, "fit", signalled)
     if when == "test":
-        monkeypatch.setattr(run, "finish", late)
+        monkeypatch.setattr(run, "record_deferred_test", late)
     done = train_all(tmp_path, *SMALL, "seed=0,1", "training.batch_size=32,64", ONE_AT_A_TIME)
     *_, said, again = done.err.splitlines()
     assert (done.status, said) == (130, "mnist-exp: interrupted. To go on with it:")

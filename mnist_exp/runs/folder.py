@@ -1,0 +1,71 @@
+"""The output folder of a run: is it free, and the configs in it, from which a run is resumed."""
+
+import shutil
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from mnist_exp.errors import ConfigError
+from mnist_exp.runs.job import Job
+from mnist_exp.system import files
+from mnist_exp.tracking import journal
+
+
+def check_output_folder(folder: Path, key: str = "hydra.run.dir") -> None:
+    """Raise ConfigError if a folder cannot be made or written, as far as a look can tell.
+
+    Args:
+        folder: an output folder, which may not exist yet.
+        key: the dotted key that names the folder, for the message.
+    """
+    try:
+        files.check_folder(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: the output folder cannot be made or written ({error.strerror}). Choose "
+            f"another: {key}=FOLDER"
+        ) from error
+
+
+def check_vacant(folder: Path) -> None:
+    """Raise ConfigError if a folder holds the record of a run already."""
+    if journal.size(folder) > 0:
+        raise ConfigError(
+            f"{folder}: it holds the record of a run already, which is not overwritten. Choose "
+            f"another folder, or go on with that run: mnist-exp resume {folder}"
+        )
+
+
+def write_configs(job: Job, folder: Path) -> None:
+    """Write the configs of a job into its folder. Raise ConfigError, with no new folder left."""
+    is_new = not folder.exists()
+    try:
+        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+        # `load_composed` reads these two
+        files.write(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(job.task_config))
+        hydra = OmegaConf.masked_copy(job.composed, "hydra")
+        files.write(folder / ".hydra" / "hydra.yaml", OmegaConf.to_yaml(hydra))
+        OmegaConf.save(job.composed.hydra.overrides.task, folder / ".hydra" / "overrides.yaml")
+        OmegaConf.save(job.task_config, folder / "config.yaml", resolve=True)
+    except OSError as error:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise ConfigError(
+            f"{folder}: the output folder cannot be written ({error.strerror}). "
+            f"Choose another: hydra.run.dir=FOLDER"
+        ) from error
+
+
+def load_composed(folder: Path) -> DictConfig:
+    """Return the composed config of a run as it was when it began. Raise ConfigError if damaged."""
+    try:
+        config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+        hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
+        assert isinstance(config, DictConfig) and isinstance(hydra, DictConfig)
+        with open_dict(config):
+            config.hydra = hydra.hydra
+    except Exception as error:  # whatever a file can hold
+        raise ConfigError(
+            f"{folder / '.hydra'}: the run's config cannot be read ({error})"
+        ) from error
+    return config
