@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,7 @@ import torch._dynamo  # an optimizer imports it, which a forked process need not
 from mnist_exp.cli import main as cli
 from mnist_exp.config import paths
 from mnist_exp.figures import samples, style
-from mnist_exp.runs import recorder as record
-from mnist_exp.runs import train as run
+from mnist_exp.runs import recorder, train
 from mnist_exp.sweeps import results
 from mnist_exp.system.processes import is_running
 from mnist_exp.tracking import checkpoint, journal, upload
@@ -44,28 +44,90 @@ KINDS = ("lost", "doubled", "differing")  # what a fault can do to a record
 RANGES = {"exception": (1, 201), "file operation": (10, 400)}
 
 
-class Forked:
-    """`mnist-exp WORD ...` as a process that is forked from this one, which has torch at hand.
+# what forked programs leave out, where the name is looked up: it takes longer than all else in a
+# small run, and in a process that was forked
+LEFT_OUT: list[tuple[ModuleType, str]] = [
+    (samples, "sample_grid"),
+    (samples, "confusion_matrix"),
+    (recorder, "learning_curves"),
+    (results, "sweep_curves"),
+    (recorder, "record_model"),
+]
+# seconds that forked programs wait: they are over before the usual pause, and no server is there
+WAITS: list[tuple[ModuleType, str, float]] = [
+    (upload, "PAUSE", 0.1),
+    (train, "INTERRUPTED_SECONDS", 0.2),
+]
 
-    It saves no MLflow model and draws no pictures, which take longer than all else in a small run.
-    Its registry of open runs is in its folder.
+
+def _nothing(*arguments: Any, **named: Any) -> None:
+    pass
+
+
+def _save_no_figure(figure: Any, path: str | Path) -> None:
+    Path(path).write_bytes(b"a picture")
+
+
+def _no_pixels(figure: Any) -> np.ndarray:
+    return np.zeros((8, 8, 3), np.uint8)
+
+
+def replacements(folder: Path) -> list[tuple[ModuleType, str, Callable[..., Any]]]:
+    """Return the module, the name and the replacement of each function in a forked program."""
+    return [
+        (paths, "output_root", lambda: folder),  # where the registry of open runs is
+        (style, "save", _save_no_figure),
+        (style, "pixels", _no_pixels),
+        *((module, name, _nothing) for module, name in LEFT_OUT),
+    ]
+
+
+def replaced_calls(folder: Path) -> set[str]:
+    """Return which replacements the programs in `folder` have called, as in "module.name"."""
+    return set((folder / "replaced.txt").read_text().splitlines())
+
+
+def _replace(module: ModuleType, name: str, function: Callable[..., Any], folder: Path) -> None:
+    assert callable(getattr(module, name))
+    label = f"{module.__name__}.{name}\n"
+    notes = folder / "replaced.txt"
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        if not notes.exists() or label not in notes.read_text():
+            with notes.open("a") as file:
+                file.write(label)
+        return function(*arguments, **named)
+
+    setattr(module, name, noted)
+
+
+class Forked:
+    """A process that is `mnist-exp WORD ...`, forked from this one, which has torch at hand.
+
+    It saves no MLflow model and draws no pictures. Its registry of open runs is in its folder.
     """
 
     def __init__(
-        self, words: Sequence[str], folder: Path, meddle: Callable[[], None] = lambda: None
+        self, words: Sequence[str], folder: Path, prepare: Callable[[], None] = lambda: None
     ) -> None:
-        """`meddle`: is called in the process, before all else."""
+        """Fork the process.
+
+        Args:
+            words: The command line, less the program's name.
+            folder: Its current folder; what it prints is in `said.txt` there.
+            prepare: Is called in the process, before all else.
+        """
         self.text = folder / "said.txt"
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                meddle()
-                self._be(words, folder)
+                prepare()
+                self._run_program(words, folder)
             finally:
                 os._exit(99)
         self.status: int | None = None
 
-    def _be(self, words: Sequence[str], folder: Path) -> None:
+    def _run_program(self, words: Sequence[str], folder: Path) -> None:
         file = self.text.open("w", buffering=1)
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -74,19 +136,10 @@ class Forked:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
         torch.set_num_threads(1)  # those of OpenMP are not there after a fork
         logging.getLogger().handlers.clear()
-        paths.output_root = lambda: folder  # where the registry of open runs is
-        upload.PAUSE = 0.1  # seconds: such a run is over before the usual pause
-        run.INTERRUPTED_SECONDS = 0.2  # for a server that is not there
-        figures = [
-            (samples, "sample_grid"),
-            (samples, "confusion_matrix"),
-            (record, "learning_curves"),
-            (results, "sweep_curves"),
-        ]
-        for owner, name in (*figures, (record, "record_model")):
-            setattr(owner, name, lambda *arguments, **more: None)
-        style.save = _save_no_figure
-        style.pixels = lambda figure: np.zeros((8, 8, 3), np.uint8)
+        for module, name, function in replacements(folder):
+            _replace(module, name, function, folder)
+        for module, name, seconds in WAITS:
+            setattr(module, name, seconds)
         status = 99
         try:
             cli.main(list(words))
@@ -98,6 +151,7 @@ class Forked:
         os._exit(status)
 
     def poll(self) -> int | None:
+        """Return its exit status, negative for a signal; None while it runs."""
         if self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -105,17 +159,18 @@ class Forked:
         return self.status
 
     def send_signal(self, number: int) -> None:
+        """Send a signal, if the process has not ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def wait(self) -> int:
-        """Its exit status, negative for a signal."""
+        """Wait for its end, and return its exit status, negative for a signal."""
         self.until(lambda: False)
         assert self.status is not None
         return self.status
 
     def until(self, happened: Callable[[], bool]) -> None:
-        """Returns once something has happened, or it has ended."""
+        """Wait until something has happened, or the process has ended."""
         end = time.monotonic() + 60
         while self.poll() is None and not happened():
             if time.monotonic() > end:
@@ -124,49 +179,52 @@ class Forked:
             time.sleep(0.002)
 
 
-def _save_no_figure(figure: Any, path: str | Path) -> None:
-    Path(path).write_bytes(b"a picture")
-
-
 @dataclass
 class Fault:
-    """What happens to a run, at a random moment of its life.
+    """A fault that happens to a run at a random moment of its life, and how the run ended of it.
 
-    name: of a signal; "exception", in a training step; "file operation", in which it is killed.
+    Attributes:
+        name: A signal's; "exception", in a training step; "file operation", in which it is killed.
+        random: What draws the moment.
+        epochs: How many are recorded when it comes; None: any moment of three quarters of the run.
+        status: The exit status, once it has happened.
+        seconds: How long the process took to end.
     """
 
     name: str
     random: random.Random
-    epochs: int | None = None  # recorded when it comes; None: any moment of three quarters of it
-    status: int = 0  # as the process has ended
-    seconds: float = 0.0  # that it took to end
+    epochs: int | None = None
+    status: int = 0
+    seconds: float = 0.0
 
 
 def words_of(folder: Path, *words: str) -> list[str]:
+    """Return the overrides of a small run with its output in `folder`/the run."""
     return [*BASE, f"tracking.uri={NOBODY}", f"hydra.run.dir={folder}/the run", *words]
 
 
 def reference(folder: Path) -> Path:
-    """The run that nothing happens to."""
+    """Train the run that nothing happens to, and return its folder."""
     process = Forked(["train", *words_of(folder)], folder)
     assert process.wait() == 0, process.text.read_text()
     return folder / "the run"
 
 
 def interrupted_run(folder: Path, fault: Fault) -> Path:
-    """The same run, with a fault."""
-    own = folder / "the run"
+    """Train the same run with a fault, which is given its status, and return its folder."""
+    run_folder = folder / "the run"
     within = {"exception": raise_in_step, "file operation": kill_in_file_operation}
     if fault.name in within:
         number = fault.random.randrange(*RANGES[fault.name])
         process = Forked(["train", *words_of(folder)], folder, lambda: within[fault.name](number))
         fault.status = process.wait()
-        return own
+        assert fault.status != 0, "it was over before its fault"
+        return run_folder
     process = Forked(["train", *words_of(folder)], folder)
-    process.until((own / "journal.jsonl").exists)
+    process.until((run_folder / "journal.jsonl").exists)
     # of the run's own time, as a machine that is quick would else have ended it before
     wanted = fault.random.randrange(31) if fault.epochs is None else fault.epochs
-    process.until(lambda: _epochs(own) >= wanted)
+    process.until(lambda: _epochs(run_folder) >= wanted)
     if fault.epochs is None:
         time.sleep(fault.random.uniform(0, 0.02))
     assert process.poll() is None, "it was over too soon"
@@ -174,21 +232,24 @@ def interrupted_run(folder: Path, fault: Fault) -> Path:
     process.send_signal(getattr(signal, fault.name))
     fault.status = process.wait()
     fault.seconds = time.monotonic() - began
-    return own
+    return run_folder
 
 
 def reference_sweep(folder: Path) -> Path:
-    """The sweep that nothing happens to."""
+    """Train the sweep that nothing happens to, and return its folder."""
     process = Forked(["train", "-m", *GRID, f"hydra.sweep.dir={folder}/sweep"], folder)
     assert process.wait() == 0, process.text.read_text()
     return folder / "sweep"
 
 
 def interrupted_sweep(folder: Path, fault: Fault) -> Path:
-    """The same sweep, with a signal to its first process; those that it has forked end as well."""
-    own = folder / "cut"
-    process = Forked(["train", "-m", *GRID, f"hydra.sweep.dir={own}"], folder)
-    jobs = [own / str(n) for n in range(JOBS)]
+    """Train the same sweep, with a signal to its first process, and return its folder.
+
+    The processes that it has forked end as well.
+    """
+    sweep_folder = folder / "cut"
+    process = Forked(["train", "-m", *GRID, f"hydra.sweep.dir={sweep_folder}"], folder)
+    jobs = [sweep_folder / str(n) for n in range(JOBS)]
     wanted = fault.random.randrange(35) if fault.epochs is None else fault.epochs
     process.until(lambda: any(_epochs(job) > wanted for job in jobs))
     process.send_signal(getattr(signal, fault.name))
@@ -197,11 +258,11 @@ def interrupted_sweep(folder: Path, fault: Fault) -> Path:
     for owner in [owner for job in jobs if (owner := RunHistory.of(job).owner)]:
         while is_running(owner) and time.monotonic() < end:
             time.sleep(0.05)
-    return own
+    return sweep_folder
 
 
 def raise_in_step(number: int) -> None:
-    """The training step of this number raises."""
+    """Make the training step of this number raise, in this process."""
     step, numbers = TrainStep._step, itertools.count(1)
 
     def raising(*arguments: Any, **more: Any) -> Any:
@@ -213,7 +274,7 @@ def raise_in_step(number: int) -> None:
 
 
 def kill_in_file_operation(number: int) -> None:
-    """The process is killed at its operation on files of this number; a write is half done then."""
+    """Have this process killed at its operation on files of this number, a write half done."""
     numbers = itertools.count(1)
 
     def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,18 +292,19 @@ def kill_in_file_operation(number: int) -> None:
         setattr(owner, name, counted(getattr(owner, name)))
 
 
-def _epochs(own: Path) -> int:
-    return len(RunHistory.of(own).metrics.get("train/loss", {}))
+def _epochs(folder: Path) -> int:
+    return len(RunHistory.of(folder).metrics.get("train/loss", {}))
 
 
 def resume(folder: Path) -> str:
-    """What it says."""
+    """Resume a run or a sweep, and return what the program printed."""
     process = Forked(["resume", str(folder)], folder.parent)
     assert process.wait() == 0, process.text.read_text()
     return process.text.read_text()
 
 
 def state_of(folder: Path) -> dict[str, Any]:
+    """Return the newest checkpoint of a run, in its own folder or in its stack's."""
     own = RunHistory.of(folder).tags["config_hash"]
     places = [folder, *sorted((folder.parent / ".stacks").glob("*"))]
     for place in places:
@@ -256,9 +318,9 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 
 def differences(folder: Path, other: Path) -> list[str]:
-    """In what a record, and all that training leaves, is not to the last bit that of another run.
+    """Return in what a run's record and weights are not, to the last bit, those of another run.
 
-    Each begins with one of KINDS.
+    Each text begins with one of KINDS.
     """
     a, b = RunHistory.of(folder), RunHistory.of(other)
     found = [] if a.status == b.status == "FINISHED" else [f"lost: status {a.status} {b.status}"]
