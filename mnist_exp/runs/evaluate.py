@@ -12,8 +12,8 @@ from mnist_exp.data.dataset import Dataset
 from mnist_exp.figures import curves, samples, style
 from mnist_exp.figures.curves import History
 from mnist_exp.formatting import Table, number_or_dash
-from mnist_exp.runs import saved_model as saved
 from mnist_exp.runs.recorder import CURVES
+from mnist_exp.runs.saved_model import check_finite, load_run
 from mnist_exp.system import files
 from mnist_exp.tracking.store import Store, StoredRun
 from mnist_exp.training import metrics
@@ -23,37 +23,37 @@ from mnist_exp.training.stack import Stack
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model says of the official test set."""
+    """The results of a model, or of several together, on the official test set."""
 
     run_id: str
     name: str
     dataset: Dataset = field(repr=False)
     logits: Tensor = field(repr=False)  # [N, classes]
-    recorded: Mapping[str, float] = field(default_factory=dict)  # what the run itself had found
-    model: nn.Module | None = field(default=None, repr=False)  # None: it is several
+    recorded: Mapping[str, float] = field(default_factory=dict)  # the run's own test metrics
+    model: nn.Module | None = field(default=None, repr=False)  # None for several models
     history: History = field(default_factory=dict, repr=False)  # of its training
     best_epoch: int | None = None  # whose weights these are, if validation chose them
 
     @cached_property
     def test(self) -> dict[str, float]:
         """test/loss and test/accuracy."""
-        (found,) = metrics.score(self.logits[None], self.dataset.test, "test")
-        return found
+        (test,) = metrics.score(self.logits[None], self.dataset.test, "test")
+        return test
 
     @property
     def interval(self) -> tuple[float, float]:
-        """That the accuracy lies in, by 95 %: Wilson's."""
+        """Wilson's 95 % confidence interval of the accuracy."""
         return metrics.wilson(int(self._correct.sum()), len(self._correct))
 
     @property
     def classes(self) -> list[ClassScore]:
-        """Precision, recall and F1 of each."""
-        true, predicted = self.dataset.test.labels, self.logits.argmax(-1)
-        return metrics.class_scores(metrics.confusion(true, predicted, len(self.dataset.classes)))
+        """Precision, recall and F1 of each class."""
+        labels, predicted = self.dataset.test.labels, self.logits.argmax(-1)
+        return metrics.class_scores(metrics.confusion(labels, predicted, len(self.dataset.classes)))
 
     @cached_property
     def calibration(self) -> Calibration:
-        """How well its confidence says how often it is right."""
+        """How well the model's confidence says how often it is right."""
         return metrics.calibration(self.logits.double().softmax(-1).amax(-1), self._correct)
 
     @property
@@ -61,30 +61,24 @@ class Evaluation:
         return self.logits.argmax(-1) == self.dataset.test.labels
 
     def table(self) -> Table:
-        """A row a class."""
-        rows = [
-            [
-                name,
-                *(number_or_dash(score, ".2%") for score in (one.precision, one.recall, one.f1)),
-                str(one.images),
-            ]
-            for name, one in zip(self.dataset.classes, self.classes, strict=True)
-        ]
+        """Return the scores of the classes, one row a class."""
+        rows = []
+        for name, score in zip(self.dataset.classes, self.classes, strict=True):
+            shares = (score.precision, score.recall, score.f1)
+            rows.append([name, *(number_or_dash(s, ".2%") for s in shares), str(score.images)])
         return ["class", "precision", "recall", "F1", "images"], rows
 
     def draw(self) -> dict[str, Any]:
-        """Figures by name: of the test set, and of one model also how it was trained, and what its
-        first layer looks for."""
-        own = self.calibration
-        title = "calibration on the test set"
+        """Return figures by name: of the test set, and of one model its curves and first layer."""
         figures = samples.test_figures(self.dataset, self.logits)
+        c = self.calibration
         figures["calibration"] = curves.reliability_diagram(
-            own.confidence, own.accuracy, own.counts, own.error, title
+            c.confidence, c.accuracy, c.counts, c.error, "calibration on the test set"
         )
         if self.history:
-            test = self.recorded.get("test/accuracy")
+            test_accuracy = self.recorded.get("test/accuracy")
             figures["curves"] = curves.learning_curves(
-                self.history, self.best_epoch, self.name, test
+                self.history, self.best_epoch, self.name, test_accuracy
             )
         layer = self.model and samples.first_layer(self.model, self.dataset.shape)
         if layer is not None:
@@ -93,34 +87,36 @@ class Evaluation:
 
 
 def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluation:
-    """The saved model of a run on the official test set.
+    """Return the results of a stored run's model on the official test set.
 
-    root: where its data is by now, if not where it was. Raises ConfigError where the run has left
-    no model.
+    Args:
+        store: the store that has the run.
+        run: the run.
+        root: the folder of its data set, if not the recorded one.
+
+    Raises:
+        ConfigError: if the run has left no model, or its data set is not there.
     """
-    dataset, stack = saved.load_run(store, run, root=root)
-    history = {key: store.history(run.id, key) for key in CURVES}
-    best = run.metrics.get("best/epoch")
+    dataset, stack = load_run(store, run, root=root)
+    best_epoch = run.metrics.get("best/epoch")
     return evaluate_stack(
-        run,
-        dataset,
-        stack,
+        *(run, dataset, stack),
         model=stack.model(0),
-        history=history,
-        best_epoch=None if best is None else int(best),
+        history={key: store.history(run.id, key) for key in CURVES},
+        best_epoch=None if best_epoch is None else int(best_epoch),
     )
 
 
 def evaluate_stack(run: StoredRun, dataset: Dataset, stack: Stack, **more: Any) -> Evaluation:
-    """Return what the one model in a stack, that of a run, says of the official test set."""
+    """Return the results of a run's model, as a stack of one. `more`: fields of an Evaluation."""
     (logits,) = metrics.predict(stack, dataset, dataset.test)
-    saved.check_finite(logits, run)
+    check_finite(logits, run)
     recorded = {key: value for key, value in run.metrics.items() if key.startswith("test/")}
     return Evaluation(run.id, run.name, dataset, logits, recorded, **more)
 
 
 def save(figures: Mapping[str, Any], folder: Path, suffix: str) -> list[str]:
-    """Writes figures into a folder, and returns the names of the files. Raises ConfigError."""
+    """Write figures into the folder of --output, and return the names of the files."""
     with files.asked_for("--output", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():

@@ -59,14 +59,9 @@ class Job:
     @property
     def run_spec(self) -> RunSpec:
         """The numbers of this run that `fit` needs to know."""
-        training = self.config.training
-        return RunSpec(
-            self.config.seed,
-            self.optimizer_arguments,
-            self.schedule,
-            training.label_smoothing,
-            training.patience,
-        )
+        training, optimizer = self.config.training, self.optimizer_arguments
+        smoothing, patience = training.label_smoothing, training.patience
+        return RunSpec(self.config.seed, optimizer, self.schedule, smoothing, patience)
 
 
 def prepare(composed: DictConfig, load: Load | None = None) -> Job:
@@ -120,15 +115,7 @@ def check_unchanged(job: Job, history: RunHistory) -> None:
 
 def load_dataset(config: DatasetConfig) -> data.Dataset:
     """Return the data set that a config asks for, on the CPU."""
-    return data.load(
-        config.name,
-        root=config.root,
-        val_size=config.val_size,
-        train_size=config.train_size,
-        split_seed=config.split_seed,
-        classes=config.classes,
-        cache=paths.output_root() / "data",
-    )
+    return data.load(**asdict(config), cache=paths.output_root() / "data")
 
 
 def cached_loader(size: int = 2) -> Load:

@@ -1,4 +1,4 @@
-"""What a run's model says of image files."""
+"""The predictions of a run's model for image files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,24 +11,24 @@ import torch
 from mnist_exp.data import photos
 from mnist_exp.data.photos import Photo, UnreadableImage
 from mnist_exp.figures import images
-from mnist_exp.runs import saved_model as saved
+from mnist_exp.runs.saved_model import check_finite, load_model
 from mnist_exp.tracking.store import Store, StoredRun
 
-NAMED = 3  # classes, the most probable first
+CLASSES = 3  # of a prediction, the most probable first
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one file; `problem` says why there is none."""
+    """The prediction for one file, or the problem for which there is none."""
 
     file: Path
-    # of as many as a figure shows; of more, memory would not do
+    # kept for as many files as a figure shows: the memory would not do for all
     photo: Photo | None = field(default=None, repr=False)
     classes: Sequence[tuple[str, float]] = ()  # the most probable three, with their probabilities
     problem: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """For programs; probabilities from 0 to 1."""
+        """Return the prediction as plain values for programs; probabilities from 0 to 1."""
         if self.problem:
             return {"file": str(self.file), "error": self.problem}
         named = [{"class": name, "probability": share} for name, share in self.classes]
@@ -36,43 +36,46 @@ class Prediction:
 
 
 def predict(store: Store, run: StoredRun, files: Sequence[Path], raw: bool) -> list[Prediction]:
-    """One a file, in their order.
+    """Return a prediction for each file, in their order.
 
-    raw: the files are taken as they are, for what is no photograph of ink on paper. Raises
-    ConfigError where the run has left no model, or one that gives no numbers.
+    Args:
+        store: the store that has the run.
+        run: the run whose model predicts.
+        files: image files.
+        raw: take the files as they are, as they are no photographs of ink on paper.
+
+    Raises:
+        ConfigError: if the run has left no model, or one that gives no numbers.
     """
-    facts, stack = saved.load_model(store, run)
+    info, stack = load_model(store, run)
     predictions: list[Prediction] = []
-    kept = 0
+    shown = 0
     for file in files:
         try:
-            photo = photos.read(file, facts.shape[1:], raw)
+            photo = photos.read(file, info.shape[1:], raw)
         except UnreadableImage as problem:
             predictions.append(Prediction(file, problem=str(problem)))
             continue
-        image = torch.from_numpy(photo.preprocessed)[None, None]  # [1, 1, H, W]
-        logits = stack.logits(facts.normalise(image))[0, 0]
-        saved.check_finite(logits, run)
-        shares = logits.double().softmax(-1)
-        best = shares.topk(min(NAMED, len(shares)))
-        names = [facts.classes[i] for i in best.indices.tolist()]
+        image = torch.from_numpy(photo.preprocessed)[None, None]  # [H, W] -> [1, 1, H, W]
+        logits = stack.logits(info.normalise(image))[0, 0]  # [1, 1, classes] -> [classes]
+        check_finite(logits, run)
+        probabilities = logits.double().softmax(-1)
+        best = probabilities.topk(min(CLASSES, len(probabilities)))
+        names = [info.classes[i] for i in best.indices.tolist()]
         classes = list(zip(names, best.values.tolist(), strict=True))
-        predictions.append(Prediction(file, photo if kept < images.PAIRS else None, classes))
-        kept += 1
+        predictions.append(Prediction(file, photo if shown < images.PAIRS else None, classes))
+        shown += 1
     return predictions
 
 
 def draw(predictions: Sequence[Prediction], title: str) -> Any:
-    """A figure of what was given, beside what the network saw.
-
-    One file or more has to have been read.
-    """
-    drawn = [(p.photo, p.classes) for p in predictions if p.photo]
+    """Return a figure of the original images beside what the network saw; of one file or more."""
+    shown = [(p.file.name, p.photo, p.classes) for p in predictions if p.photo]
     return images.predictions_figure(
-        [photo.original for photo, _ in drawn],
-        np.stack([photo.preprocessed for photo, _ in drawn]),
-        [classes for _, classes in drawn],
+        [photo.original for _, photo, _ in shown],
+        np.stack([photo.preprocessed for _, photo, _ in shown]),
+        [classes for _, _, classes in shown],
         title,
-        names=[p.file.name for p in predictions if p.photo],
+        names=[name for name, _, _ in shown],
         of=sum(not p.problem for p in predictions),
     )

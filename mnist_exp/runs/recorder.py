@@ -20,8 +20,10 @@ from mnist_exp.figures.curves import learning_curves
 from mnist_exp.runs import saved_model
 from mnist_exp.runs.console import epoch_line
 from mnist_exp.runs.job import Job
+from mnist_exp.runs.provenance import run_tags
 from mnist_exp.tracking import checkpoint
-from mnist_exp.tracking.run_log import RecordedDataset, RunHistory, RunWriter
+from mnist_exp.tracking.journal import OpenRuns
+from mnist_exp.tracking.run_log import Beginning, RecordedDataset, RunHistory, RunWriter
 from mnist_exp.tracking.store import save_model
 from mnist_exp.training import metrics
 from mnist_exp.training.events import Epoch, Message, Progress
@@ -31,6 +33,7 @@ from mnist_exp.training.stack import Stack
 log = logging.getLogger(__name__)
 Event = Progress | Epoch | Message
 
+THREADS = torch.get_num_threads()  # torch's choice, before any run makes its own
 CURVES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")  # that are drawn of a run
 FINGERPRINT = "first_losses"  # a tag
 FINGERPRINT_STEPS = 8
@@ -57,31 +60,45 @@ class Result:
         return self.test["test/accuracy"]
 
 
+@dataclass(frozen=True)
+class StackPlan:
+    """The runs that are trained together as a stack, and where their records go."""
+
+    jobs: Sequence[Job]  # that can share a stack
+    folders: Sequence[Path]  # of their records
+    store_uri: str
+    open_runs: OpenRuns  # the registry of the runs that the store does not have whole
+    tags: Sequence[Mapping[str, str]] = ({},)  # of each run, beyond its own
+    parent: Path | None = None  # the folder of the sweep that they belong to
+    checkpoint_dir: Path | None = None  # of the stack, if it is not the first run's folder
+    defer_test: bool = False  # leave the test set and the model to `record_deferred_test`
+    threads: int = THREADS  # where the config does not say
+
+
 class RunRecorder:
     """The recorder of one run of a stack while it is trained, until the run's end."""
 
     def __init__(
-        self,
-        job: Job,
-        index: int,
-        dataset: data.Dataset,
-        writer: RunWriter,
-        store_uri: str,
-        defer_test: bool,
+        self, plan: StackPlan, index: int, dataset: data.Dataset, tags: Mapping[str, str]
     ) -> None:
-        """Begin to record.
+        """Begin the record of a run, or go on with the one that its folder holds.
 
         Args:
-            job: the run.
-            index: its number in the stack.
-            dataset: the data set it is trained on.
-            writer: the writer of its journal, in its folder.
-            store_uri: the store that the journal is for.
-            defer_test: leave the test set and the model for MLflow to `record_deferred_test`.
+            plan: the stack that the run belongs to.
+            index: the run's number in it.
+            dataset: the data set of the stack.
+            tags: what the runs of the stack have in common.
         """
-        self.job, self.index, self.dataset, self.writer = job, index, dataset, writer
-        self.store_uri, self.defer_test = store_uri, defer_test
-        self.folder = writer.folder
+        self.plan, self.index, self.dataset = plan, index, dataset
+        self.job, self.folder = plan.jobs[index], plan.folders[index]
+        beginning = Beginning(
+            self.job.name,
+            plan.store_uri,
+            self.job.config.tracking.experiment,
+            run_tags(self.job, self.folder, {**tags, **plan.tags[index]}),
+            plan.parent,
+        )
+        self.writer = RunWriter(self.folder, plan.open_runs, beginning)
         self.log = (self.folder / "train.log").open("a", encoding="utf-8", buffering=1)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
@@ -98,27 +115,27 @@ class RunRecorder:
 
     def start(self, stack: Stack, diff: str) -> None:
         """Record what is known before training. `diff`: uncommitted changes of the code."""
-        dataset = self.dataset
+        dataset, writer = self.dataset, self.writer
         self.log.write(f"{self.job.name}  on {self.job.device}\n")
-        self.writer.params(dict(leaves(self.job.task_config)))
+        writer.params(dict(leaves(self.job.task_config)))
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
         if dataset.val is not None:
             sizes["val"] = len(dataset.val)
         facts = RecordedDataset(dataset.name, dataset.source, dataset.digest, dataset.shape, sizes)
-        self.writer.dataset(facts)
-        self.writer.artifact(self.folder / "config.yaml")
+        writer.dataset(facts)
+        writer.artifact(self.folder / "config.yaml")
         if diff:
-            self.writer.text(diff, DIFF)
-        if not self.defer_test:
-            record_preview(dataset, self.writer)
+            writer.text(diff, DIFF)
+        if not self.plan.defer_test:
+            record_preview(dataset, writer)
         if dataset.val is not None and self._image_every is not None:  # the UI's slider starts at 0
-            record_predictions(stack.select([self.index]), dataset, self.writer, 0)
+            record_predictions(stack.select([self.index]), dataset, writer, 0)
 
     @property
     def _image_every(self) -> int | None:
         """Epochs between two pictures of predictions; None: there are none."""
         every = self.job.config.tracking.image_every
-        if every is None and not self.defer_test:
+        if every is None and not self.plan.defer_test:
             return -(-self.job.config.training.epochs // 20)  # about 20 pictures
         return every
 
@@ -138,7 +155,11 @@ class RunRecorder:
         """Record an event of `fit`. Raise RunFailed if it says that this run has diverged."""
         if isinstance(event, Progress):
             if event.epoch == 1 and event.step == len(event.losses):
-                self._record_fingerprint(event.losses[:, event.active.index(self.index)])
+                # `reproduce` tells runs apart by their first losses: later, what rounding has
+                # changed may have grown as large as what another seed changes
+                losses = event.losses[:FINGERPRINT_STEPS, event.active.index(self.index)]
+                fingerprint = [float(f"{loss:.9g}") for loss in losses]  # all of a float32
+                self.writer.tags({FINGERPRINT: json.dumps(fingerprint)})
         elif isinstance(event, Message):
             self.log.write(event.text + "\n")
             self.writer.tags({"compiled": str(event.compiled).lower()})
@@ -148,14 +169,6 @@ class RunRecorder:
             raise RunFailed(f"{event.failed[self.index]}. Last finite weights: {path}")
         elif event.metrics[self.index]:  # else it has stopped before
             self._record_epoch(event)
-
-    def _record_fingerprint(self, losses: np.ndarray) -> None:
-        """Record the losses of the first steps, by which `reproduce` tells runs apart.
-
-        Later, what rounding has changed may have grown as large as what another seed changes.
-        """
-        first = [float(f"{loss:.9g}") for loss in losses[:FINGERPRINT_STEPS]]  # all of a float32
-        self.writer.tags({FINGERPRINT: json.dumps(first)})
 
     def _record_epoch(self, event: Epoch) -> None:
         epoch, epochs = event.epoch, self.job.config.training.epochs
@@ -179,10 +192,10 @@ class RunRecorder:
         path = self._save_checkpoint(stack)
         self.writer.metrics(self.best, len(self.history))
         test, model = self.best, deployed_model(stack, self.dataset)
-        if not self.defer_test:
+        if not self.plan.defer_test:
             test = record_test_and_model(stack, model, self.dataset, self.writer) | self.best
         self.log.write("  ".join(f"{key} {value:.6g}" for key, value in test.items()) + "\n")
-        self.outcome = Result("", self.history, test, model, path.parent, self.store_uri)
+        self.outcome = Result("", self.history, test, model, path.parent, self.plan.store_uri)
         self.close("FINISHED")
 
     def fail(self, error: Exception) -> None:

@@ -26,9 +26,9 @@ from mnist_exp.errors import ConfigError, reason_of
 from mnist_exp.formatting import Table, number_or_dash
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.job import Job, prepare
-from mnist_exp.runs.recorder import DIFF, FINGERPRINT, Result
+from mnist_exp.runs.recorder import DIFF, FINGERPRINT, Result, StackPlan
 from mnist_exp.runs.saved_model import fetch_config
-from mnist_exp.runs.train import LastEpochReached, StackPlan, run_id_of, train, train_stack
+from mnist_exp.runs.train import LastEpochReached, run_id_of, train, train_stack
 from mnist_exp.system.processes import is_running, process_identity
 from mnist_exp.tracking.run_log import RunHistory, open_runs_at
 from mnist_exp.tracking.store import Store, StoredRun, UploadState, check_store, store_uri

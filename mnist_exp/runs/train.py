@@ -1,7 +1,7 @@
 """Training: `train` trains one run, `train_stack` the runs that can share a stack."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from mnist_exp.errors import RunFailed, Terminated
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.folder import check_output_folder, check_vacant, write_configs
 from mnist_exp.runs.job import Job, Load
-from mnist_exp.runs.provenance import ask_git, run_tags, stack_tags
+from mnist_exp.runs.provenance import ask_git, stack_tags
 from mnist_exp.runs.recorder import (
     Event,
     Result,
     RunRecorder,
+    StackPlan,
     closing_on_error,
     deployed_model,
     last_epoch_of,
@@ -30,8 +31,7 @@ from mnist_exp.runs.recorder import (
 from mnist_exp.runs.saved_model import load_from_folder
 from mnist_exp.system import signals
 from mnist_exp.tracking import checkpoint, journal
-from mnist_exp.tracking.journal import OpenRuns
-from mnist_exp.tracking.run_log import Beginning, RunHistory, RunWriter, open_runs_at
+from mnist_exp.tracking.run_log import RunHistory, RunWriter, open_runs_at
 from mnist_exp.tracking.store import UploadState, check_store, store_uri
 from mnist_exp.tracking.upload import Uploader
 from mnist_exp.training import loop as training
@@ -41,26 +41,10 @@ from mnist_exp.training.stack import Stack
 
 INTERRUPTED_SECONDS = 3.0  # that somebody who has asked a run to end waits for MLflow
 NO_RECORD: dict[str, Any] = {"history": [], "best": {}}  # as `RunRecorder.state`
-THREADS = torch.get_num_threads()  # torch's choice, before any run makes its own
 
 
 class LastEpochReached(RunFailed):
     """Training ended before its last epoch, where its caller wanted no more."""
-
-
-@dataclass(frozen=True)
-class StackPlan:
-    """The runs that are trained together as a stack, and where their records go."""
-
-    jobs: Sequence[Job]  # that can share a stack
-    folders: Sequence[Path]  # of their records
-    store_uri: str
-    open_runs: OpenRuns  # the registry of the runs that the store does not have whole
-    tags: Sequence[Mapping[str, str]] = ({},)  # of each run, beyond its own
-    parent: Path | None = None  # the folder of the sweep that they belong to
-    checkpoint_dir: Path | None = None  # of the stack, if it is not the first run's folder
-    defer_test: bool = False  # leave the test set and the model to `record_deferred_test`
-    threads: int = THREADS  # where the config does not say
 
 
 def train(
@@ -143,7 +127,7 @@ def train_stack(
         check_output_folder(folder)
     torch.set_num_threads(settings.threads or plan.threads)
     dataset = first.load(first.config.dataset).to(first.device)
-    common_tags, diff = stack_tags(first, len(jobs)), ask_git("diff", "HEAD")
+    tags, diff = stack_tags(first, len(jobs)), ask_git("diff", "HEAD")
     for job, folder in zip(jobs, plan.folders, strict=True):
         if not (folder / journal.NAME).exists():  # else they are what the run is resumed from
             write_configs(job, folder)
@@ -154,9 +138,7 @@ def train_stack(
     recorders: list[RunRecorder] = []
     with closing_on_error(recorders, len(jobs)), signals.deferred():
         for k in _unfinished(plan) if resume else range(len(jobs)):
-            writer = _open_journal(plan, k, common_tags)
-            recorder = RunRecorder(jobs[k], k, dataset, writer, plan.store_uri, plan.defer_test)
-            recorders.append(recorder)
+            recorders.append(RunRecorder(plan, k, dataset, tags))
         stack = Stack(first.build, [job.config.seed for job in jobs], first.device)
         for recorder in recorders:
             with recorder.failing_alone():
@@ -191,19 +173,6 @@ def _unfinished(plan: StackPlan) -> list[int]:
     histories = [RunHistory.of(folder) for folder in plan.folders]
     ended = [history.status in ("FINISHED", "FAILED") for history in histories]
     return [k for k in range(len(ended)) if len(ended) == 1 or not ended[k]]
-
-
-def _open_journal(plan: StackPlan, k: int, common_tags: Mapping[str, str]) -> RunWriter:
-    """Return the writer of run k's journal, which begins there or is resumed."""
-    job, folder = plan.jobs[k], plan.folders[k]
-    beginning = Beginning(
-        job.name,
-        plan.store_uri,
-        job.config.tracking.experiment,
-        run_tags(job, folder, {**common_tags, **plan.tags[k]}),
-        plan.parent,
-    )
-    return RunWriter(folder, plan.open_runs, beginning)
 
 
 def _follow(

@@ -19,6 +19,7 @@ from mnist_exp.errors import reason_of
 from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.job import Job
+from mnist_exp.runs.recorder import THREADS
 from mnist_exp.sweeps import results
 from mnist_exp.sweeps.grid import Planned
 from mnist_exp.sweeps.results import Outcome
@@ -153,7 +154,7 @@ def _processes(stacks: Sequence[Sequence[Planned]]) -> int:
     if sys.platform != "linux" or torch.cuda.is_available() or first.device.type != "cpu":
         return 1
     threads = max(p.job.config.training.threads or 1 for stack in stacks for p in stack)
-    return max(1, min(len(stacks), run.THREADS // threads))
+    return max(1, min(len(stacks), THREADS // threads))
 
 
 def _one_by_one(task: Task, stacks: Sequence[Named]) -> Generator[Found]:
@@ -163,11 +164,11 @@ def _one_by_one(task: Task, stacks: Sequence[Named]) -> Generator[Found]:
     for name, stack in stacks:
         if not (task.folder / STOP).exists():
             reporter.line(f"\n{name}: {_label(stack)}")
-            yield stack, _train_stack(task, stack, reporter, run.THREADS)
+            yield stack, _train_stack(task, stack, reporter, THREADS)
 
 
 def _side_by_side(task: Task, stacks: Sequence[Named], processes: int) -> Generator[Found]:
-    threads, uploader = run.THREADS // processes, task.uploader
+    threads, uploader = THREADS // processes, task.uploader
     assert uploader is not None
     if any(map(_compiles, (stack for _, stack in stacks))):
         warm_up_compiler()

@@ -34,6 +34,7 @@ from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter, Terminal
 from mnist_exp.runs.folder import check_output_folder, check_vacant
 from mnist_exp.runs.job import KEYS_IN_NAME, Job, Load, cached_loader, check_unchanged, prepare
+from mnist_exp.runs.recorder import THREADS, StackPlan
 from mnist_exp.sweeps import grid, report, results
 from mnist_exp.sweeps.grid import Planned, refuse
 from mnist_exp.sweeps.results import Outcome
@@ -124,7 +125,7 @@ class Task:
         folders: Sequence[Path],
         numbers: Sequence[int],
         reporter: Reporter,
-        threads: int = run.THREADS,
+        threads: int = THREADS,
     ) -> None:
         """Trains jobs that can share a stack, as children of the sweep."""
         tags = [
@@ -137,7 +138,7 @@ class Task:
         ]
         alone = len(jobs) == 1
         name = f"{numbers[0]}-{numbers[-1]}"  # another one for each half of a stack that failed
-        plan = run.StackPlan(
+        plan = StackPlan(
             jobs,
             folders,
             self.store_uri,

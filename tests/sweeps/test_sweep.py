@@ -38,7 +38,7 @@ from mnist_exp.figures import samples, style
 from mnist_exp.runs import recorder as record
 from mnist_exp.runs import train as run
 from mnist_exp.runs.evaluate import evaluate
-from mnist_exp.runs.recorder import Result
+from mnist_exp.runs.recorder import THREADS, Result
 from mnist_exp.sweeps import grid, sweep
 from mnist_exp.sweeps import launcher as stacked
 from mnist_exp.tracking import checkpoint, journal
@@ -54,7 +54,7 @@ BASE = [
 ]
 SMALL = [*BASE, "model.hidden=[16]"]
 # as many threads as there are: the stacks are trained in this process, one after the other
-ONE_AT_A_TIME = f"training.threads={run.THREADS}"
+ONE_AT_A_TIME = f"training.threads={THREADS}"
 CURVES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr")
 # A stack adds up float32 numbers in another order than a run alone: the last digits differ.
 CLOSE = {"rel": 1e-4, "abs": 1e-6}
