@@ -1,4 +1,4 @@
-"""Image files, photographs of ink on paper among them, as what a network trained on MNIST takes."""
+"""Image files, such as photographs of ink on paper, turned into what MNIST's images look like."""
 
 import re
 import stat
@@ -18,7 +18,7 @@ Mask = NDArray[np.bool_]
 AnyArray = NDArray[Any]
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
-MOST_PIXELS = 100_000_000  # a small file can claim more than there is memory for
+MAX_PIXELS = 100_000_000  # a small file can claim more than there is memory for
 SIDE = 512  # of the thumbnail that all is done on: a stroke of MNIST's is 50 of its pixels wide
 STROKE = 2.4  # pixels in an image of 28 x 28: thinner strokes are rare in MNIST
 TURNS = {  # by EXIF's orientation
@@ -34,7 +34,7 @@ BLANK = "it is blank, or no ink can be told from its background"
 
 
 class UnreadableImage(ValueError):
-    """Why a file cannot be used. The message does not name it."""
+    """The reason why a file cannot be used; the message does not name the file."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Photo:
 
 
 def read(path: Path, size: tuple[int, int], raw: bool = False) -> Photo:
-    """The image in the file `path`, and what a network for images of `size` (h, w) gets of it.
+    """Read an image file, and make what a network for images of `size` (h, w) gets of it.
 
-    The digit is found, whether dark on light or light on dark, and placed as MNIST's are. `raw`:
-    only made grey and resized. Raises UnreadableImage.
+    The digit is found, whether dark on light or light on dark, and placed as MNIST's are. With
+    `raw`, the image is only made grey and resized. Raises UnreadableImage.
     """
     original = _load(path)
     if raw:
@@ -62,7 +62,7 @@ def read(path: Path, size: tuple[int, int], raw: bool = False) -> Photo:
 
 
 def _load(path: Path) -> Bytes:
-    """uint8 [H, W, 3] of at most 512 on a side."""
+    """Return the image in a file as uint8 [H, W, 3] of at most 512 on a side."""
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -85,7 +85,7 @@ def _load(path: Path) -> Bytes:
 
 
 def _decode(file: IO[bytes], length: int) -> Bytes:
-    """An open image file of `length` bytes -> uint8 [H, W, 3] of at most 512 on a side."""
+    """Return an open image file of `length` bytes as uint8 [H, W, 3] of at most 512 on a side."""
     try:
         # Pillow warns of oddities that it can cope with
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
@@ -99,7 +99,7 @@ def _decode(file: IO[bytes], length: int) -> Bytes:
         ) from None
     except Image.DecompressionBombError as error:  # beyond Pillow's own bound
         found = re.search(r"\d+", str(error))
-        _check_pixels(int(found.group()) if found else 2 * MOST_PIXELS)
+        _check_pixels(int(found.group()) if found else 2 * MAX_PIXELS)
         raise UnreadableImage(f"it is damaged: {error}") from None
     except MemoryError:
         raise UnreadableImage("it is too large to be decoded") from None
@@ -111,16 +111,16 @@ def _decode(file: IO[bytes], length: int) -> Bytes:
 
 
 def _check_pixels(count: int) -> None:
-    if count > MOST_PIXELS:
+    if count > MAX_PIXELS:
         million = 1_000_000
         raise UnreadableImage(
-            f"it has {-(-count // million):,} million pixels; at most {MOST_PIXELS // million}"
+            f"it has {-(-count // million):,} million pixels; at most {MAX_PIXELS // million}"
             " million"
         )
 
 
 def _upright_thumbnail(image: Image.Image) -> Image.Image:
-    """RGBA, of at most 512 on a side, as EXIF says it is to be held."""
+    """Return the image as RGBA of at most 512 on a side, turned as its EXIF data say."""
     if image.mode in ("L", "RGB", "CMYK") and "transparency" not in image.info:
         image.thumbnail((SIDE, SIDE))  # at once: a JPEG is then decoded at a size near that
     if image.mode[0] in "IF":
@@ -134,7 +134,7 @@ def _upright_thumbnail(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: Floats) -> Bytes:
-    """By the range that the values seem to be meant in: 0 to 1, 255 or 65535; else their own."""
+    """Scale from the range the values seem to be meant in: 0 to 1, 255 or 65535; else their own."""
     values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 65535:
@@ -144,8 +144,11 @@ def _eight_bits(values: Floats) -> Bytes:
 
 
 def _over_background(image: Image.Image) -> Image.Image:
-    """RGBA -> RGB. What is transparent becomes the paper: of the colour that most of the rest has
-    where that has ink and paper, otherwise, as there is ink alone, black or white."""
+    """Return an RGBA image as RGB, with paper where it is transparent.
+
+    The paper has the colour of most of the rest where that is ink and paper. Otherwise the rest is
+    ink alone, and the paper black or white.
+    """
     rgba = np.asarray(image)
     opaque = rgba[rgba[..., 3] >= 128][:, :3]
     background = (255, 255, 255)
@@ -164,7 +167,7 @@ def _over_background(image: Image.Image) -> Image.Image:
 
 
 def _sheet(given: Bytes) -> Bytes:
-    """The part of a photograph that is a sheet of paper on a dark table; all of it, if none is."""
+    """Return the sheet of paper on a dark table in a photograph; all of it, if there is none."""
     grey = given.mean(2)
     table, white = float(np.median(_edge(grey))), float(np.percentile(grey, 95))
     if table >= 0.5 * white:
@@ -178,21 +181,21 @@ def _sheet(given: Bytes) -> Bytes:
         spans.append(slice(inside[0], inside[-1] + 1))
     box = sheet[spans[0], spans[1]]
     # neither strokes, which have gaps, nor the light beside a shadow, which goes on to the border
-    found = box.size > 0.3 * sheet.size and box.mean() > 0.8 and _edge(sheet).mean() < 0.1
-    return given[spans[0], spans[1]] if found else given
+    is_sheet = box.size > 0.3 * sheet.size and box.mean() > 0.8 and _edge(sheet).mean() < 0.1
+    return given[spans[0], spans[1]] if is_sheet else given
 
 
 def _edge(values: AnyArray) -> AnyArray:
-    """[H, W] -> [2 H + 2 W]: what lies along the border."""
+    """Return the values along the border, [H, W] -> [2 H + 2 W]."""
     return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
 
 
 def _grey(given: Bytes) -> tuple[Floats, bool]:
-    """uint8 [H, W, 3] -> [H, W] from 0 to 1, and whether ink is darker than paper in it.
+    """Return uint8 [H, W, 3] as [H, W] from 0 to 1, and whether its ink is darker than its paper.
 
-    Both by what differs between a pixel and its surroundings: its main axis gives the weights of
-    the channels, so that any ink stands out from any paper; and as strokes are thin, the sign of
-    its skewness is theirs. The two sides of a shadow's edge, or of noise, are alike.
+    Both follow from the differences between pixels and their surroundings: their main axis gives
+    the weights of the channels, so that any ink stands out from any paper; and as strokes are thin,
+    the sign of the skewness is theirs. The two sides of a shadow's edge, or of noise, are alike.
     """
     coarse, fine = (_differences(given, max(given.shape) / share) for share in (7, 25))
     axis = np.linalg.eigh(coarse.T @ coarse)[1][:, -1]
@@ -205,13 +208,13 @@ def _grey(given: Bytes) -> tuple[Floats, bool]:
 
 
 def _differences(given: Bytes, radius: float) -> Floats:
-    """uint8 [H, W, 3] -> [H * W, 3]: each pixel less the mean of its surroundings."""
+    """Subtract the mean of its surroundings from each pixel, uint8 [H, W, 3] -> [H * W, 3]."""
     around = Image.fromarray(given).filter(ImageFilter.GaussianBlur(radius))
     return (given.astype(np.float32) - np.asarray(around, np.float32)).reshape(-1, 3)
 
 
 def _find_ink(grey: Floats, dark: bool) -> Floats:
-    """[H, W] -> [H, W] from 0, paper, to 1, ink; whatever else stands out is gone."""
+    """Return the digit [H, W] from 0, paper, to 1, ink, without whatever else stands out."""
     ink, noise = _without_paper(grey, dark)
     stands_out = ink > max(5 * noise, 0.04)
     if stands_out.sum() < max(3, 2e-4 * ink.size):
@@ -229,7 +232,7 @@ def _find_ink(grey: Floats, dark: bool) -> Floats:
 
 
 def _without_paper(grey: Floats, dark: bool) -> tuple[Floats, float]:
-    """[H, W] -> by how much each pixel is ink, around 0 for paper, and the noise in that."""
+    """Return the share of ink in each pixel, [H, W], around 0 for paper, and the noise in that."""
     edge = _edge(grey)
     level = float(np.median(edge))
     even = (abs(edge - level) < 0.02).mean() > 0.6 and (abs(grey - level) < 0.02).mean() > 0.3
@@ -249,8 +252,11 @@ def _without_paper(grey: Floats, dark: bool) -> tuple[Floats, float]:
 
 
 def _paper(light: Floats) -> Floats:
-    """[H, W] -> the same without what is darker than both its sides and narrower than a third of
-    the picture, as strokes are, and a shadow is not (a morphological closing)."""
+    """Return the light of the paper alone, [H, W], by a morphological closing.
+
+    It removes what is darker than both its sides and narrower than a third of the picture, as
+    strokes are, and a shadow is not.
+    """
     half = max(light.shape) // 6 + 1
     room = 2 * half  # where all is dark: a shadow may go on as it likes
     closed = ndimage.grey_closing(np.pad(light, room), (2 * half + 1, 2 * half + 1))
@@ -258,7 +264,7 @@ def _paper(light: Floats) -> Floats:
 
 
 def _otsu(values: Floats) -> float:
-    """The threshold that leaves the least variance on its two sides (Otsu 1979)."""
+    """Return the threshold that leaves the least variance on its two sides (Otsu 1979)."""
     if np.ptp(values) < 1e-3:  # of one shade, there is nothing to divide
         return float(values.min())
     counts, edges = np.histogram(values, 128)
@@ -270,24 +276,24 @@ def _otsu(values: Floats) -> float:
 
 
 def _digit(ink: Mask, reach: int) -> Mask:
-    """Of the pixels of `ink`, those of the digit: its largest part, and what is near or large.
+    """Return the pixels of `ink` that are the digit: its largest part, and what is near or large.
 
-    Parts are what remains apart when all are widened by `reach`.
+    Pixels belong to one part if they touch once all are widened by `reach`.
     """
     labels = np.where(ink, _label(_within(ink, reach)), 0)
     height, width = ink.shape
     names, areas = np.unique(labels[ink], return_counts=True)
     parts = []
     for k in areas.argsort()[-50:]:  # the smallest of so many are dust
-        part, area, name = labels == names[k], int(areas[k]), names[k]
+        part = labels == names[k]
         rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
         box = np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1])
-        border = _edge(part).sum()
-        parts.append((area, box, border < 0.3 * min(height, width), name))
+        is_inside = _edge(part).sum() < 0.3 * min(height, width)
+        parts.append((int(areas[k]), box, is_inside, names[k]))
     # what lies along the border is a table, unless there is nothing else
     inner = [p for p in parts if p[2] and max(p[1][2:] - p[1][:2]) > 0.12 * max(height, width)]
     parts = [p for p in parts if p[2]] if inner else parts
-    area, box, _, name = max(parts, key=lambda part: part[0])
+    area, box, *_ = max(parts, key=lambda part: part[0])
     near = 0.25 * max(box[2:] - box[:2])
     kept = [
         n
@@ -299,12 +305,12 @@ def _digit(ink: Mask, reach: int) -> Mask:
 
 
 def _label(mask: Mask) -> NDArray[np.int32]:
-    """[H, W] -> a number from 1 for each connected part, 0 elsewhere."""
+    """Return a number from 1 for each connected part of a mask [H, W], and 0 elsewhere."""
     return cast(NDArray[np.int32], ndimage.label(mask, np.ones((3, 3)))[0])
 
 
 def _within(mask: Mask, radius: int) -> Mask:
-    """[H, W] -> [H, W]: what is at most `radius` pixels from what is there."""
+    """Widen a mask [H, W] by `radius` pixels."""
     return cast(Mask, ndimage.distance_transform_edt(~mask) <= radius)
 
 
@@ -312,7 +318,7 @@ def _within(mask: Mask, radius: int) -> Mask:
 
 
 def _thicken(ink: Floats) -> Floats:
-    """[H, W] -> [H', W']: the digit alone, its strokes as wide as MNIST's once they are small."""
+    """Cut the digit out, [H, W] -> [H', W'], and widen strokes thinner than MNIST's."""
     rows, columns = (np.flatnonzero((ink > 0).any(axis)) for axis in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     mask = np.pad(ink > 0.5, 1)
@@ -328,21 +334,23 @@ def _thicken(ink: Floats) -> Floats:
 
 
 def _place(digit: Floats, size: tuple[int, int]) -> Bytes:
-    """[H, W] -> uint8 [h, w], as MNIST was made (LeCun, Bottou, Bengio & Haffner 1998; the page of
-    the data set): with antialiasing, to fit 20 x 20 as it is shaped, its centre of mass in the
-    middle of 28 x 28. Other sizes in proportion."""
-    scale = min(side * 20 / 28 / own for side, own in zip(size, digit.shape, strict=True))
-    height, width = (max(1, round(own * scale)) for own in digit.shape)
+    """Place a digit [H, W] in an image, uint8 [h, w], as MNIST was made.
+
+    It is scaled with antialiasing to fit 20 x 20, and its centre of mass is the middle of 28 x 28
+    (LeCun, Bottou, Bengio & Haffner 1998; the page of the data set). Other sizes in proportion.
+    """
+    scale = min(side * 20 / 28 / length for side, length in zip(size, digit.shape, strict=True))
+    height, width = (max(1, round(length * scale)) for length in digit.shape)
     small = np.asarray(
         Image.fromarray(digit).resize((width, height), Image.Resampling.BICUBIC), np.float32
     )
     small = np.clip(small / max(small.max(), 1e-6), 0, 1)  # MNIST's all reach 255
-    seen = np.zeros(size, np.uint8)
+    image = np.zeros(size, np.uint8)
     place = []
     for axis, side in enumerate(size):
         mass = small.sum(1 - axis)
         middle = (mass * np.arange(len(mass))).sum() / mass.sum()
         start = int(np.clip(round(side // 2 - middle), 0, side - len(mass)))
         place.append(slice(start, start + len(mass)))
-    seen[place[0], place[1]] = np.round(255 * small)
-    return seen
+    image[place[0], place[1]] = np.round(255 * small)
+    return image

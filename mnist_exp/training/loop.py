@@ -1,4 +1,4 @@
-"""The shared core: evaluation, and `fit()`, which trains a stack and yields records.
+"""The training loop: `fit()` trains a stack and yields what a record needs.
 
 Nothing here knows where the config came from or where the records go.
 """
@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.training import metrics
 from mnist_exp.training.events import Epoch, Message, Progress, RunSpec
-from mnist_exp.training.metrics import MetricSums
 from mnist_exp.training.stack import Stack, Tensors
 from mnist_exp.training.step import TrainStep
 
@@ -37,7 +36,7 @@ def fit(
     compiled: bool = False,
     state: Mapping[str, Any] | None = None,
 ) -> Iterator[Progress | Epoch | Message]:
-    """Trains the stack, in place; run k of `runs` is model k.
+    """Train a stack in place, and yield what a record needs.
 
     With a validation split the stack holds each run's weights of its best epoch (validation
     accuracy, the earlier of equals) at the end, otherwise those of the last. A run whose loss or
@@ -45,119 +44,150 @@ def fit(
     stops where its validation loss has not improved for so many epochs; the others go on without
     them, and faster.
 
-    `state`: what an event of an earlier `fit` with the same arguments has given; training goes on
-    from there, to the same end.
+    Args:
+        stack: The models, initialised.
+        data: The data set, on the device of the stack.
+        runs: What differs from run to run; run k trains model k.
+        optimizer: The class of all runs' optimizers.
+        epochs: The number of epochs in all.
+        batch_size: The number of images in a batch; the last of an epoch may be smaller.
+        compiled: Whether to compile the step.
+        state: What an event of an earlier `fit` with the same arguments has given, as its `state`;
+            training goes on from there, to the same end.
     """
-    course = _Course.start(TrainStep(stack, data, runs, optimizer, batch_size))
+    loop = LoopState.start(TrainStep(stack, data, runs, optimizer, batch_size))
     if state is not None:
-        course.restore(state)
+        loop.restore(state)
         compiled = state["compiled"]
-    seen, ended = course.seen, course.ended
-    for epoch in range(course.epoch + 1, epochs + 1):
-        if len(ended) == len(runs):
-            break
-        steps_left = (epochs - epoch + 1) * -(-len(data.train) // batch_size)
-        remaining = [i for i, k in enumerate(course.rows) if k not in ended]
-        if course.steps == 0 and _shrinks(course.step, remaining, steps_left, compiled):
-            course.shrink(remaining)
-        step, rows = course.step, course.rows
-        if compiled and step.compiled is None:
-            yield from _compile(step)
-            compiled = step.compiled is not None
+    while loop.epoch < epochs and len(loop.ended) < len(runs):
+        loop.shrink_if_faster(epochs, compiled)
+        if compiled and loop.step.compiled is None:
+            yield from _compile(loop.step)
+            compiled = loop.step.compiled is not None
         began = time.perf_counter()
-        untrained = max(1, len(data.train) - course.steps * batch_size)  # images, in this epoch
-        means, failed = yield from _train(course, epochs)
-        trained = time.perf_counter()
-        ended |= set(failed)
-        if data.val is not None and not ended.issuperset(rows):
-            logits = metrics.predict(step.stack, data, data.val)
-            validated = metrics.score(logits, data.val, "val")
-            means = [train | val for train, val in zip(means, validated, strict=True)]
-        times = {
-            "epoch_seconds": time.perf_counter() - began,
-            "images_per_second": untrained / (trained - began),
-        }
-        live = {k: m | times for k, m in zip(rows, means, strict=True) if k not in ended}
-        improved = {k for k, m in live.items() if data.val is None or seen[k].improves(m, epoch)}
-        if data.val is not None or failed or epoch == epochs:
-            _keep(course.best, step.stack, rows, improved | set(failed))
-        stopped = {}
-        if data.val is not None and epoch < epochs:
-            stopped = {k: why for k in live if (why := seen[k].stale(runs[k].patience, epoch))}
-        ended |= set(stopped)
-        course.end_epoch()
-        yield Epoch(
-            epoch,
-            [live.get(k, {}) for k in range(len(runs))],
-            [k in improved for k in range(len(runs))],
-            step.stack,
-            rows,
-            failed,
-            stopped,
-            course.state,
-        )
-    stack.restore(course.best)
+        images = max(1, len(data.train) - loop.steps * batch_size)  # not yet seen in this epoch
+        trained = yield from _train(loop, epochs)
+        speed = images / (time.perf_counter() - began)
+        values = loop.validate(trained)
+        times = {"epoch_seconds": time.perf_counter() - began, "images_per_second": speed}
+        yield loop.end_epoch([v | times for v in values], is_last=loop.epoch + 1 == epochs)
+    stack.restore(loop.best)
 
 
 @dataclass
-class _Validation:
-    """What validation has said of one run so far."""
+class EarlyStopping:
+    """The best validation results of one run so far."""
 
     accuracy: float = -1.0  # the best
     loss: float = math.inf  # the lowest
     epoch: int = 0  # of the lowest loss
 
-    def improves(self, metrics: Mapping[str, float], epoch: int) -> bool:
-        """Takes an epoch's metrics in. Whether its accuracy is the best so far."""
-        if metrics["val/loss"] < self.loss:
-            self.loss, self.epoch = metrics["val/loss"], epoch
-        better = metrics["val/accuracy"] > self.accuracy
-        self.accuracy = max(self.accuracy, metrics["val/accuracy"])
-        return better
+    def update(self, values: Mapping[str, float], epoch: int) -> bool:
+        """Take in the metrics of an epoch, and return whether its accuracy is the best so far."""
+        if values["val/loss"] < self.loss:
+            self.loss, self.epoch = values["val/loss"], epoch
+        improved = values["val/accuracy"] > self.accuracy
+        self.accuracy = max(self.accuracy, values["val/accuracy"])
+        return improved
 
-    def stale(self, patience: int | None, epoch: int) -> str:
-        """Why to stop after `epoch`, or ''."""
+    def reason_to_stop(self, patience: int | None, epoch: int) -> str:
+        """Return why the run is to stop after `epoch`, or ""."""
         if patience is None or epoch - self.epoch < patience:
             return ""
         return f"after epoch {epoch}: val/loss has not improved since epoch {self.epoch}"
 
 
 @dataclass
-class _Course:
-    """Where training stands: what `fit` carries from one step, and one epoch, to the next.
+class LoopState:
+    """The position of training: what `fit` carries from one step, and one epoch, to the next.
 
-    No generator is in here: each draws from nothing but a run's seed, what for, and the epoch.
+    No generator is in here: each draws from nothing but a run's seed, its purpose, and the epoch.
     """
 
     step: TrainStep
-    rows: list[int]  # row i of the step is run rows[i]
-    seen: list[_Validation]  # one a run
-    ended: set[int]  # runs that have failed or stopped
+    active: list[int]  # model i of the step belongs to run active[i]
+    stopping: list[EarlyStopping]  # one a run
+    ended: set[int]  # the runs that have failed or stopped
     best: Tensors  # [all runs, ...]
-    sums: MetricSums  # of the steps that are done of the next epoch
+    sums: metrics.MetricSums  # of the steps that are done of the next epoch
     steps: int = 0  # their number
     failed: dict[int, str] = field(default_factory=dict)  # in them: run -> reason
-    epoch: int = 0  # done
+    epoch: int = 0  # the number of epochs done
 
     @classmethod
-    def start(cls, step: TrainStep) -> "_Course":
-        size = step.stack.size
-        seen = [_Validation() for _ in range(size)]
-        return cls(step, [*range(size)], seen, set(), step.stack.snapshot(), MetricSums(size))
+    def start(cls, step: TrainStep) -> "LoopState":
+        """Return the state before the first step."""
+        size, best = step.stack.size, step.stack.snapshot()
+        stopping = [EarlyStopping() for _ in range(size)]
+        return cls(step, [*range(size)], stopping, set(), best, metrics.MetricSums(size))
 
-    def end_epoch(self) -> None:
-        self.epoch, self.steps, self.failed = self.epoch + 1, 0, {}
-        self.sums = MetricSums(len(self.rows))
+    def shrink_if_faster(self, epochs: int, compiled: bool) -> None:
+        """Leave the runs that have ended behind at the beginning of an epoch, if that is faster."""
+        remaining = [i for i, k in enumerate(self.active) if k not in self.ended]
+        size = self.step.stack.size
+        if self.steps > 0 or self.step.stacked is None or len(remaining) == size:
+            return
+        steps_left = (epochs - self.epoch) * self.step.steps_per_epoch
+        if not compiled or (2 * len(remaining) <= size and steps_left >= SHRINK_FROM_STEPS):
+            self._shrink(remaining)
 
-    def shrink(self, remaining: Sequence[int]) -> None:
-        """Goes on with the rows `remaining` only, not compiled."""
-        self.step, self.rows = self.step.select(remaining), [self.rows[i] for i in remaining]
-        self.sums = MetricSums(len(self.rows))
+    def _shrink(self, indices: Sequence[int]) -> None:
+        """Go on with the models at `indices` only, not compiled."""
+        self.step, self.active = self.step.select(indices), [self.active[i] for i in indices]
+        self.sums = metrics.MetricSums(len(self.active))
+
+    def validate(self, trained: list[dict[str, float]]) -> list[dict[str, float]]:
+        """Return the metrics of the active runs with those on the validation split, if any."""
+        val = self.step.data.val
+        if val is None or self.ended.issuperset(self.active):
+            return trained
+        logits = metrics.predict(self.step.stack, self.step.data, val)
+        return [a | b for a, b in zip(trained, metrics.score(logits, val, "val"), strict=True)]
+
+    def end_epoch(self, values: Sequence[dict[str, float]], is_last: bool) -> Epoch:
+        """Take in the metrics of an epoch, one dict an active run, and return its record."""
+        epoch, failed, validated = self.epoch + 1, self.failed, self.step.data.val is not None
+        live = {k: v for k, v in zip(self.active, values, strict=True) if k not in self.ended}
+        improved = set(live)
+        if validated:
+            improved = {k for k, v in live.items() if self.stopping[k].update(v, epoch)}
+        if validated or failed or is_last:
+            self._keep_best(improved | set(failed))
+        stopped = {}
+        if validated and not is_last:
+            for k, run in zip(self.active, self.step.runs, strict=True):
+                if k in live and (why := self.stopping[k].reason_to_stop(run.patience, epoch)):
+                    stopped[k] = why
+        self.ended |= set(stopped)
+        self.epoch, self.steps, self.failed = epoch, 0, {}
+        self.sums = metrics.MetricSums(len(self.active))
+        runs = range(len(self.stopping))
+        return Epoch(
+            epoch,
+            [live.get(k, {}) for k in runs],
+            [k in improved for k in runs],
+            self.step.stack,
+            self.active,
+            failed,
+            stopped,
+            self.state,
+        )
+
+    def _keep_best(self, runs: Set[int]) -> None:
+        """Write what the stack holds of `runs` into `best`."""
+        chosen = [i for i, k in enumerate(self.active) if k in runs]
+        if chosen:
+            device = self.step.stack.device
+            source = torch.tensor(chosen, device=device)
+            target = torch.tensor([self.active[i] for i in chosen], device=device)
+            for name, tensor in self.step.stack.snapshot().items():
+                self.best[name][target] = tensor[source]
 
     def state(self) -> dict[str, Any]:
+        """Return all that training depends on; the keys are a file format."""
         return {
-            "rows": list(self.rows),
-            "seen": [asdict(each) for each in self.seen],
+            "rows": list(self.active),
+            "seen": [asdict(each) for each in self.stopping],
             "ended": sorted(self.ended),
             "best": dict(self.best),
             "epoch": self.epoch,
@@ -169,59 +199,74 @@ class _Course:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        if len(state["rows"]) < len(self.rows):
-            self.shrink(state["rows"])
+        """Go on from what `state()` has returned."""
+        if len(state["rows"]) < len(self.active):
+            self._shrink(state["rows"])
         self.step.restore(state["step"])
-        self.seen = [_Validation(**each) for each in state["seen"]]
+        self.stopping = [EarlyStopping(**each) for each in state["seen"]]
         self.ended, self.failed = set(state["ended"]), dict(state["failed"])
         for name, tensor in self.best.items():
             tensor.copy_(state["best"][name])
         self.epoch, self.steps = state["epoch"], state["steps"]
-        self.sums = MetricSums.restored(state["sums"])
+        self.sums = metrics.MetricSums.restored(state["sums"])
 
 
-def _train(
-    course: _Course, epochs: int
-) -> Generator[Progress, None, tuple[list[dict[str, float]], dict[int, str]]]:
-    """Trains the next epoch, or what is left of it.
+class _EpochPlan(NamedTuple):
+    """All that the steps of one epoch are given."""
 
-    Returns the metrics, row by row, and the runs that diverged, with the reason. Ends early where
-    no run is left.
+    order: Tensor  # [K, N], the images in the order of each run, or [1, N]
+    keys: Tensor  # [steps, K], of the dropout masks
+    lr: np.ndarray  # [steps, K]
+    hyperparameters: Tensors  # [steps, K] each
+
+
+def _plan(step: TrainStep, epoch: int, epochs: int) -> _EpochPlan:
+    """Return the plan of `epoch` (1, 2, ...), which depends on seeds and schedules alone."""
+    done, steps, device = epoch - 1, step.steps_per_epoch, step.stack.device
+    seeds = [run.seed for run in (step.runs[:1] if step.shared else step.runs)]
+    order = torch.stack([_order(seed, done, len(step.data.train)) for seed in seeds])
+    keys = torch.stack([_dropout_keys(run.seed, done, steps) for run in step.runs], 1)
+    base = np.array([float(defaults["lr"]) for defaults in step.defaults])
+    times = [done + i / steps for i in range(steps)]
+    factors = [[run.schedule.multiplier(t, epochs) for run in step.runs] for t in times]
+    lr = base * np.array(factors)
+    numbers = step.hyperparameters(done * steps, lr)
+    return _EpochPlan(order.to(device), keys.to(device), lr, numbers)
+
+
+def _train(loop: LoopState, epochs: int) -> Generator[Progress, None, list[dict[str, float]]]:
+    """Train the next epoch, or what is left of it; return the metrics of the active runs.
+
+    The runs that diverge are added to `loop.failed` and `loop.ended`. If no run is left, training
+    ends before the epoch does.
     """
-    step, rows, ended, epoch = course.step, course.rows, course.ended, course.epoch + 1
-    runs, device = step.runs, step.stack.device
-    count, batch_size = len(step.data.train), step.batch_size
-    steps = -(-count // batch_size)
-    seeds = [run.seed for run in (runs[:1] if step.shared else runs)]
-    order = torch.stack([_order(seed, epoch - 1, count) for seed in seeds]).to(device)
-    keys = torch.stack([_keys(run.seed, epoch - 1, steps) for run in runs], 1).to(device)
-    times = [epoch - 1 + i / steps for i in range(steps)]
-    base = np.array([float(d["lr"]) for d in step.defaults])
-    lr = np.array([base * [run.schedule.factor(t, epochs) for run in runs] for t in times])
-    hyperparameters = step.hyperparameters((epoch - 1) * steps, lr)  # [steps, K] each
-    sums, failed = course.sums, course.failed
-    sizes = np.minimum(batch_size, count - batch_size * np.arange(steps))[:, None]
-    for first in range(course.steps, steps, STEPS_PER_SYNC):
-        now = slice(first, first + STEPS_PER_SYNC)
-        chosen = order[:, first * batch_size : (first + STEPS_PER_SYNC) * batch_size]  # [K, S * B]
-        own = {name: values[now] for name, values in hyperparameters.items()}
-        losses, correct, finite = step(chosen, keys[now], own)  # [S, K]
-        sums.add((losses * sizes[now]).sum(0), correct.sum(0), chosen.shape[1])
+    step, active, epoch = loop.step, loop.active, loop.epoch + 1
+    steps, batch_size, count = step.steps_per_epoch, step.batch_size, len(step.data.train)
+    plan = _plan(step, epoch, epochs)
+    sizes = np.minimum(batch_size, count - batch_size * np.arange(steps))[:, None]  # of batches
+    for first in range(loop.steps, steps, STEPS_PER_SYNC):
+        now = slice(first, first + STEPS_PER_SYNC)  # S steps
+        images = plan.order[:, first * batch_size : now.stop * batch_size]  # [K, S * B]
+        numbers = {name: values[now] for name, values in plan.hyperparameters.items()}
+        losses, correct, finite = step(images, plan.keys[now], numbers)  # [S, K]
+        loop.sums.add((losses * sizes[now]).sum(0), correct.sum(0), images.shape[1])
         for row in np.flatnonzero(~finite.all(0)).tolist():
-            if (k := rows[row]) not in ended and k not in failed:
-                i = int(np.argmin(finite[:, row]))
-                failed[k] = (
-                    f"diverged: {_culprit(losses[i, row])} in epoch {epoch}, step "
-                    f"{first + i + 1} of {steps}, at a learning rate of {lr[first + i, row]:.4g}"
+            k, i = active[row], int(np.argmin(finite[:, row]))
+            if k not in loop.ended and k not in loop.failed:
+                loop.failed[k] = (
+                    f"diverged: {_divergence_reason(losses[i, row])} in epoch {epoch}, step "
+                    f"{first + i + 1} of {steps}, at a learning rate of "
+                    f"{plan.lr[first + i, row]:.4g}"
                 )
-        course.steps = first + len(losses)
+        loop.steps = first + len(losses)
         yield Progress(
-            epoch, course.steps, steps, chosen.shape[1], rows, losses, correct, course.state
+            epoch, loop.steps, steps, images.shape[1], active, losses, correct, loop.state
         )
-        if failed and all(k in ended or k in failed for k in rows):
+        if loop.failed and loop.ended.union(loop.failed).issuperset(active):
             break
-    means = zip(sums.means("train"), lr[-1], strict=True)
-    return [m | {"lr": float(rate)} for m, rate in means], failed
+    loop.ended |= set(loop.failed)
+    means = zip(loop.sums.means("train"), plan.lr[-1], strict=True)
+    return [mean | {"lr": float(rate)} for mean, rate in means]
 
 
 def _compile(step: TrainStep) -> Iterator[Message]:
@@ -233,38 +278,21 @@ def _compile(step: TrainStep) -> Iterator[Message]:
         yield Message(f"the step cannot be compiled and runs as it is: {problem}", False)
 
 
-def _shrinks(step: TrainStep, remaining: Sequence[int], steps: int, compiled: bool) -> bool:
-    """Whether to go on without the rows that have ended, `steps` before the end."""
-    if step.stacked is None or len(remaining) == step.stack.size:
-        return False
-    half = 2 * len(remaining) <= step.stack.size
-    return not compiled or (half and steps >= SHRINK_FROM_STEPS)
-
-
-def _keep(best: Tensors, stack: Stack, rows: Sequence[int], runs: Set[int]) -> None:
-    """Writes what the stack holds of `runs` into `best` [all runs, ...]; row i is run rows[i]."""
-    chosen = [i for i, k in enumerate(rows) if k in runs]
-    if chosen:
-        own = torch.tensor(chosen, device=stack.device)
-        to = torch.tensor([rows[i] for i in chosen], device=stack.device)
-        for name, tensor in stack.snapshot().items():
-            best[name][to] = tensor[own]
-
-
-def _draw(seed: int, purpose: int, epoch: int) -> np.random.Generator:
-    """A generator that depends on nothing but the run's seed, what for, and the epoch."""
+def _random(seed: int, purpose: int, epoch: int) -> np.random.Generator:
+    """Return a generator that depends on nothing but a run's seed, its purpose, and the epoch."""
     return np.random.default_rng([seed, purpose, epoch])
 
 
 def _order(seed: int, epoch: int, count: int) -> Tensor:
-    return torch.from_numpy(_draw(seed, 1, epoch).permutation(count))
+    """Return the order of the training images in an epoch (from 0), [N]."""
+    return torch.from_numpy(_random(seed, 1, epoch).permutation(count))
 
 
-def _keys(seed: int, epoch: int, steps: int) -> Tensor:
-    """Of each step's dropout masks."""
-    return torch.from_numpy(_draw(seed, 2, epoch).integers(2**31, size=steps))
+def _dropout_keys(seed: int, epoch: int, steps: int) -> Tensor:
+    """Return the keys of the dropout masks in an epoch (from 0), [steps]."""
+    return torch.from_numpy(_random(seed, 2, epoch).integers(2**31, size=steps))
 
 
-def _culprit(loss: float) -> str:
+def _divergence_reason(loss: float) -> str:
     update = "a gradient, or the update that it leads to, is not finite"
     return update if np.isfinite(loss) else f"the training loss is {loss}"

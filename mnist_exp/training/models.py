@@ -1,4 +1,4 @@
-"""Plain PyTorch modules. Each takes the shape of an image and the number of classes.
+"""Models: plain PyTorch modules that take the shape of an image and the number of classes.
 
 A module that is named in a config gets `input_shape` (channels, height, width) and `num_classes`
 from the dataset, where its constructor has arguments of these names.
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Sequential):
-    """Linear layers with ReLU between them; none hidden: multinomial logistic regression."""
+    """Linear layers with ReLU between them; with none hidden, multinomial logistic regression."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class MLP(nn.Sequential):
 
 
 class LeNet5(nn.Sequential):
-    """LeCun, Bottou, Bengio & Haffner 1998, with ReLU and max pooling for tanh and averages.
+    """The network of LeCun, Bottou, Bengio & Haffner 1998, with ReLU and max pooling.
 
     28 x 28 images are padded to the paper's 32 x 32. Other sizes, from 12 x 12, work alike.
     """
@@ -97,11 +97,7 @@ class CNN(nn.Sequential):
 
 
 class DeployedModel(nn.Module):
-    """A trained model with its normalisation inside, as it is handed to others.
-
-    Takes float images [B, C, H, W] with pixels from 0 to 1, as torchvision's `ToTensor` makes
-    them; returns logits [B, classes].
-    """
+    """A trained model with its normalisation inside, for images from torchvision's `ToTensor`."""
 
     def __init__(self, model: nn.Module, mean: float, std: float) -> None:
         super().__init__()
@@ -110,5 +106,6 @@ class DeployedModel(nn.Module):
         self.std = std
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the logits [B, classes] of float images [B, C, H, W] from 0 to 1."""
         logits: Tensor = self.model((images - self.mean) / self.std)
         return logits

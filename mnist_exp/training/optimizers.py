@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Numbers = dict[str, np.ndarray]  # name -> float64 [K]
+Numbers = dict[str, np.ndarray]  # name -> float64, which broadcasts to [S, K]
 Scalars = Mapping[str, Tensor]  # name -> [K, 1, ...]
 OptimizerState = tuple[Tensor, ...]  # the optimizer's state for one parameter, each [K, ...]
 Updated = tuple[Tensor, OptimizerState]  # the new parameter and its new state
@@ -29,11 +29,11 @@ class StackedOptimizer(ABC):
     """The update of one optimizer class. `defaults` are `torch.optim`'s own, one dict a run."""
 
     flags: ClassVar[frozenset[str]] = frozenset()
-    reads: ClassVar[tuple[str, ...]] = ()  # the numbers that `update` takes as they are
+    reads: ClassVar[tuple[str, ...]] = ()  # the numbers that the update takes as they are
 
     def __init__(self, defaults: Sequence[Mapping[str, Any]]) -> None:
         self.flag = {name: bool(defaults[0][name]) for name in self.flags}
-        self.numbers: Numbers = {}
+        self.numbers: Numbers = {}  # [K] each
         for name, value in defaults[0].items():
             if name == "betas":
                 for i in (0, 1):
@@ -41,6 +41,7 @@ class StackedOptimizer(ABC):
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 self.numbers[name] = np.array([float(d[name]) for d in defaults])
         self.has_weight_decay = bool(self.numbers["weight_decay"].any())
+        self.has_momentum = "momentum" in self.numbers and bool(self.numbers["momentum"].any())
 
     def select(self, indices: Sequence[int]) -> "StackedOptimizer":
         """Return the optimizer for some of the runs only; its state keeps its form."""
@@ -48,59 +49,60 @@ class StackedOptimizer(ABC):
         selected.numbers = {name: values[list(indices)] for name, values in self.numbers.items()}
         return selected
 
-    def add_weight_decay(self, p: Tensor, g: Tensor, h: Scalars) -> Tensor:
-        """Return the gradient to follow: its sign for `maximize`, plus L2 `weight_decay`."""
-        if self.flag["maximize"]:
-            g = -g
-        return g + h["weight_decay"] * p if self.has_weight_decay else g
-
     def hyperparameters(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
-        """Return what `update` reads at steps [S, 1] (1, 2, ...) and learning rates `lr` [S, K].
-
-        Each of them broadcasts to [S, K].
-        """
+        """Return what `update` reads at steps [S, 1] (1, 2, ...) and learning rates [S, K]."""
         used = ("weight_decay", *self.reads) if self.has_weight_decay else self.reads
-        return {"lr": lr, **{name: self.numbers[name] for name in used}}
+        return {"lr": lr, **{n: self.numbers[n] for n in used}, **self._computed(step, lr)}
 
-    @abstractmethod
     def initial_state(self, p: Tensor) -> OptimizerState:
         """Return the state for parameter `p` before the first update."""
+        return tuple(torch.zeros_like(p) for _ in range(self._state_size()))
 
-    @abstractmethod
     def update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
-        """Return the new parameter and state.
+        """Return a parameter [K, ...] and its state after one step.
 
         Args:
-            p: The parameter, [K, ...].
+            p: The parameter.
             g: Its gradient, [K, ...].
             state: The optimizer's state for it.
             h: The hyperparameters of this step, [K, 1, ...] each.
         """
+        if self.flag["maximize"]:
+            g = -g
+        if self.flag.get("decoupled_weight_decay"):
+            p = p * h["decay_factor"]
+        elif self.has_weight_decay:
+            g = g + h["weight_decay"] * p
+        return self._update(p, g, state, h)
+
+    def _computed(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
+        """Return the hyperparameters that are not those of torch themselves."""
+        return {}
+
+    @abstractmethod
+    def _state_size(self) -> int:
+        """Return the number of tensors in the state of a parameter."""
+
+    @abstractmethod
+    def _update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
+        """Return what `update` does, once the weights have decayed."""
 
 
 class SGD(StackedOptimizer):
-    """Stochastic gradient descent, with momentum in torch's form (Sutskever et al. 2013)."""
+    """Gradient descent, with momentum as in Sutskever, Martens, Dahl & Hinton 2013."""
 
     flags = frozenset({"nesterov", "maximize"})
     reads = ("momentum",)
 
-    def __init__(self, defaults: Sequence[Mapping[str, Any]]) -> None:
-        super().__init__(defaults)
-        self.has_momentum = bool(self.numbers["momentum"].any())
-
-    def hyperparameters(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
-        """Return them with 1 - dampening, as in `StackedOptimizer`."""
+    def _computed(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
         # torch starts its buffer with the undamped first gradient, and has none without momentum
         dampening = self.numbers["dampening"] * (step > 1) * (self.numbers["momentum"] > 0)
-        return {**super().hyperparameters(step, lr), "one_minus_dampening": 1 - dampening}
+        return {"one_minus_dampening": 1 - dampening}
 
-    def initial_state(self, p: Tensor) -> OptimizerState:
-        """Return the momentum buffer, if a run has momentum."""
-        return (torch.zeros_like(p),) if self.has_momentum else ()
+    def _state_size(self) -> int:
+        return int(self.has_momentum)
 
-    def update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
-        """Return the new parameter and state, as in `StackedOptimizer`."""
-        g = self.add_weight_decay(p, g, h)
+    def _update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
         if self.has_momentum:
             buffer = h["momentum"] * state[0] + h["one_minus_dampening"] * g
             g = g + h["momentum"] * buffer if self.flag["nesterov"] else buffer
@@ -114,11 +116,9 @@ class Adam(StackedOptimizer):
     flags = frozenset({"amsgrad", "maximize", "decoupled_weight_decay"})
     reads = ("beta2", "eps")
 
-    def hyperparameters(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
-        """Return them with the bias corrections, as in `StackedOptimizer`."""
+    def _computed(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
         n = self.numbers
         return {
-            **super().hyperparameters(step, lr),
             "step_size": lr / (1 - n["beta1"] ** step),
             "bias_correction2": np.sqrt(1 - n["beta2"] ** step),
             "one_minus_beta1": 1 - n["beta1"],
@@ -126,17 +126,10 @@ class Adam(StackedOptimizer):
             "decay_factor": 1 - lr * n["weight_decay"],
         }
 
-    def initial_state(self, p: Tensor) -> OptimizerState:
-        """Return the means of gradient and square, and for amsgrad the largest square."""
-        return tuple(torch.zeros_like(p) for _ in range(3 if self.flag["amsgrad"] else 2))
+    def _state_size(self) -> int:
+        return 3 if self.flag["amsgrad"] else 2
 
-    def update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
-        """Return the new parameter and state, as in `StackedOptimizer`."""
-        if self.flag["decoupled_weight_decay"]:
-            p = p * h["decay_factor"]
-            g = -g if self.flag["maximize"] else g
-        else:
-            g = self.add_weight_decay(p, g, h)
+    def _update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
         mean = state[0] + h["one_minus_beta1"] * (g - state[0])
         square = h["beta2"] * state[1] + h["one_minus_beta2"] * g * g
         largest = (torch.maximum(state[2], square),) if self.flag["amsgrad"] else ()
@@ -145,27 +138,18 @@ class Adam(StackedOptimizer):
 
 
 class RMSprop(StackedOptimizer):
-    """Tieleman & Hinton 2012; centered: Graves 2013."""
+    """Tieleman & Hinton 2012, and Graves 2013 where it is centered."""
 
     flags = frozenset({"centered", "maximize"})
     reads = ("alpha", "eps", "momentum")
 
-    def __init__(self, defaults: Sequence[Mapping[str, Any]]) -> None:
-        super().__init__(defaults)
-        self.has_momentum = bool(self.numbers["momentum"].any())
+    def _computed(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
+        return {"one_minus_alpha": 1 - self.numbers["alpha"]}
 
-    def hyperparameters(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
-        """Return them with 1 - alpha, as in `StackedOptimizer`."""
-        return {**super().hyperparameters(step, lr), "one_minus_alpha": 1 - self.numbers["alpha"]}
+    def _state_size(self) -> int:
+        return 1 + self.flag["centered"] + self.has_momentum
 
-    def initial_state(self, p: Tensor) -> OptimizerState:
-        """Return the mean square, then the mean if centered, then the momentum buffer if any."""
-        count = 1 + self.flag["centered"] + self.has_momentum
-        return tuple(torch.zeros_like(p) for _ in range(count))
-
-    def update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
-        """Return the new parameter and state, as in `StackedOptimizer`."""
-        g = self.add_weight_decay(p, g, h)
+    def _update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
         square = h["alpha"] * state[0] + h["one_minus_alpha"] * g * g
         new_state = [square]
         if self.flag["centered"]:
@@ -185,19 +169,18 @@ class Adagrad(StackedOptimizer):
     flags = frozenset({"maximize"})
     reads = ("eps",)
 
-    def hyperparameters(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
-        """Return them with the decayed learning rate, as in `StackedOptimizer`."""
-        decayed = lr / (1 + (step - 1) * self.numbers["lr_decay"])
-        return {**super().hyperparameters(step, lr), "lr": decayed}
-
     def initial_state(self, p: Tensor) -> OptimizerState:
         """Return the sum of squares, which begins at `initial_accumulator_value`."""
         start = torch.as_tensor(self.numbers["initial_accumulator_value"], dtype=p.dtype)
         return (over(start.to(p.device), p).expand_as(p).clone(),)
 
-    def update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
-        """Return the new parameter and state, as in `StackedOptimizer`."""
-        g = self.add_weight_decay(p, g, h)
+    def _computed(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
+        return {"lr": lr / (1 + (step - 1) * self.numbers["lr_decay"])}
+
+    def _state_size(self) -> int:
+        return 1
+
+    def _update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
         square = state[0] + g * g
         return p - h["lr"] * g / (square.sqrt() + h["eps"]), (square,)
 

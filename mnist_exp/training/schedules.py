@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Schedule(ABC):
     """The learning rate over a run, as a factor of `optimizer.lr`.
 
-    `warmup_epochs`: it rises linearly over so many epochs (fractions allowed), and follows the
-    schedule's own course over the rest.
+    It rises linearly over `warmup_epochs` (fractions allowed), and follows `after_warmup` over the
+    rest of the run.
     """
 
     warmup_epochs: float = 0.0
@@ -20,24 +20,28 @@ class Schedule(ABC):
             if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number of 0 or more, got {value!r}")
 
-    def factor(self, epoch: float, epochs: int) -> float:
-        """The factor at time `epoch` (0 at the first step; fractional) of `epochs`."""
+    def multiplier(self, epoch: float, epochs: int) -> float:
+        """Return the factor at time `epoch` (0 at the first step; fractional) of `epochs`."""
         if epoch < self.warmup_epochs:
-            return self.rise(epoch / self.warmup_epochs)
-        return self.course(epoch - self.warmup_epochs, max(epochs - self.warmup_epochs, 1e-9))
+            return self.warmup(epoch / self.warmup_epochs)
+        return self.after_warmup(epoch - self.warmup_epochs, max(epochs - self.warmup_epochs, 1e-9))
 
-    def rise(self, share: float) -> float:
+    def warmup(self, share: float) -> float:
+        """Return the factor when a share (0 to 1) of the warm-up is over."""
         # one hundredth to begin with: a first step of zero would be wasted
         return 0.01 + 0.99 * share
 
     @abstractmethod
-    def course(self, epoch: float, epochs: float) -> float:
-        """The factor after warm-up, with time counted from its end."""
+    def after_warmup(self, epoch: float, epochs: float) -> float:
+        """Return the factor after the warm-up, with time counted from its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
-    def course(self, epoch: float, epochs: float) -> float:
+    """The same rate throughout."""
+
+    def after_warmup(self, epoch: float, epochs: float) -> float:
+        """Return 1."""
         return 1.0
 
 
@@ -47,13 +51,14 @@ class Cosine(Schedule):
 
     final: float = 0.0
 
-    def course(self, epoch: float, epochs: float) -> float:
+    def after_warmup(self, epoch: float, epochs: float) -> float:
+        """Return the factor on the cosine."""
         return _cosine(1.0, self.final, epoch / epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Schedule):
-    """Multiplied by `gamma` after every `every_epochs`."""
+    """A rate that is multiplied by `gamma` after every `every_epochs`."""
 
     every_epochs: float = 30.0
     gamma: float = 0.1
@@ -63,7 +68,8 @@ class Step(Schedule):
         if self.every_epochs == 0:
             raise ValueError("every_epochs must be more than 0, got 0")
 
-    def course(self, epoch: float, epochs: float) -> float:
+    def after_warmup(self, epoch: float, epochs: float) -> float:
+        """Return the factor after the steps down so far."""
         # a step is a fraction of an epoch: 0.3 / 0.1 is a little less than 3
         steps = math.floor(epoch / self.every_epochs + 1e-9)
         try:
@@ -74,7 +80,7 @@ class Step(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class OneCycle(Schedule):
-    """Up along a cosine, and down along another to nearly nothing (Smith & Topin 2018).
+    """A rise along a cosine, and a fall along another to nearly nothing (Smith & Topin 2018).
 
     `optimizer.lr` is the peak. The rise takes `warmup_epochs`, or `rise_share` of the run where
     that is 0; it begins at peak / `start_divisor`, and the fall ends at
@@ -92,15 +98,18 @@ class OneCycle(Schedule):
         if min(self.start_divisor, self.end_divisor) < 1:
             raise ValueError("start_divisor and end_divisor must be 1 or more")
 
-    def factor(self, epoch: float, epochs: int) -> float:
+    def multiplier(self, epoch: float, epochs: int) -> float:
+        """Return the factor at time `epoch` of `epochs`, as every schedule does."""
         top = self.warmup_epochs or self.rise_share * epochs
         if epoch < top:
             return _cosine(1 / self.start_divisor, 1.0, epoch / top)
-        return self.course(epoch - top, max(epochs - top, 1e-9))
+        return self.after_warmup(epoch - top, max(epochs - top, 1e-9))
 
-    def course(self, epoch: float, epochs: float) -> float:
+    def after_warmup(self, epoch: float, epochs: float) -> float:
+        """Return the factor on the way down."""
         return _cosine(1.0, 1 / (self.start_divisor * self.end_divisor), epoch / epochs)
 
 
 def _cosine(start: float, end: float, share: float) -> float:
+    """Return the value at a share (0 to 1) of half a cosine from `start` to `end`."""
     return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2

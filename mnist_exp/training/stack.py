@@ -1,4 +1,4 @@
-"""K models of one architecture as one: parameters and buffers `[K, ...]`.
+"""A stack: K models of one architecture as one, with parameters and buffers `[K, ...]`.
 
 The module is a skeleton: `torch.func` calls it with tensors that it does not own. A stack of one
 runs without vmap, so a single run pays nothing for being a stack.
@@ -45,20 +45,21 @@ class Stack:
         others = [n for n in names if n not in trainable]
         others += [n for n, _ in self.module.named_buffers()]
         self.buffers: Tensors = {n: stacked(n) for n in others}
-        self.is_stochastic = any(_is_stochastic(m) for m in self.module.modules())
+        submodules = list(self.module.modules())
+        self.is_stochastic = any(isinstance(m, _STOCHASTIC) or not _is_known(m) for m in submodules)
         # a trace freezes what Python decides in forward(), which modules of one's own may do
-        self.is_traceable = all(_is_known(m) for m in self.module.modules())
+        self.is_traceable = all(_is_known(m) for m in submodules)
         # on a CPU, convolutions of several models at once are slower than one after the other
-        self.has_convolutions = any(isinstance(m, _CONVOLUTIONS) for m in self.module.modules())
+        self.has_convolutions = any(isinstance(m, _CONVOLUTIONS) for m in submodules)
 
     def select(self, indices: Sequence[int]) -> "Stack":
-        """A stack of some of the models, copied as they are now."""
-        taken = copy.copy(self)
-        taken.size = len(indices)
+        """Return a stack of some of the models, copied as they are now."""
+        selected = copy.copy(self)
+        selected.size = len(indices)
         index = torch.tensor(indices, device=self.device)
-        taken.params = {n: t[index] for n, t in self.params.items()}
-        taken.buffers = {n: t[index] for n, t in self.buffers.items()}
-        return taken
+        selected.params = {n: t[index] for n, t in self.params.items()}
+        selected.buffers = {n: t[index] for n, t in self.buffers.items()}
+        return selected
 
     def gradients(
         self,
@@ -67,32 +68,39 @@ class Stack:
         x: Tensor,
         y: Tensor,
         keys: Tensor,
-        smooth: Tensor | None,
+        smoothing: Tensor | None,
     ) -> tuple[Tensors, Tensors, Tensor, Tensor]:
-        """One batch forward and backward, in training mode.
+        """Do the forward and backward pass of one batch, in training mode.
 
-        x: [K, B, C, H, W] float; y: [K, B] (or [1, ...]: the same for all models); keys: int64 [K],
-        of this step's dropout masks; smooth: [K], label smoothing, or None for none. Returns
-        gradients [K, ...], new buffers [K, ...], the mean loss [K] and the number of correct
-        predictions [K].
+        Args:
+            params: The trainable parameters, [K, ...] each.
+            buffers: All other tensors, [K, ...] each.
+            x: Float images, [K, B, C, H, W], or [1, ...] if they are the same for all models.
+            y: Labels, [K, B], or [1, B].
+            keys: The keys of this step's dropout masks, int64 [K].
+            smoothing: The label smoothing, [K], or None for none.
+
+        Returns:
+            Gradients [K, ...], new buffers [K, ...], the mean loss [K] and the number of correct
+            predictions [K].
         """
         if self.size > 1:
             each = 0 if len(x) == self.size else None
             x, y = (x, y) if each == 0 else (x[0], y[0])
             f = vmap(
                 grad_and_value(self._loss, has_aux=True),
-                in_dims=(0, 0, each, each, 0, None if smooth is None else 0),
+                in_dims=(0, 0, each, each, 0, None if smoothing is None else 0),
                 randomness="different",
             )
-            grads, (loss, (new, correct)) = f(params, buffers, x, y, keys, smooth)
+            grads, (loss, (new, correct)) = f(params, buffers, x, y, keys, smoothing)
             return grads, new, loss, correct
         # torch.func.grad costs three times plain autograd where nothing is compiled
-        leaves = {n: p[0].detach().requires_grad_() for n, p in params.items()}
+        leaves = {n: p[0].detach().requires_grad_() for n, p in params.items()}  # [K, ...] -> [...]
         one = {n: b[0] for n, b in buffers.items()}
-        smooth = None if smooth is None else smooth[0]
-        loss, (new, correct) = self._loss(leaves, one, x[0], y[0], keys[0], smooth)
-        found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-        grads = {n: g[None] for n, g in zip(leaves, found, strict=True)}
+        smoothing = None if smoothing is None else smoothing[0]
+        loss, (new, correct) = self._loss(leaves, one, x[0], y[0], keys[0], smoothing)
+        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        grads = {n: g[None] for n, g in zip(leaves, gradients, strict=True)}  # [...] -> [K, ...]
         return grads, {n: b[None] for n, b in new.items()}, loss.detach()[None], correct[None]
 
     def _loss(
@@ -102,17 +110,18 @@ class Stack:
         x: Tensor,
         y: Tensor,
         keys: Tensor,
-        smooth: Tensor | None,
+        smoothing: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensors, Tensor]]:
+        """Return the loss of one model, its new buffers, and its number of correct predictions."""
         # modules write to their buffers (BatchNorm): they get copies, and what is there in the end,
         # written to or assigned, is handed back
         tensors = {**params, **{n: b.clone() for n, b in buffers.items()}}
         logits = self._call(tensors, x, keys if self.is_stochastic else None)
         buffers = {n: tensors[n].detach() for n in buffers}
         loss = F.cross_entropy(logits, y)
-        if smooth is not None:
+        if smoothing is not None:
             uniform = -F.log_softmax(logits, -1).mean()  # the cross-entropy with all classes alike
-            loss = torch.lerp(loss, uniform, smooth)
+            loss = torch.lerp(loss, uniform, smoothing)
         return loss, (buffers, (logits.argmax(-1) == y).sum())
 
     def _call(self, tensors: Tensors, x: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -123,7 +132,7 @@ class Stack:
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
-        """In evaluation mode, the same images for every model. [B, C, H, W] -> [K, B, classes]."""
+        """Return every model's logits [K, B, classes] on images [B, C, H, W] in evaluation mode."""
         self.module.eval()
         try:
             if self.size == 1:
@@ -136,36 +145,28 @@ class Stack:
         return {**self.params, **self.buffers}
 
     def snapshot(self) -> Tensors:
-        """A copy of all parameters and buffers, [K, ...] each."""
+        """Return a copy of all parameters and buffers, [K, ...] each."""
         return {n: t.clone() for n, t in self._all().items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes parameters and buffers [K, ...] from a snapshot."""
-        for own in (self.params, self.buffers):
-            own.update({n: tensors[n].to(self.device, copy=True) for n in own})
+        """Copy parameters and buffers [K, ...] from a snapshot."""
+        for target in (self.params, self.buffers):
+            target.update({n: tensors[n].to(self.device, copy=True) for n in target})
 
     def model(self, k: int) -> nn.Module:
-        """Model `k` as a plain module on the CPU that owns its tensors, in evaluation mode."""
-        state = {n: t[k].cpu() for n, t in self._all().items()}
-        return _with_tensors(self.module, state).eval()
+        """Return model `k` as a plain module, on the CPU and in evaluation mode."""
+        module = copy.deepcopy(self.module).cpu()
+        for name, tensor in self._all().items():
+            _tensor(module, name).data = tensor[k].cpu().clone()
+        return module.eval()
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
+    """Return the parameter or buffer `name` of a module."""
     owner, _, leaf = name.rpartition(".")
     tensor = getattr(module.get_submodule(owner), leaf)
     assert isinstance(tensor, Tensor)
     return tensor
-
-
-def _with_tensors(module: nn.Module, tensors: Tensors) -> nn.Module:
-    module = copy.deepcopy(module).cpu()
-    for name, tensor in tensors.items():
-        _tensor(module, name).data = tensor.clone()
-    return module
-
-
-def _is_stochastic(module: nn.Module) -> bool:
-    return isinstance(module, _STOCHASTIC) or not _is_known(module)
 
 
 def _is_known(module: nn.Module) -> bool:

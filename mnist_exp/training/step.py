@@ -66,6 +66,7 @@ class TrainStep:
     ) -> None:
         self.stack, self.data, self.runs = stack, data, runs
         self.optimizer, self.batch_size = optimizer, batch_size
+        self.steps_per_epoch = -(-len(data.train) // batch_size)
         # runs of one seed see the same images in the same order: they are gathered once for all
         self.shared = len({run.seed for run in runs}) == 1
         on_cpu = stack.device.type == "cpu"

@@ -803,7 +803,7 @@ class Picky(MLP):  # about its seed
 class Trap(Constant):
     closes: float = 9.0
 
-    def course(self, epoch, epochs):
+    def after_warmup(self, epoch, epochs):
         if epoch >= self.closes:
             raise RuntimeError("the trap")
         return 1.0

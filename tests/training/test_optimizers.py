@@ -249,7 +249,7 @@ TOTAL = EPOCHS * STEPS
 
 def course(schedule: Schedule) -> list[float]:
     """The factors of all steps of a run."""
-    return [schedule.factor(e + i / STEPS, EPOCHS) for e in range(EPOCHS) for i in range(STEPS)]
+    return [schedule.multiplier(e + i / STEPS, EPOCHS) for e in range(EPOCHS) for i in range(STEPS)]
 
 
 def torchs_course(schedule: type[torch_schedules.LRScheduler], **arguments: Any) -> list[float]:
@@ -295,7 +295,7 @@ def test_one_cycle_equals_torch(share: float, warmup: float) -> None:
     ours = OneCycle(rise_share=share, warmup_epochs=warmup, start_divisor=20.0, end_divisor=100.0)
     assert course(ours) == pytest.approx(expected, rel=1e-9)
     assert max(course(ours)) == course(ours)[round(rise)] == 1
-    assert ours.factor(EPOCHS, EPOCHS) == pytest.approx(1 / 2000)
+    assert ours.multiplier(EPOCHS, EPOCHS) == pytest.approx(1 / 2000)
 
 
 def test_constant() -> None:
@@ -312,20 +312,20 @@ def test_warm_up_is_linear_and_goes_over_into_the_course(
     warmed = schedule(warmup_epochs=warmup)
     rise = course(warmed)[: int(warmup * STEPS)]
     assert 0 < rise[0] < 0.05
-    slopes = np.diff([*rise, warmed.factor(warmup, EPOCHS)])
+    slopes = np.diff([*rise, warmed.multiplier(warmup, EPOCHS)])
     assert slopes == pytest.approx(slopes[0])
-    assert warmed.factor(warmup, EPOCHS) == 1.0
-    assert warmed.factor(warmup - 1e-9, EPOCHS) == pytest.approx(1.0)
+    assert warmed.multiplier(warmup, EPOCHS) == 1.0
+    assert warmed.multiplier(warmup - 1e-9, EPOCHS) == pytest.approx(1.0)
     # the rest of the run has the schedule's whole course
     for share in (0.1, 0.5, 0.9, 1.0):
         rest = EPOCHS - warmup
-        expected = schedule().factor(share * rest, rest)  # type: ignore[arg-type]
-        assert warmed.factor(warmup + share * rest, EPOCHS) == pytest.approx(expected)
+        expected = schedule().multiplier(share * rest, rest)  # type: ignore[arg-type]
+        assert warmed.multiplier(warmup + share * rest, EPOCHS) == pytest.approx(expected)
 
 
 def test_warm_up_of_the_whole_run_ends_at_the_full_rate() -> None:
-    assert Cosine(warmup_epochs=EPOCHS).factor(EPOCHS - 1e-9, EPOCHS) == pytest.approx(1.0)
-    assert math.isfinite(Cosine(warmup_epochs=EPOCHS).factor(EPOCHS, EPOCHS))
+    assert Cosine(warmup_epochs=EPOCHS).multiplier(EPOCHS - 1e-9, EPOCHS) == pytest.approx(1.0)
+    assert math.isfinite(Cosine(warmup_epochs=EPOCHS).multiplier(EPOCHS, EPOCHS))
 
 
 @pytest.mark.parametrize(
