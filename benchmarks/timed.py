@@ -16,7 +16,7 @@ from typing import Any
 
 from mnist_exp.cli import main as cli
 from mnist_exp.runs import recorder as record
-from mnist_exp.sweeps import launcher as stacked
+from mnist_exp.sweeps import launcher
 from mnist_exp.tracking import store as tracking
 from mnist_exp.tracking import upload
 from mnist_exp.training import step
@@ -54,14 +54,14 @@ def main() -> None:
     timed(tracking.Store, "__init__", "store")
     timed(step.TrainStep, "compile", "compile")
     timed(step.TrainStep, "__call__", "steps")
-    train_there = stacked._train_there
+    worker = launcher.worker
 
-    def training_there(*arguments: Any) -> None:
+    def timed_worker(*arguments: Any) -> None:
         SECONDS.update(dict.fromkeys(SECONDS, 0.0))
-        train_there(*arguments)
+        worker(*arguments)
         out.with_name(f"{out.stem}.{os.getpid()}").write_text(json.dumps(SECONDS))
 
-    setattr(stacked, train_there.__name__, training_there)
+    setattr(launcher, worker.__name__, timed_worker)
     status = 1
     try:
         cli.main(words)

@@ -59,3 +59,8 @@ class MeanStd:
         """Return the text of shares: "97.31 % ± 0.12 (3)", and without ± where n = 1."""
         deviation = "" if self.std is None else f" ± {100 * self.std:.2f}"
         return f"{percent(self.mean)}{deviation} ({self.n})"
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 job", "10,000 jobs"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -394,9 +394,9 @@ def _report(asked: argparse.Namespace) -> int:
     parent = store.find(asked.sweep, sweep=True)
 
     from mnist_exp.runs.console import Terminal
-    from mnist_exp.sweeps import results
+    from mnist_exp.sweeps import finish
 
-    files = results.report_again(store, parent, asked.output, asked.format, Terminal())
+    files = finish.report_again(store, parent, asked.output, asked.format, Terminal())
     print(f"on the parent run {parent.id}: {', '.join(files)}")
     if asked.output is not None:
         print(f"output {asked.output.resolve()}")

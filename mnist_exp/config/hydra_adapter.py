@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.config import paths
-from mnist_exp.config.schema import Schema
+from mnist_exp.config.schema import Schema, StackedLauncher
 from mnist_exp.errors import ConfigError, first_line
 
 # ValueError: a group that is given something else than a name; AssertionError: a key that is added
@@ -37,6 +37,7 @@ def register() -> None:
     """Makes the schema and the resolvers known to Hydra; to be called before Hydra starts."""
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises
     ConfigStore.instance().store("schema", Schema)
+    ConfigStore.instance().store("stacked", StackedLauncher, group="hydra/launcher")
     OmegaConf.register_new_resolver("project_root", lambda: str(paths.project_root()), replace=True)
     OmegaConf.register_new_resolver("output_root", lambda: str(paths.output_root()), replace=True)
 

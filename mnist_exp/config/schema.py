@@ -78,6 +78,13 @@ class Schema(Config):
     sweep: SweepConfig = MISSING
 
 
+@dataclass
+class StackedLauncher:
+    """The options of `hydra/launcher=stacked`, which this project runs itself."""
+
+    max_stack: int | None = None  # models trained together; None: what is fastest on the device
+
+
 ONE_OF = {  # what a key can be, where that is one of a few names
     "training.device": ("auto", "cpu", "cuda", "mps"),
     "training.compile": ("auto", "always", "never"),

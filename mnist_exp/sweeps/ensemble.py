@@ -22,21 +22,21 @@ class Ensemble:
     whole: Evaluation
 
     def spread(self, key: str) -> MeanStd:
-        """Of its members: test/loss or test/accuracy."""
+        """Return mean and deviation over the members of test/loss or test/accuracy."""
         return MeanStd.of([member.test[key] for member in self.members])
 
     def table(self) -> Table:
-        """A row a member, their mean, and all together."""
+        """Return a table: a row a member, their mean, and all together."""
         header = ["run", "name", "test accuracy", "test loss", "calibration error"]
         rows = [
             [
-                one.run_id[:8],
-                one.name,
-                f"{one.test['test/accuracy']:.2%}",
-                f"{one.test['test/loss']:.4f}",
-                f"{one.calibration.error:.2%}",
+                model.run_id[:8],
+                model.name,
+                f"{model.test['test/accuracy']:.2%}",
+                f"{model.test['test/loss']:.4f}",
+                f"{model.calibration.error:.2%}",
             ]
-            for one in [*self.members, self.whole]
+            for model in [*self.members, self.whole]
         ]
         rows[-1][0] = "together"
         accuracy, loss = (self.spread(key) for key in ("test/accuracy", "test/loss"))
@@ -44,18 +44,23 @@ class Ensemble:
         return header, rows
 
     def gain(self, key: str) -> float:
-        """What the whole has more than the mean of its members."""
+        """Return what the whole has more than the mean of its members."""
         return self.whole.test[key] - self.spread(key).mean
 
 
 def ensemble(store: Store, parent: StoredRun, root: str | None = None) -> Ensemble:
-    """Averages the probabilities of a sweep's chosen cell over its seeds.
+    """Average the probabilities of a sweep's chosen cell over its seeds.
 
-    parent: its run; root: as for `evaluate`. Raises ConfigError where
-    there is no such cell, or it has one model alone.
+    Args:
+        store: The store of the sweep.
+        parent: The sweep's run.
+        root: Where its data is by now, if not where it was.
+
+    Raises:
+        ConfigError: There is no such cell, or it has one model alone.
     """
     run_id = parent.id
-    chosen = results.summarise(results.of_store(store, run_id)).chosen
+    chosen = results.summarise(results.load_from_store(store, run_id)).chosen
     if chosen is None:
         raise ConfigError(
             f"sweep {run_id}: validation has chosen no cell, so there is nothing to average. A "

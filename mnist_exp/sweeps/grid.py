@@ -1,10 +1,7 @@
 """Every combination of what is swept, composed. Needs no torch: a typo is refused at once."""
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import get_overrides_dirname
@@ -20,37 +17,23 @@ from mnist_exp.config.hydra_adapter import COMPOSITION_ERRORS
 from mnist_exp.config.schema import SweepConfig, task_config
 from mnist_exp.config.validate import validate, validate_sweep
 from mnist_exp.errors import ConfigError
-from mnist_exp.system import files
+from mnist_exp.sweeps.manifest import SweepJob
 
-FROZEN = "frozen.json"
 CHECK_SECONDS = 0.035  # that a job takes to be composed, validated and built
-
-
-@dataclass
-class Planned:
-    """One job of a sweep before it runs."""
-
-    number: int
-    words: list[str]  # its overrides, as Hydra gives them to a launcher
-    values: dict[str, str]  # what was swept
-    composed: DictConfig | None = None
-    job: Any = None  # built and checked
-    folder: Path = Path()  # of its output, once the sweep has one
-    problem: str = ""  # why it cannot be run
-
-    @property
-    def said(self) -> str:
-        """For people: "job 3 (optimizer.lr=0.1 seed=0)"."""
-        return f"job {self.number} ({' '.join(f'{k}={v}' for k, v in self.values.items())})"
 
 
 def jobs(
     context: HydraContext, master: DictConfig, say: Callable[[str], None] = lambda text: None
-) -> list[Planned]:
-    """The jobs of a sweep, composed once and for all; a problem in one of them is noted there.
+) -> list[SweepJob]:
+    """Return the jobs of a sweep, composed once and for all; each notes why it cannot be run.
 
-    `master`: what they have in common, with what was typed in `hydra.overrides`. `say`: is told of
-    a wait. Raises ConfigError where there is no sweep to speak of.
+    Args:
+        context: What Hydra's launchers need.
+        master: The config that the jobs have in common, with the overrides in `hydra.overrides`.
+        say: Is called with a line of text if the jobs take long to check.
+
+    Raises:
+        ConfigError: Nothing is swept, or a job cannot be run.
     """
     settings = validate_sweep(master)
     if not master.hydra.sweeper._target_.endswith(".BasicSweeper"):
@@ -72,19 +55,19 @@ def jobs(
         wait = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
         say(f"checking {len(planned):,} jobs before the first one starts: about {wait}")
     for p in compose(context.config_loader, master, overrides, planned):
-        if p.composed is not None:
-            with open_dict(p.composed):
-                p.composed.hydra.job.num = p.composed.hydra.job.id = p.number
+        if not p.problem:
+            with open_dict(p.config):
+                p.config.hydra.job.num = p.config.hydra.job.id = p.number
             try:
-                _validate(p.composed, params)
+                _validate(p.config, params)
             except ConfigError as error:
                 p.problem = str(error)
-        refuse(p, settings)
+        raise_if_invalid(p, settings)
     return planned
 
 
 def _check_unique(typed: Sequence[Override]) -> None:
-    """Raises ConfigError for a key that is swept twice; a recipe's may be swept otherwise."""
+    """Raise ConfigError for a key that is swept twice; a recipe's may be swept otherwise."""
     swept: dict[str, Override] = {}
     for o in typed:
         if o.is_sweep_override() and swept.setdefault(o.get_key_element(), o) is not o:
@@ -104,17 +87,20 @@ def _validate(composed: DictConfig, params: Mapping[str, Any]) -> None:
     validate(task_config(composed))
 
 
-def refuse(planned: Planned, settings: SweepConfig) -> None:
-    """Raises ConfigError for a job that cannot be run, unless those are to be skipped."""
+def raise_if_invalid(planned: SweepJob, settings: SweepConfig) -> None:
+    """Raise ConfigError for a job that cannot be run, unless those are to be skipped."""
     if planned.problem and not settings.skip_invalid:
         raise ConfigError(
-            f"{planned.said}: {planned.problem}\n"
+            f"{planned.describe()}: {planned.problem}\n"
             f"Nothing was started. To leave such jobs out: sweep.skip_invalid=true"
         )
 
 
-def expand(overrides: Sequence[Override], settings: SweepConfig) -> list[Planned]:
-    """Every combination of what is swept. Raises ConfigError for none, and for far too many."""
+def expand(overrides: Sequence[Override], settings: SweepConfig) -> list[SweepJob]:
+    """Return every combination of what is swept, as jobs that are not composed yet.
+
+    Raises ConfigError if there is none, or there are too many.
+    """
     swept = {o.get_key_element(): o for o in overrides if o.is_sweep_override()}
     if not swept:
         raise ConfigError(
@@ -141,7 +127,7 @@ def expand(overrides: Sequence[Override], settings: SweepConfig) -> list[Planned
     for number, words in enumerate(jobs):
         pairs = [word.split("=", 1) for word in words]
         values = {key.lstrip("+"): value for key, value in pairs if key in swept}
-        planned.append(Planned(number, words, values))
+        planned.append(SweepJob(number, words, values))
     return planned
 
 
@@ -149,9 +135,9 @@ def compose(
     loader: ConfigLoader,
     master: DictConfig,
     overrides: Sequence[Override],
-    planned: Sequence[Planned],
-) -> Iterator[Planned]:
-    """Composes each job's config, once and for all. The jobs, one after the other.
+    planned: Sequence[SweepJob],
+) -> Iterator[SweepJob]:
+    """Compose the config of each job, and yield the jobs, one after the other.
 
     Hydra takes 0.1 s for each. Jobs that differ only in values of keys that are there already are
     set in a copy of the first of them.
@@ -167,59 +153,26 @@ def compose(
     parser = OverridesParser.create(config_loader=loader)
     made: dict[tuple[str, ...], DictConfig] = {}
     for p in planned:
-        rest = tuple(word for word in p.words if word.split("=", 1)[0] not in plain)
+        rest = tuple(word for word in p.overrides if word.split("=", 1)[0] not in plain)
         try:
             if rest not in made:
-                made[rest] = loader.load_sweep_config(master, list(p.words))
-                p.composed = copy.deepcopy(made[rest])
+                made[rest] = loader.load_sweep_config(master, list(p.overrides))
+                p.config = copy.deepcopy(made[rest])
             else:
-                p.composed = copy.deepcopy(made[rest])
-                parsed = parser.parse_overrides(list(p.words))
+                p.config = copy.deepcopy(made[rest])
+                parsed = parser.parse_overrides(list(p.overrides))
                 for override in parsed:
                     if override.get_key_element() in plain:
-                        OmegaConf.update(p.composed, override.key_or_group, override.value())
-                _set_overrides(p.composed, parsed)
+                        OmegaConf.update(p.config, override.key_or_group, override.value())
+                _set_overrides(p.config, parsed)
         except COMPOSITION_ERRORS as error:
-            p.problem = str(explain(error, p.words))
+            p.problem = str(explain(error, p.overrides))
         yield p
 
 
 def _set_overrides(composed: DictConfig, overrides: Sequence[Override]) -> None:
-    """What Hydra's own part says of the words that were typed."""
+    """Write the overrides into Hydra's part of a config, as Hydra does when it composes."""
     own = [o for o in overrides if not o.is_hydra_override()]
     job = composed.hydra.job
     composed.hydra.overrides.task = [o.input_line for o in own]
     job.override_dirname = get_overrides_dirname(own, **job.config.override_dirname)
-
-
-def freeze(planned: Sequence[Planned], folder: Path) -> None:
-    """Writes the jobs of a sweep to its folder, as they are composed: to be resumed from there."""
-    frozen = [
-        {
-            "number": p.number,
-            "words": p.words,
-            "values": p.values,
-            "folder": str(p.folder),
-            "config": OmegaConf.to_container(p.composed, enum_to_str=True),
-        }
-        for p in planned
-    ]
-    files.write(folder / FROZEN, json.dumps(frozen))
-
-
-def thaw(folder: Path) -> list[Planned]:
-    """The jobs of a sweep, as `freeze` has written them. Raises ConfigError."""
-    try:
-        frozen = json.loads((folder / FROZEN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{folder / FROZEN}: cannot be read ({error}), so the sweep cannot be resumed"
-        ) from error
-    planned = []
-    for job in frozen:
-        config = OmegaConf.create(job["config"])
-        assert isinstance(config, DictConfig)
-        planned.append(
-            Planned(job["number"], job["words"], job["values"], config, folder=Path(job["folder"]))
-        )
-    return planned

@@ -1,267 +1,385 @@
-"""The stacked launcher: which jobs share a stack, and how the stacks are trained side by side."""
+"""The launchers: functions that train the jobs of a sweep and return what each has come to.
+
+`stacked` is this project's own: it trains the jobs that can share a stack together, and the stacks
+in processes side by side. `basic` and `joblib` are Hydra's, which train one job after the other,
+or each in a process of its own. Another engine is one more function in `choose_launcher`.
+"""
 
 import contextlib
-import itertools
+import functools
 import json
-import math
 import multiprocessing.connection
+import shlex
 import sys
-from collections.abc import Generator, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-import torch
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from mnist_exp.config.schema import leaves
+from mnist_exp.config import paths
+from mnist_exp.config.hydra_adapter import register
+from mnist_exp.config.schema import SweepConfig
 from mnist_exp.errors import reason_of
-from mnist_exp.runs import train as run
-from mnist_exp.runs.console import Reporter
-from mnist_exp.runs.job import Job
-from mnist_exp.runs.recorder import THREADS
-from mnist_exp.sweeps import results
-from mnist_exp.sweeps.grid import Planned
-from mnist_exp.sweeps.results import Outcome
-from mnist_exp.sweeps.sweep import STOP, Task, count_of, outcome_of
-from mnist_exp.system import signals
-from mnist_exp.system.processes import end, fork, receive
-from mnist_exp.tracking.run_log import RunHistory
+from mnist_exp.formatting import count_of
+from mnist_exp.runs.console import Reporter, Terminal
+from mnist_exp.runs.job import KEYS_IN_NAME, Job, cached_loader, prepare
+from mnist_exp.runs.recorder import THREADS, StackPlan
+from mnist_exp.runs.train import train_stack
+from mnist_exp.sweeps import report, stacks
+from mnist_exp.sweeps.manifest import Manifest, SweepJob
+from mnist_exp.sweeps.report import JobResult
+from mnist_exp.sweeps.results import mark_job_killed, result_of
+from mnist_exp.system import signals, streams
+from mnist_exp.system.processes import END_SECONDS, end, fork, is_running, receive
+from mnist_exp.tracking.run_log import RunHistory, open_runs_at
+from mnist_exp.tracking.upload import Uploader
 from mnist_exp.training.compile import warm_up_compiler
-from mnist_exp.training.optimizers import STACKED
-from mnist_exp.training.stack import Stack
 
-# Bytes of parameters up to which a stack is fastest on a CPU: what the caches of two cores hold.
-# Measured with the seed MLP, seconds an epoch and model: 0.26 for 1, 0.14 for 4, 0.10 for 16 and
-# 0.14 for 64. Powers of two, as odd sizes are slower: 9 models took 0.15.
-CPU_STACK_BYTES = 2**22
-CPU_STACK_MOST, GPU_STACK_MOST = 64, 512
+STOP = "stop"  # a file in the sweep's folder: no more jobs are to be started
+Results = dict[int, JobResult]  # by the number of the job
+Jobs = Sequence[SweepJob]
+load = cached_loader()  # the data sets of all of this process's jobs
 
 
-def plan(jobs: Sequence[Planned], max_stack: int | None) -> list[list[Planned]]:
-    """The stacks: jobs that differ only in numbers which a stack can carry, as many as fit."""
-    groups: dict[str, list[Planned]] = {}
-    for p in jobs:
-        groups.setdefault(_shape(p.job), []).append(p)
-    stacks = []
-    for group in groups.values():
-        first = group[0].job
-        most = (max_stack or _stack_limit(first)) if first.optimizer in STACKED else 1
-        count = math.ceil(len(group) / most)
-        # one seed beside another: a stack of one seed gathers its images once for all
-        group = sorted(group, key=lambda p: p.job.config.seed)
-        ends = [round(len(group) * i / count) for i in range(count + 1)]
-        stacks += [group[a:b] for a, b in itertools.pairwise(ends)]
-    return stacks
+@dataclass(frozen=True)
+class SweepSetup:
+    """What the jobs of a sweep have in common; it is pickled for other processes."""
+
+    folder: Path  # of the sweep, with its record
+    store_uri: str
+    settings: SweepConfig
+    command_line: str
+    verbose: bool = True  # its jobs are shown in the terminal
+    resume: bool = False  # its jobs go on from their newest checkpoints
+
+    def reporter(self, prefix: str = "") -> Reporter:
+        """Return what shows the jobs of one process; its lines begin with `prefix`."""
+        return Terminal(prefix) if self.verbose else Reporter()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether no more jobs are to be started."""
+        return (self.folder / STOP).exists()
+
+    def stop_after(self, results: Sequence[JobResult]) -> None:
+        """Let no more jobs start if one has failed and the sweep is to stop then."""
+        failed = any(result.status != "FINISHED" for result in results)
+        if failed and self.settings.on_error == "stop":
+            (self.folder / STOP).touch()
+
+    def not_run(self, job: SweepJob) -> JobResult:
+        """Return the result of a job that was not started."""
+        reason = "an earlier job failed (sweep.on_error=stop)"
+        return JobResult(job.number, job.values, "NOT RUN", reason)
+
+    def train(self, stack: Jobs, reporter: Reporter, threads: int = THREADS) -> None:
+        """Train jobs that can share a stack, as children of the sweep.
+
+        Args:
+            stack: The jobs, checked.
+            reporter: What shows them.
+            threads: How many threads torch has, unless the config says so.
+        """
+        tags = [
+            {
+                "job": str(job.number),
+                "swept": json.dumps(job.values),
+                "command_line": self.command_line,
+            }
+            for job in stack
+        ]
+        name = f"{stack[0].number}-{stack[-1].number}"  # another one for each half of a stack
+        plan = StackPlan(
+            [job.run for job in stack],
+            [job.folder for job in stack],
+            self.store_uri,
+            open_runs_at(paths.output_root()),
+            tags=tags,
+            parent=self.folder,
+            checkpoint_dir=None if len(stack) == 1 else self.folder / ".stacks" / name,
+            defer_test=self.settings.test != "all",
+            threads=threads,
+        )
+        train_stack(plan, reporter, resume=self.resume)
 
 
-def _shape(job: Job) -> str:
-    """What the jobs of a stack have in common, as text: the config less what a stack can carry."""
-    kept = {
-        key: value
-        for key, value in leaves(job.task_config)
-        if key not in ("seed", "training.label_smoothing", "training.patience")
-        and not key.startswith(("schedule.", "tracking."))
-        and not (key.startswith("optimizer.") and _is_number(value))
-    }
-    return json.dumps(kept, sort_keys=True)
+Launcher = Callable[[SweepSetup, Jobs, Uploader], Results]
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_number, value))
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def choose_launcher(context: HydraContext, master: DictConfig) -> Launcher:
+    """Return the function that trains the jobs of a sweep, which the config names.
 
-
-def _stack_limit(job: Job) -> int:
-    """How many models are trained together fastest, and fit into the memory."""
-    stack = Stack(job.build, [0], torch.device("cpu"))
-    size = sum(p.numel() * p.element_size() for p in stack.params.values())
-    if job.device.type == "cpu":
-        fitting = max(1, min(CPU_STACK_MOST, CPU_STACK_BYTES // size))
-        return 1 if stack.has_convolutions else 1 << (fitting.bit_length() - 1)
-    if job.device.type != "cuda":
-        return CPU_STACK_MOST
-    # parameters, gradients, new and best ones, two memories of the optimizer; images and what
-    # every layer makes of them, with their gradients
-    shape = job.load(job.config.dataset).shape
-    numbers = math.prod(shape)
-
-    def count(module: torch.nn.Module, args: Any, output: Any) -> None:
-        nonlocal numbers
-        numbers += output.numel() if isinstance(output, torch.Tensor) else 0
-
-    for module in stack.module.modules():
-        if not list(module.children()):
-            module.register_forward_hook(count)
-    with torch.no_grad():
-        stack.module.eval()(torch.zeros(1, *shape))
-    each = 6 * size + 3 * 4 * numbers * job.config.training.batch_size
-    free, _ = torch.cuda.mem_get_info(job.device)
-    return max(1, min(GPU_STACK_MOST, int(0.5 * free / each)))
-
-
-def launch(task: Any, max_stack: int | None) -> list[JobReturn]:
-    """As a launcher of Hydra's: trains all of a sweep's jobs, and returns in their order."""
-    assert isinstance(task, Task)
-    outcomes = train_stacks(task, max_stack)
-    return [
-        JobReturn(p.words, status=JobStatus.COMPLETED, _return_value=outcomes[p.number])
-        for p in task.jobs
-    ]
-
-
-def train_stacks(task: Task, max_stack: int | None = None) -> dict[int, Outcome]:
-    """Trains a sweep's jobs, or those of `task.stacks`, stack by stack. Outcomes by the number of
-    the job."""
-    reporter = task.reporter()
-    if task.stacks is None:
-        stacks = plan(task.jobs, max_stack)
-        numbers = [[p.number for p in stack] for stack in stacks]
-        replace(results.Manifest.of(task.folder), stacks=numbers).save(task.folder)
-    else:
-        by_number = {p.number: p for p in task.jobs}
-        stacks = [[by_number[number] for number in stack] for stack in task.stacks]
-    processes = _processes(stacks)
-    aside = f", {processes} at a time" if processes > 1 else ""
-    jobs = [p for stack in stacks for p in stack]
-    reporter.line(f"{count_of(len(jobs), 'job')}, {_said(stacks)}{aside}")
-    named = [(f"stack {i + 1} of {len(stacks)}", stack) for i, stack in enumerate(stacks)]
-    outcomes: dict[int, Outcome] = {}
-    trained = _one_by_one(task, named) if processes == 1 else _side_by_side(task, named, processes)
-    with contextlib.closing(trained):  # at once, and with it the processes
-        for stack, found in trained:
-            outcomes |= found
-            failed = any(found[p.number].status != "FINISHED" for p in stack)
-            if failed and task.settings.on_error == "stop":
-                (task.folder / STOP).touch()
-    unstarted = Outcome("NOT RUN", "an earlier job failed (sweep.on_error=stop)")
-    return {p.number: outcomes.get(p.number, unstarted) for p in jobs}
-
-
-Named = tuple[str, Sequence[Planned]]  # a stack and what it is called
-Found = tuple[Sequence[Planned], dict[int, Outcome]]
-
-
-def _processes(stacks: Sequence[Sequence[Planned]]) -> int:
-    """How many stacks to train at a time, each in a process of its own.
-
-    On a CPU, models are independent but the threads of one step wait for each other some thirty
-    times: a process a core is faster, much more so where other programs want a core as well.
-    Forks need Linux, and a process in which torch has started no thread for a GPU.
+    Args:
+        context: What Hydra's launchers need.
+        master: The config that the jobs have in common; `hydra/launcher` names the launcher.
     """
-    first = stacks[0][0].job
-    if sys.platform != "linux" or torch.cuda.is_available() or first.device.type != "cpu":
-        return 1
-    threads = max(p.job.config.training.threads or 1 for stack in stacks for p in stack)
-    return max(1, min(len(stacks), THREADS // threads))
+    if launcher_name(master) == "stacked":
+        return functools.partial(launch_stacked, max_stack=master.hydra.launcher.max_stack)
+    return functools.partial(launch_by_hydra, context=context, master=master)
 
 
-def _one_by_one(task: Task, stacks: Sequence[Named]) -> Generator[Found]:
-    reporter = task.reporter()
-    assert task.uploader is not None
-    task.uploader.begin()
-    for name, stack in stacks:
-        if not (task.folder / STOP).exists():
-            reporter.line(f"\n{name}: {_label(stack)}")
-            yield stack, _train_stack(task, stack, reporter, THREADS)
+def launcher_name(master: DictConfig) -> str:
+    """Return the option of `hydra/launcher` that was chosen."""
+    return str(OmegaConf.select(master, "hydra.runtime.choices").get("hydra/launcher"))
 
 
-def _side_by_side(task: Task, stacks: Sequence[Named], processes: int) -> Generator[Found]:
-    threads, uploader = THREADS // processes, task.uploader
-    assert uploader is not None
-    if any(map(_compiles, (stack for _, stack in stacks))):
+# the stacked launcher
+
+
+def launch_stacked(
+    setup: SweepSetup, jobs: Jobs, uploader: Uploader, max_stack: int | None
+) -> Results:
+    """Train jobs, those that can share a stack together.
+
+    Args:
+        setup: What the jobs have in common.
+        jobs: The jobs, checked.
+        uploader: What uploads their records meanwhile; it is started.
+        max_stack: How many jobs a stack may have; None: as many as are fastest.
+    """
+    planned = stacks.plan(jobs, max_stack)
+    numbers = [[job.number for job in stack] for stack in planned]
+    replace(Manifest.load(setup.folder), stacks=numbers).save(setup.folder)
+    return train_stacks(setup, planned, uploader)
+
+
+def train_stacks(setup: SweepSetup, planned: Sequence[Jobs], uploader: Uploader) -> Results:
+    """Train stacks, several at a time where that is faster. Arguments as for `launch_stacked`."""
+    processes = stacks.process_count(planned)
+    at_a_time = f", {processes} at a time" if processes > 1 else ""
+    jobs = [job for stack in planned for job in stack]
+    setup.reporter().line(
+        f"{count_of(len(jobs), 'job')}, {stacks.describe_stacks(planned)}{at_a_time}"
+    )
+    names = [f"stack {i + 1} of {len(planned)}" for i in range(len(planned))]
+    named = list(zip(names, planned, strict=True))
+    if processes == 1:
+        trained = _train_sequentially(setup, named, uploader)
+    else:
+        trained = _train_in_parallel(setup, named, uploader, processes)
+    results: Results = {}
+    with contextlib.closing(trained):  # at once, and with it the processes
+        for stack_results in trained:
+            results |= stack_results
+            setup.stop_after(list(stack_results.values()))
+    return {job.number: results.get(job.number) or setup.not_run(job) for job in jobs}
+
+
+def _train_sequentially(
+    setup: SweepSetup, named: Sequence[tuple[str, Jobs]], uploader: Uploader
+) -> Generator[Results]:
+    """Train stacks in this process, and yield the results of each."""
+    reporter = setup.reporter()
+    uploader.begin()
+    for name, stack in named:
+        if not setup.stopped:
+            reporter.line(f"\n{name}: {stacks.describe_stack(stack)}")
+            yield _train_or_halve(setup, stack, reporter, THREADS)
+
+
+def _train_in_parallel(
+    setup: SweepSetup, named: Sequence[tuple[str, Jobs]], uploader: Uploader, processes: int
+) -> Generator[Results]:
+    """Train stacks in so many processes, and yield the results of each as it ends."""
+    threads = THREADS // processes
+    if any(stacks.is_compiled(stack) for _, stack in named):
         warm_up_compiler()
-    waiting = sorted(stacks, key=lambda named: _cost(named[1]))  # the longest first
-    running: dict[Connection, tuple[Any, Sequence[Planned]]] = {}
+    waiting = sorted(named, key=lambda item: stacks.cost(item[1]))  # the longest first
+    running: dict[Connection, tuple[Any, Jobs]] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < processes and not (task.folder / STOP).exists():
+            while waiting and len(running) < processes and not setup.stopped:
                 name, stack = waiting.pop()
                 signals.check()
                 with uploader.quiet():
-                    here, process = fork(_train_there, task, name, stack, threads)
-                running[here] = process, stack
+                    connection, process = fork(worker, setup, name, stack, threads)
+                running[connection] = process, stack
             if not running:
                 return
             uploader.begin()  # after the first forks, which need not wait for its imports
-            for connection in multiprocessing.connection.wait(list(running)):
-                assert isinstance(connection, Connection)
-                process, stack = running[connection]
-                found = receive(connection, process)
-                del running[connection]
-                if isinstance(found, str):
-                    found = {p.number: results.mark_job_killed(p.folder, found) for p in stack}
-                yield stack, found
+            for ready in multiprocessing.connection.wait(list(running)):
+                assert isinstance(ready, Connection)
+                process, stack = running[ready]
+                answer = receive(ready, process)
+                del running[ready]
+                if isinstance(answer, str):
+                    answer = {job.number: mark_job_killed(job, answer) for job in stack}
+                yield answer
     finally:  # where a signal or an error has ended the loop
         end([process for process, _ in running.values()])
 
 
-def _train_there(
-    task: Task, name: str, stack: Sequence[Planned], threads: int, to: Connection
-) -> None:
+def worker(setup: SweepSetup, name: str, stack: Jobs, threads: int, parent: Connection) -> None:
+    """Train a stack in a process of its own, and send its results to the parent process."""
     signals.follow_parent()
-    reporter = task.reporter(prefix=f"{name}: ")
-    reporter.line(_label(stack))
+    reporter = setup.reporter(prefix=f"{name}: ")
+    reporter.line(stacks.describe_stack(stack))
     try:
-        to.send(_train_stack(task, stack, reporter, threads))
+        parent.send(_train_or_halve(setup, stack, reporter, threads))
     except KeyboardInterrupt:  # the other processes have it as well
         sys.exit(130)
 
 
-def _compiles(stack: Sequence[Planned]) -> bool:
-    first = stack[0].job
-    return run.should_compile([p.job for p in stack], len(first.load(first.config.dataset).train))
-
-
-def _cost(stack: Sequence[Planned]) -> float:
-    """Roughly in proportion to the seconds that a stack takes: steps, of so many models."""
-    own = stack[0].job.config.training
-    return float(own.epochs * (4 + len(stack)) / own.batch_size)
-
-
-def _label(stack: Sequence[Planned]) -> str:
-    common = set.intersection(*(set(p.values.items()) for p in stack))
-    shared = " ".join(f"{k}={v}" for k, v in stack[0].values.items() if (k, v) in common)
-    return f"{count_of(len(stack), 'job')}  {shared}".rstrip()
-
-
-def _train_stack(
-    task: Task, stack: Sequence[Planned], reporter: Reporter, threads: int
-) -> dict[int, Outcome]:
-    jobs, numbers = [p.job for p in stack], [p.number for p in stack]
-    failed = False
+def _train_or_halve(setup: SweepSetup, stack: Jobs, reporter: Reporter, threads: int) -> Results:
+    """Train a stack; where it fails, train its halves, until the fault is alone."""
     try:
-        task.execute(jobs, [p.folder for p in stack], numbers, reporter, threads)
+        setup.train(stack, reporter, threads)
     except Exception as error:  # a model can raise anything; memory can run out
         if len(stack) == 1:
-            reporter.line(f"{stack[0].said}: {reason_of(error)}")
-            return {stack[0].number: outcome_of(error)}
+            reporter.line(f"{stack[0].describe()}: {reason_of(error)}")
+            return {stack[0].number: failed_early(stack[0], error)}
         reporter.line(
             f"the stack failed ({reason_of(error)}); its jobs are trained again in two halves, "
             f"so that the fault stays where it belongs"
         )
-        failed = True  # and not from in here, where the error holds on to the stack's memory
-    if failed:
-        # what has an end keeps it
-        ended = [p for p in stack if RunHistory.of(p.folder).status in ("FINISHED", "FAILED")]
-        rest = [p for p in stack if p not in ended]
-        half = (len(rest) + 1) // 2
-        outcomes = {p.number: results.outcome_in(p.folder) for p in ended}
-        for part in filter(None, (rest[:half], rest[half:])):
-            outcomes |= _train_stack(task, part, reporter, threads)
-        return outcomes
-    outcomes = {p.number: results.outcome_in(p.folder) for p in stack}
-    for p in stack:
-        if outcomes[p.number].reason:
-            reporter.line(f"{p.said}: {outcomes[p.number].reason}")
-    return outcomes
+    else:
+        results = {job.number: result_of(job) for job in stack}
+        for job in stack:
+            if reason := results[job.number].reason:
+                reporter.line(f"{job.describe()}: {reason}")
+        return results
+    # not from within `except`, where the error holds on to the stack's memory
+    ended = [job for job in stack if RunHistory.of(job.folder).status in ("FINISHED", "FAILED")]
+    rest = [job for job in stack if job not in ended]
+    middle = (len(rest) + 1) // 2
+    results = {job.number: result_of(job) for job in ended}
+    for half in filter(None, (rest[:middle], rest[middle:])):
+        results |= _train_or_halve(setup, half, reporter, threads)
+    return results
 
 
-def _said(stacks: Sequence[Sequence[Planned]]) -> str:
-    """As in "4 stacks of 4", "2 stacks of 6 and 1 of 5"."""
-    sizes = [len(stack) for stack in stacks]
-    parts = [(sizes.count(size), size) for size in sorted(set(sizes), reverse=True)]
-    texts = [f"{count_of(count, 'stack') if i == 0 else count} of {size}"
-             for i, (count, size) in enumerate(parts)]  # fmt: skip
-    return " and ".join(texts)
+# Hydra's launchers
+
+
+def launch_by_hydra(
+    setup: SweepSetup,
+    jobs: Jobs,
+    uploader: Uploader,
+    context: HydraContext,
+    master: DictConfig,
+) -> Results:
+    """Train jobs by one of Hydra's launchers. Arguments as for the other launchers."""
+    isolated = launcher_name(master) != "basic"
+    task = HydraTask(setup, {job.number: job.values for job in jobs}, isolated)
+    launcher = Plugins.instance().instantiate_launcher(
+        hydra_context=context, task_function=task, config=master
+    )
+    uploader.begin()
+    try:
+        returns = launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
+    except BaseException:
+        with contextlib.suppress(Exception):  # a disk, which must not hide why it ends
+            end_workers([job.folder for job in jobs])
+        raise
+    return {job.number: r.return_value for job, r in zip(jobs, returns, strict=True)}
+
+
+@dataclass
+class HydraTask:
+    """The function that Hydra's launchers call for each job; it is pickled for other processes."""
+
+    setup: SweepSetup
+    values: Mapping[int, Mapping[str, str]]  # what was swept, by the number of the job
+    isolated: bool  # each job in a process of its own, which may die alone
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        signals.follow_parent()  # in the other process
+        register()  # before Hydra composes there
+
+    def __call__(self, config: DictConfig) -> JobResult:
+        """Train the job that Hydra has composed in this process."""
+        with open_dict(config):
+            config.hydra = OmegaConf.create({"hydra": HydraConfig.get()}).hydra
+        number = int(config.hydra.job.num)
+        job = SweepJob(
+            number,
+            list(config.hydra.overrides.task),
+            self.values[number],
+            config,
+            folder=Path(config.hydra.runtime.output_dir),
+        )
+        if self.setup.stopped:
+            return self.setup.not_run(job)
+        result = self._train_isolated(job) if self.isolated else self.train(job)
+        self.setup.stop_after([result])
+        return result
+
+    def train(self, job: SweepJob) -> JobResult:
+        """Train a job in this process."""
+        reporter = self.setup.reporter()
+        reporter.line(f"job {job.number}: {shlex.join(job.overrides)}")
+        try:
+            job.checked = check_job(job)
+            self.setup.train([job], reporter)
+        except Exception as error:  # what was there at the start is there no more
+            return failed_early(job, error)
+        return result_of(job)
+
+    def _train_isolated(self, job: SweepJob) -> JobResult:
+        """Train a job in a process of its own: what kills it ends that job alone.
+
+        A fork, as this process trains nothing itself and has imported what takes seconds.
+        """
+        connection, process = fork(_isolated_worker, self, job)
+        try:
+            answer = receive(connection, process)
+        finally:  # where a signal has ended the waiting
+            end([process])
+        if isinstance(answer, str):
+            return mark_job_killed(job, answer)
+        assert isinstance(answer, JobResult)
+        return answer
+
+
+def _isolated_worker(task: HydraTask, job: SweepJob, parent: Connection) -> None:
+    streams.replace()  # joblib's processes have Python's own
+    signals.follow_parent()
+    HydraConfig.instance().set_config(job.config)
+    try:
+        parent.send(task.train(job))
+    except KeyboardInterrupt:  # the other processes have it as well
+        sys.exit(130)
+
+
+def end_workers(folders: Sequence[Path]) -> None:
+    """End joblib's processes, which may outlive their launcher, and wait for their jobs."""
+    loky = sys.modules.get("joblib.externals.loky")
+    if loky is None:
+        return
+    loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
+    late = time.monotonic() + END_SECONDS
+    for folder in folders:
+        while not (history := RunHistory.of(folder)).status and time.monotonic() < late:
+            if not history.key or not is_running(history.owner):
+                break
+            time.sleep(0.05)
+
+
+# a job on its way to a stack
+
+
+def check_job(job: SweepJob) -> Job:
+    """Return what a job's run needs, by building it. Raises ConfigError if it cannot be run."""
+    return with_swept_values_in_name(prepare(job.config, load), job.values)
+
+
+def with_swept_values_in_name(job: Job, values: Mapping[str, str]) -> Job:
+    """Return a job that has the swept values in its run's name, unless that was chosen."""
+    if job.config.tracking.run_name is not None:
+        return job
+    short = report.short_names(list(values))
+    parts = [f"{short[key]}={value}" for key, value in values.items() if key not in KEYS_IN_NAME]
+    return replace(job, name=" ".join([job.name, *parts]))
+
+
+def failed_early(job: SweepJob, error: Exception) -> JobResult:
+    """Return the result of a job that had no record to fail in."""
+    return JobResult(job.number, job.values, "FAILED", reason_of(error))

@@ -26,8 +26,8 @@ _PARTS = ("mean", "std", "n")  # of a MeanStd
 
 
 @dataclass(frozen=True)
-class JobRecord:
-    """What is known of one job of a sweep."""
+class JobResult:
+    """The result of one job of a sweep, as far as it is known."""
 
     number: int  # its place in the sweep, from 0
     values: Mapping[str, str]  # swept key -> value as it was set: {"optimizer.lr": "0.1"}
@@ -38,42 +38,37 @@ class JobRecord:
     history: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)  # by epoch
 
     def metric(self, key: str) -> float | None:
-        """The newest value; None where there is none that is finite."""
+        """Return the newest value of a metric; None where there is none that is finite."""
         value = self.metrics.get(key, math.nan)
         return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The jobs of a sweep that differ only in `seed`; what it reports is of those that finished."""
+    """The jobs of a sweep that differ only in `seed`; its numbers are of those that finished."""
 
     label: str  # what sets it apart from the other cells: "lr=0.1 batch_size=64"
     values: Mapping[str, str]  # as a job's, without the seed
-    jobs: tuple[JobRecord, ...]
+    jobs: tuple[JobResult, ...]
 
     @property
-    def finished(self) -> tuple[JobRecord, ...]:
+    def finished(self) -> tuple[JobResult, ...]:
         """The jobs that ran to their end."""
         return tuple(job for job in self.jobs if job.status == "FINISHED")
 
     @property
-    def complete(self) -> bool:
-        """Whether every job finished."""
-        return len(self.finished) == len(self.jobs)
-
-    @property
     def val_accuracy(self) -> MeanStd | None:
-        """Of each job's best epoch; None without a validation split."""
+        """The validation accuracy of each job's best epoch; None without a validation split."""
         return self._spread("best/val_accuracy")
 
     @property
     def test_accuracy(self) -> MeanStd | None:
-        """Of the jobs that were tested; None where none was."""
+        """The test accuracy of the jobs that were tested; None where none was."""
         return self._spread("test/accuracy")
 
     @property
     def best_epoch(self) -> float | None:
-        """Median over the seeds of the epoch with the best validation accuracy."""
+        """The median over the seeds of the epoch with the best validation accuracy."""
         epochs = self._finite("best/epoch")
         return statistics.median(epochs) if epochs else None
 
@@ -86,8 +81,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Validation accuracy over two swept keys, as a heat map shows it."""
+class HeatMapData:
+    """The validation accuracies over two swept keys that a heat map shows."""
 
     x_key: str
     y_key: str
@@ -100,7 +95,7 @@ class Pair:
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """The last part of each dotted key, or all of it where that is another's last part as well.
+    """Return the last part of each dotted key, or all of it where two would be the same.
 
     `seed` stays for the run's own, whether or not it is among the keys.
     """
@@ -109,8 +104,8 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
     return {key: name if taken[name] == 1 else key for key, name in last.items()}
 
 
-def cells(jobs: Iterable[JobRecord]) -> list[Cell]:
-    """The cells of a sweep, ranked, best first.
+def cells(jobs: Iterable[JobResult]) -> list[Cell]:
+    """Return the cells of a sweep, ranked, best first.
 
     First those with a validation accuracy of every job, by its mean; then those where a job is
     missing or failed, likewise; then those without validation; then those where nothing finished.
@@ -120,7 +115,7 @@ def cells(jobs: Iterable[JobRecord]) -> list[Cell]:
     """
     jobs = sorted(jobs, key=lambda job: job.number)
     names = short_names(_keys(jobs))
-    groups: dict[frozenset[tuple[str, str]], list[JobRecord]] = {}
+    groups: dict[frozenset[tuple[str, str]], list[JobResult]] = {}
     for job in jobs:
         groups.setdefault(frozenset(_without_seed(job).items()), []).append(job)
     found = []
@@ -138,16 +133,16 @@ def _rank(cell: Cell) -> tuple[int, float]:
     return (0 if accuracy.n == len(cell.jobs) else 1), -accuracy.mean
 
 
-def _without_seed(job: JobRecord) -> dict[str, str]:
+def _without_seed(job: JobResult) -> dict[str, str]:
     return {key: value for key, value in job.values.items() if key != "seed"}
 
 
-def _keys(of: Iterable[JobRecord | Cell]) -> list[str]:
+def _keys(of: Iterable[JobResult | Cell]) -> list[str]:
     return list(dict.fromkeys(key for each in of for key in each.values))
 
 
 def choose(ranked: Sequence[Cell]) -> Cell | None:
-    """The cell that validation chooses; an incomplete one only where none is complete.
+    """Return the cell that validation chooses; an incomplete one only where none is complete.
 
     None where nothing finished, and where several cells have no validation accuracy to compare:
     the test set never chooses.
@@ -158,7 +153,7 @@ def choose(ranked: Sequence[Cell]) -> Cell | None:
 
 
 def leaderboard(ranked: Sequence[Cell], chosen: Cell | None) -> Table:
-    """One row a cell. Test accuracy wherever it was measured, as a rule for `chosen` alone."""
+    """Return a table of the cells, with test accuracies wherever they were measured."""
     keys = _keys(ranked)
     names = short_names(keys)
     header = ["rank", *(names[key] for key in keys)]
@@ -180,7 +175,7 @@ def leaderboard(ranked: Sequence[Cell], chosen: Cell | None) -> Table:
 
 
 def csv_text(ranked: Sequence[Cell], chosen: Cell | None) -> str:
-    """The leaderboard for programs: full precision, statuses, run ids; empty where unknown."""
+    """Return the leaderboard for programs: full precision, statuses, run ids, "" for unknown."""
     keys = _keys(ranked)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -201,8 +196,8 @@ def csv_text(ranked: Sequence[Cell], chosen: Cell | None) -> str:
     return text.getvalue()
 
 
-def outcomes(jobs: Sequence[JobRecord]) -> Table:
-    """One row a job: what was set, how it ended and, where it failed, why."""
+def job_table(jobs: Sequence[JobResult]) -> Table:
+    """Return a table of the jobs: what was set, how each ended and, where it failed, why."""
     jobs = sorted(jobs, key=lambda job: job.number)
     keys = _keys(jobs)
     names = short_names(keys)
@@ -219,7 +214,7 @@ def outcomes(jobs: Sequence[JobRecord]) -> Table:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in GitHub's Markdown. What would end a cell or start HTML is escaped."""
+    """Return a table in GitHub's Markdown; what would end a cell or start HTML is escaped."""
 
     def line(texts: Sequence[str]) -> str:
         escaped = [re.sub(r"([\\|<])", r"\\\1", " ".join(text.split())) for text in texts]
@@ -228,10 +223,10 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(map(line, [header, ["---"] * len(header), *rows]))
 
 
-def pairs(ranked: Sequence[Cell], chosen: Cell | None) -> list[Pair]:
-    """A heat map's numbers for every two swept keys that have numbers for values, two or more.
+def heat_maps(ranked: Sequence[Cell], chosen: Cell | None) -> list[HeatMapData]:
+    """Return heat maps for every two swept keys that have two or more values, all numbers.
 
-    None at all without validation. Each entry is the cell that ranks first among those with its
+    There is none without validation. Each entry is the cell that ranks first among those with its
     two values, incomplete ones where there is no other.
     """
     if not any(cell.val_accuracy for cell in ranked):
@@ -260,7 +255,7 @@ def pairs(ranked: Sequence[Cell], chosen: Cell | None) -> list[Pair]:
         over = tuple(key for key in keys if key not in (x_key, y_key))
         spread = None if np.isnan(std).all() else std
         found.append(
-            Pair(x_key, y_key, tuple(x_values), tuple(y_values), mean, spread, place, over)
+            HeatMapData(x_key, y_key, tuple(x_values), tuple(y_values), mean, spread, place, over)
         )
     return found
 
@@ -274,11 +269,14 @@ def _number(text: str) -> float | None:
 
 
 def recipe(config: Mapping[str, Any], choices: Mapping[str, str | None], comment: str) -> str:
-    """The text of a recipe that composes to exactly `config`, `tracking` aside.
+    """Return the text of a recipe that composes to exactly `config`, `tracking` aside.
 
-    `config` is plain and resolved. `choices`: the option of each group. None, or no entry, leaves
-    the group empty, so that the config's values stand alone; a group needs that where the config
-    lacks a key of its option, which would come back.
+    Args:
+        config: The config, plain and resolved.
+        choices: The option of each group. None, or no entry, leaves the group empty, so that the
+            config's values stand alone; a group needs that where the config lacks a key of its
+            option, which would come back.
+        comment: What stands above it.
     """
     lines = ["# @package _global_"]
     for line in comment.splitlines():  # what cannot be printed is not allowed in YAML
@@ -290,7 +288,7 @@ def recipe(config: Mapping[str, Any], choices: Mapping[str, str | None], comment
 
 
 def _escaped(node: Any) -> Any:
-    """Every `${` made literal: an odd number of backslashes before it keeps OmegaConf off."""
+    """Return a node with every `${` made literal, by an odd number of backslashes before it."""
     if isinstance(node, Mapping):
         return {key: _escaped(value) for key, value in node.items()}
     if isinstance(node, list | tuple):

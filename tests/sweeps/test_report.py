@@ -16,7 +16,7 @@ from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import task_config
 from mnist_exp.formatting import MeanStd
 from mnist_exp.sweeps import report
-from mnist_exp.sweeps.report import Cell, JobRecord
+from mnist_exp.sweeps.report import Cell, JobResult
 
 
 def job(
@@ -28,15 +28,15 @@ def job(
     epoch: int | None = None,
     test: float | None = None,
     reason: str = "",
-) -> JobRecord:
+) -> JobResult:
     found = {"best/val_accuracy": val, "best/epoch": epoch, "test/accuracy": test}
     metrics = {key: value for key, value in found.items() if value is not None}
-    return JobRecord(number, values, status, reason, f"run{number}", metrics)
+    return JobResult(number, values, status, reason, f"run{number}", metrics)
 
 
 def seeds(
     first: int, values: Mapping[str, str], *accuracies: float | None, **others: Any
-) -> list[JobRecord]:
+) -> list[JobResult]:
     """One job a seed, numbered from `first`; None for one that failed."""
     return [
         job(first + seed, {**values, "seed": str(seed)}, accuracy,
@@ -58,7 +58,7 @@ def test_a_cell_averages_over_the_seeds() -> None:
     ]
     (cell,) = report.cells(jobs)
     assert cell.label == "lr=0.1" and cell.values == {"optimizer.lr": "0.1"}
-    assert cell.jobs == cell.finished == tuple(jobs) and cell.complete
+    assert cell.jobs == cell.finished == tuple(jobs)
     # deviations -0.03, -0.01, 0.04: squares add up to 0.0026, over n - 1 = 2
     assert cell.val_accuracy is not None and cell.test_accuracy is not None
     assert astuple(cell.val_accuracy) == pytest.approx((0.93, math.sqrt(0.0013), 3))
@@ -71,7 +71,7 @@ def test_what_did_not_finish_is_not_averaged() -> None:
     values = {"optimizer.lr": "1", "seed": "1"}
     killed = job(1, values, 0.99, status="KILLED", epoch=1, test=0.99)
     (cell,) = report.cells([job(0, {**values, "seed": "0"}, 0.5, epoch=7, test=0.4), killed])
-    assert not cell.complete and len(cell.finished) == 1
+    assert len(cell.finished) == 1 < len(cell.jobs)
     assert cell.val_accuracy == MeanStd(0.5, None, 1)
     assert cell.test_accuracy == MeanStd(0.4, None, 1)
     assert cell.best_epoch == 7
@@ -148,7 +148,7 @@ def test_validation_chooses() -> None:
     blind = [job(5, {"lr": "blind", "seed": "0"}, test=0.9)]
     other = [job(6, {"lr": "other", "seed": "0"}, test=0.8)]
 
-    def chosen(*of: list[JobRecord]) -> str | None:
+    def chosen(*of: list[JobResult]) -> str | None:
         cell = report.choose(report.cells([job for jobs in of for job in jobs]))
         return None if cell is None else cell.label.removeprefix("lr=")
 
@@ -162,7 +162,7 @@ def test_validation_chooses() -> None:
     assert chosen() is None
 
 
-def grid() -> list[JobRecord]:
+def grid() -> list[JobResult]:
     """Learning rate by batch size, two seeds; test accuracy of the best only."""
     return [
         *seeds(0, {"optimizer.lr": "1e-1", "training.batch_size": "64"}, 0.96, 0.98, epoch=5,
@@ -196,8 +196,8 @@ def test_leaderboard_shows_every_test_accuracy_there_is() -> None:
 
 def test_tables_of_nothing() -> None:
     assert report.cells([]) == []
-    assert report.pairs([], None) == []
-    assert report.leaderboard([], None)[1] == report.outcomes([])[1] == []
+    assert report.heat_maps([], None) == []
+    assert report.leaderboard([], None)[1] == report.job_table([])[1] == []
 
 
 def test_csv_round_trip() -> None:
@@ -241,7 +241,7 @@ def test_outcomes() -> None:
         job(0, {"lr": "0.1", "seed": "0"}, 0.9731),
         job(1, {"lr": "9", "seed": "0"}, status="FAILED", reason="diverged in epoch 2\nin detail"),
     ]
-    header, rows = report.outcomes(jobs)
+    header, rows = report.job_table(jobs)
     assert header == ["job", "lr", "seed", "status", "validation accuracy", "reason"]
     assert rows[:2] == [
         ["0", "0.1", "0", "FINISHED", "97.31 %", ""],
@@ -252,7 +252,7 @@ def test_outcomes() -> None:
 
 def test_pair() -> None:
     ranked = report.cells(grid())
-    (pair,) = report.pairs(ranked, report.choose(ranked))
+    (pair,) = report.heat_maps(ranked, report.choose(ranked))
     assert (pair.x_key, pair.y_key, pair.over) == ("optimizer.lr", "training.batch_size", ())
     assert (pair.x_values, pair.y_values) == ((0.01, 0.1), (64.0, 128.0))
     np.testing.assert_allclose(pair.mean, [[0.8, 0.97], [np.nan, 0.9]])
@@ -272,7 +272,7 @@ def test_pairs_over_other_keys() -> None:
         for n, (model, x, y, val) in enumerate(values)
     ]
     ranked = report.cells(jobs)
-    (pair,) = report.pairs(ranked, report.choose(ranked))
+    (pair,) = report.heat_maps(ranked, report.choose(ranked))
     assert pair.x_values == (9, 10) and pair.over == ("model",)
     np.testing.assert_equal(pair.mean, [[0.7, 0.8], [0.6, np.nan]])
     assert pair.std is None  # one seed
@@ -285,7 +285,7 @@ def test_a_mean_over_all_seeds_hides_the_survivor_of_another() -> None:
         *seeds(2, {"model": "b", "x": "1", "y": "1"}, 0.99, None),
         *seeds(4, {"model": "b", "x": "2", "y": "2"}, 0.7, None),
     ]
-    (pair,) = report.pairs(report.cells(jobs), None)
+    (pair,) = report.heat_maps(report.cells(jobs), None)
     np.testing.assert_allclose(pair.mean, [[0.9, np.nan], [np.nan, 0.7]])
     assert pair.chosen is None
 
@@ -293,16 +293,16 @@ def test_a_mean_over_all_seeds_hides_the_survivor_of_another() -> None:
 @pytest.mark.parametrize("odd", ["[64,32]", "cnn", "nan", "inf", "", "1"])
 def test_no_pair_with_what_is_no_number_or_one_only(odd: str) -> None:
     jobs = [job(n, {"x": str(n), "y": "1" if n else odd}, 0.5) for n in range(2)]
-    assert report.pairs(report.cells(jobs), None) == []
+    assert report.heat_maps(report.cells(jobs), None) == []
     three = [
         job(n, {"x": str(n), "y": str(-n), "z": "1" if n else odd}, 0.5) for n in range(2)
     ]  # fmt: skip
-    assert [pair.over for pair in report.pairs(report.cells(three), None)] == [("z",)]
+    assert [pair.over for pair in report.heat_maps(report.cells(three), None)] == [("z",)]
 
 
 def test_every_pair_of_three() -> None:
     jobs = [job(n, {"a": str(n), "b": str(n), "c": f"1e{n}"}, 0.5) for n in range(2)]
-    found = report.pairs(report.cells(jobs), None)
+    found = report.heat_maps(report.cells(jobs), None)
     assert [(p.x_key, p.y_key, p.over) for p in found] == [
         ("a", "b", ("c",)), ("a", "c", ("b",)), ("b", "c", ("a",)),
     ]  # fmt: skip
@@ -310,7 +310,7 @@ def test_every_pair_of_three() -> None:
 
 def test_no_pairs_without_validation() -> None:
     jobs = [job(n, {"a": str(n), "b": str(n)}, test=0.9) for n in range(2)]
-    assert report.pairs(report.cells(jobs), None) == []
+    assert report.heat_maps(report.cells(jobs), None) == []
 
 
 def composed(overrides: list[str], folder: Path | None = None) -> tuple[dict[str, Any], Any]:

@@ -39,8 +39,8 @@ from mnist_exp.runs import recorder as record
 from mnist_exp.runs import train as run
 from mnist_exp.runs.evaluate import evaluate
 from mnist_exp.runs.recorder import THREADS, Result
-from mnist_exp.sweeps import grid, sweep
-from mnist_exp.sweeps import launcher as stacked
+from mnist_exp.sweeps import grid, stacks, sweep
+from mnist_exp.sweeps.manifest import SweepJob
 from mnist_exp.tracking import checkpoint, journal
 from mnist_exp.tracking.store import Store
 from mnist_exp.training import loop as training
@@ -72,8 +72,7 @@ def traces() -> Iterator[None]:
     handlers, threads = logging.root.handlers[:], torch.get_num_threads()
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (record, run):
-            patch.setattr(module, "record_model", lambda *arguments: None)
+        patch.setattr(record, "record_model", lambda *arguments: None)
         figures = [
             (samples, "sample_grid"),
             (samples, "confusion_matrix"),
@@ -400,7 +399,7 @@ def test_launchers_leave_the_same_records(launchers: dict[str, Done]) -> None:
 # the plan
 
 
-def composed(*words: str) -> tuple[Any, Any, list[Any], list[grid.Planned]]:
+def composed(*words: str) -> tuple[Any, Any, list[Any], list[SweepJob]]:
     """Loader, master config, parsed overrides, and jobs, of which none is composed."""
     context, master = compose_sweep(list(words))
     settings = validate_sweep(master)
@@ -410,7 +409,7 @@ def composed(*words: str) -> tuple[Any, Any, list[Any], list[grid.Planned]]:
     return loader, master, overrides, grid.expand(overrides, settings)
 
 
-def planned(*words: str) -> list[grid.Planned]:
+def planned(*words: str) -> list[SweepJob]:
     """Jobs that are checked."""
     context, master = compose_sweep(list(words))
     jobs = grid.jobs(context, master)
@@ -419,11 +418,11 @@ def planned(*words: str) -> list[grid.Planned]:
     return jobs
 
 
-def sizes(jobs: Sequence[grid.Planned], most: int | None = None) -> list[int]:
-    stacks = stacked.plan(jobs, most)
-    numbers = [p.number for stack in stacks for p in stack]
+def sizes(jobs: Sequence[SweepJob], most: int | None = None) -> list[int]:
+    found = stacks.plan(jobs, most)
+    numbers = [p.number for stack in found for p in stack]
     assert sorted(numbers) == [p.number for p in jobs]  # each once
-    return sorted(len(stack) for stack in stacks)
+    return sorted(len(stack) for stack in found)
 
 
 @pytest.fixture(scope="module")
@@ -457,12 +456,12 @@ def test_what_shares_a_stack(words: str, expected: list[int], images: list[str])
 
 
 @pytest.fixture(scope="module")
-def eight(images: list[str]) -> list[grid.Planned]:
+def eight(images: list[str]) -> list[SweepJob]:
     return planned(*images, "seed=range(4)", "optimizer.lr=0.1,0.2")
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 7, 8, 100])
-def test_stacks_are_balanced(most: int, eight: list[grid.Planned]) -> None:
+def test_stacks_are_balanced(most: int, eight: list[SweepJob]) -> None:
     found = sizes(eight, most)
     assert len(found) == -(-8 // most)
     assert max(found) <= most and max(found) - min(found) <= 1
@@ -485,9 +484,9 @@ def test_what_stays_alone_on_a_cpu(
     assert sizes(planned(*images, *words.split(), "seed=0,1,2"), most) == expected
 
 
-def test_a_stack_of_one_seed_where_it_can_be(eight: list[grid.Planned]) -> None:
+def test_a_stack_of_one_seed_where_it_can_be(eight: list[SweepJob]) -> None:
     """Its images are gathered once for all."""
-    for stack in stacked.plan(eight, 2):
+    for stack in stacks.plan(eight, 2):
         assert len({p.values["seed"] for p in stack}) == 1
 
 
@@ -538,37 +537,36 @@ def test_the_fast_way_composes_as_hydra_does(words: list[str], tmp_path: Path) -
     assert list(grid.compose(loader, master, overrides, jobs)) == jobs
     assert len(jobs) > 1
     for p in jobs:
-        assert p.problem == "" and p.composed is not None
-        expected = loader.load_sweep_config(master, p.words)
-        p.composed.hydra.job.override_dirname = expected.hydra.job.override_dirname
-        assert p.composed == expected
-        plain = [OmegaConf.to_container(task_config(c)) for c in (p.composed, expected)]
+        assert p.problem == ""
+        expected = loader.load_sweep_config(master, p.overrides)
+        p.config.hydra.job.override_dirname = expected.hydra.job.override_dirname
+        assert p.config == expected
+        plain = [OmegaConf.to_container(task_config(c)) for c in (p.config, expected)]
         # == takes 1 for 1.0 and True
         assert json.dumps(plain[0]) == json.dumps(plain[1])
-        assert p.composed.hydra.overrides == expected.hydra.overrides
-        assert p.composed.hydra.runtime.choices == expected.hydra.runtime.choices
+        assert p.config.hydra.overrides == expected.hydra.overrides
+        assert p.config.hydra.runtime.choices == expected.hydra.runtime.choices
 
 
 def test_name_of_a_folder_after_the_overrides() -> None:
     loader, master, overrides, jobs = composed("optimizer.lr=0.1,0.2,0.3", "model=linear")
     jobs = list(grid.compose(loader, master, overrides, jobs))
-    names = [p.composed.hydra.job.override_dirname for p in jobs if p.composed]
+    names = [p.config.hydra.job.override_dirname for p in jobs]
     assert names == [f"model=linear,optimizer.lr={lr}" for lr in ("0.1", "0.2", "0.3")]
 
 
 def test_jobs_do_not_share_their_configs() -> None:
     jobs = planned(*SMALL, "seed=0,1", "optimizer.lr=0.1,0.2")
-    assert jobs[0].composed is not None
-    jobs[0].composed.optimizer.lr = 9.0
-    assert [p.composed.optimizer.lr for p in jobs[1:] if p.composed] == [0.2, 0.1, 0.2]
+    jobs[0].config.optimizer.lr = 9.0
+    assert [p.config.optimizer.lr for p in jobs[1:]] == [0.2, 0.1, 0.2]
 
 
 def test_recipe_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without -m; what it sweeps can be set, or swept otherwise, on the command line."""
     (tmp_path / "own.yaml").write_text(RECIPE)
-    told: list[list[dict[str, str]]] = []
+    told: list[list[Mapping[str, str]]] = []
 
-    def stop(jobs: Sequence[grid.Planned], settings: SweepConfig) -> None:
+    def stop(jobs: Sequence[SweepJob], settings: SweepConfig) -> None:
         told.append([p.values for p in jobs])
         raise ConfigError("enough")
 
@@ -1077,7 +1075,7 @@ def test_test_set_is_read_for_the_chosen_cell_alone(seeds: Done) -> None:
             assert ("test/loss" in r.data.metrics) == (cell == best)
             assert r.info.status == "FINISHED"
             if cell == best:
-                found = evaluate(seeds.store, r)
+                found = evaluate(seeds.store, seeds.store.get(r.info.run_id))
                 recorded = {key: found.recorded[key] for key in found.test}
                 assert found.test == pytest.approx(recorded, rel=1e-6)  # other threads add it up
 
@@ -1085,7 +1083,7 @@ def test_test_set_is_read_for_the_chosen_cell_alone(seeds: Done) -> None:
 def test_all_are_tested_where_the_sweep_asks_for_it(launchers: dict[str, Done]) -> None:
     for done in launchers.values():
         for child in done.children.values():
-            found = evaluate(done.store, child)
+            found = evaluate(done.store, done.store.get(child.info.run_id))
             assert found.recorded.keys() == found.test.keys()
             assert abs(found.test["test/accuracy"] - found.recorded["test/accuracy"]) < 2e-4
 

@@ -1,0 +1,312 @@
+"""The end of a sweep: its chosen cell is tested, and its report written, recorded and shown."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mnist_exp.config import paths
+from mnist_exp.config.compose import compose
+from mnist_exp.config.schema import Config, leaves
+from mnist_exp.errors import ConfigError, reason_of
+from mnist_exp.figures import style
+from mnist_exp.figures.curves import sweep_curves
+from mnist_exp.figures.matrices import heat_map
+from mnist_exp.runs import saved_model as saved
+from mnist_exp.runs import train as run
+from mnist_exp.runs.console import Reporter
+from mnist_exp.runs.provenance import described, process_tags
+from mnist_exp.sweeps import report
+from mnist_exp.sweeps.launcher import load
+from mnist_exp.sweeps.manifest import MANIFEST, Manifest
+from mnist_exp.sweeps.report import Cell, JobResult
+from mnist_exp.sweeps.results import (
+    Report,
+    load_from_journals,
+    load_from_store,
+    mark_job_killed,
+    summarise,
+)
+from mnist_exp.system import files
+from mnist_exp.tracking.run_log import Beginning, RunHistory, RunWriter, open_runs_at
+from mnist_exp.tracking.store import Store, StoredRun, UploadState
+from mnist_exp.tracking.upload import Uploader
+
+BEST = "best.yaml"  # the recipe of the chosen cell
+DESCRIBED = 20  # cells of the leaderboard that the parent run's description has room for
+FLUSH_SECONDS = 5.0  # that the report waits for MLflow
+
+
+@dataclass(frozen=True)
+class OpenSweep:
+    """A sweep whose jobs run: its record, and what uploads and shows it."""
+
+    parent: RunWriter
+    manifest: Manifest
+    uploader: Uploader
+    reporter: Reporter
+
+
+def open_parent(config: Config, uri: str, manifest: Manifest, folder: Path) -> RunWriter:
+    """Begin the record of the run that the jobs' runs are nested under, or go on with it.
+
+    Args:
+        config: The config of a job, for what all have in common.
+        uri: The store that the record is for.
+        manifest: The jobs.
+        folder: The sweep's folder.
+    """
+    swept: dict[str, dict[str, None]] = {}
+    for job in manifest.jobs:
+        for key, value in job.values.items():
+            swept.setdefault(key, {})[value] = None
+    keys = " x ".join(report.short_names(list(swept)).values())
+    tags = {
+        **process_tags(),
+        "sweep": "true",
+        "launcher": manifest.launcher,
+        "output_dir": str(folder),
+        "dataset": config.dataset.name,
+    }
+    name = f"sweep {keys} ({len(manifest.jobs)} jobs)"
+    beginning = Beginning(name, uri, config.tracking.experiment, tags, kind="sweep")
+    parent = RunWriter(folder, open_runs_at(paths.output_root()), beginning)
+    parent.params({f"sweep.{key}": ",".join(values) for key, values in swept.items()})
+    parent.artifact(folder / MANIFEST)
+    return parent
+
+
+def finish_sweep(sweep: OpenSweep, results: Mapping[int, JobResult], ended: str = "") -> Report:
+    """Test the chosen cell, write the report, and show it.
+
+    Args:
+        sweep: The sweep, whose parent run is still open.
+        results: What the launcher says of jobs, by their number.
+        ended: Why the sweep has ended before its time, or ""; then nothing is tested.
+    """
+    sweep.reporter.stop()
+    manifest, failures = sweep.manifest, []
+    if ended:
+        not_run = {}
+        for job in manifest.valid:
+            mark_job_killed(job, ended)
+            not_run[job.number] = JobResult(job.number, job.values, "NOT RUN", ended)
+        results = not_run | dict(results)
+    else:
+        chosen = summarise(load_from_journals(manifest, results)).chosen
+        if chosen is not None and manifest.sweep_config.test == "chosen":
+            failures = _test_cell(chosen, manifest)
+        sweep.uploader.flush(FLUSH_SECONDS)  # so that the report has MLflow's names of the runs
+    summary = summarise(load_from_journals(manifest, results))
+    if summary.failed:
+        failures.insert(0, f"{len(summary.failed)} of {len(summary.jobs)} jobs did not finish")
+    _write_to_parent(sweep.parent, manifest, summary)
+    show(summary, sweep.reporter)
+    return replace(summary, failure="; ".join(failures))
+
+
+def _test_cell(chosen: Cell, manifest: Manifest) -> list[str]:
+    """Test the runs of the chosen cell, and return what went wrong."""
+    failures = []
+    for job in chosen.finished:
+        if job.metric("test/accuracy") is not None:
+            continue  # by an earlier try: the test set is read once
+        try:
+            run.record_deferred_test(manifest.jobs[job.number].folder, load)
+        except Exception as error:  # the report is made all the same
+            failures.append(f"the test of {chosen.label} failed: {reason_of(error)}")
+    return failures
+
+
+def _write_to_parent(parent: RunWriter, manifest: Manifest, summary: Report) -> None:
+    """Write the report to the sweep's folder and to its parent run."""
+    folder = parent.folder
+    # what has no run is known from here alone
+    ended = {job.number: (job.status, job.reason) for job in summary.jobs}
+    replace(Manifest.load(folder), ended=ended).save(folder)
+    parent.artifact(folder / MANIFEST)
+    _record_numbers(parent, summary)
+    recipe = ""
+    if summary.chosen is not None:
+        best = manifest.jobs[summary.chosen.finished[0].number].folder
+        choices = json.loads(RunHistory.of(best).tags["choices"])
+        name = UploadState.of(folder).run_id or folder.name
+        config = saved.load_config(best / "config.yaml")
+        recipe = _recipe(config, choices, name, summary.chosen)
+    figures = draw(summary)
+    for path in write(summary, figures, recipe, folder):
+        parent.artifact(path)
+    for name, figure in figures.items():
+        parent.image(f"sweep/{name}", style.pixels(figure), 0)
+
+
+def _record_numbers(parent: RunWriter, summary: Report) -> None:
+    """Record the numbers of the choice, and how many jobs there are of each kind."""
+    finished = sum(job.status == "FINISHED" for job in summary.jobs)
+    values: dict[str, float] = {
+        "jobs/finished": finished,
+        "jobs/not_finished": len(summary.jobs) - finished,
+    }
+    if summary.chosen is not None:
+        for key, spread in (
+            ("best/val_accuracy", summary.chosen.val_accuracy),
+            ("test/accuracy", summary.chosen.test_accuracy),
+        ):
+            if spread is not None:
+                values[key] = round(spread.mean, 10)  # 0.918, and not 0.9179999999999999
+                values[f"{key}_n"] = spread.n
+                if spread.std is not None:
+                    values[f"{key}_std"] = spread.std
+        header, rows = report.leaderboard(summary.ranked, summary.chosen)
+        table = report.markdown(header, rows[:DESCRIBED])
+        best = described(
+            f"{table}\nTo train the best again:", f"experiments={parent.folder / BEST}"
+        )
+        parent.tags({"chosen": summary.chosen.label, **best})
+    # a sweep that is resumed comes to another end: its number is the step
+    tries = RunHistory.of(parent.folder).history("jobs/finished")
+    parent.metrics(values, len(tries))
+
+
+def report_again(
+    store: Store, parent: StoredRun, output: Path | None, suffix: str, reporter: Reporter
+) -> list[str]:
+    """Report on a sweep from the store alone, and return the names of the files on its run.
+
+    Args:
+        store: The store.
+        parent: The sweep's run, which the files are put onto.
+        output: A folder that the files are written to as well.
+        suffix: The kind of the figures in that folder.
+        reporter: What shows the report.
+    """
+    run_id = parent.id
+    summary, recipe = summarise(load_from_store(store, run_id)), ""
+    with TemporaryDirectory() as temporary:
+        if summary.chosen is not None:
+            best = summary.chosen.finished[0].run_id
+            config = saved.fetch_config(store, best, Path(temporary))
+            recipe = _recipe(config, store.get(best).choices(), run_id, summary.chosen)
+        figures = draw(summary)
+        if output is not None:
+            with files.asked_for("--output", output):
+                output.mkdir(parents=True, exist_ok=True)
+                write(summary, figures, recipe, output, suffix)
+        written = write(summary, figures, recipe, Path(temporary))
+        for file in written:
+            store.put(run_id, file)
+    show(summary, reporter)
+    return [file.name for file in written]
+
+
+def show(summary: Report, reporter: Reporter) -> None:
+    """Show every job, the leaderboard, and the choice."""
+    reporter.table("jobs", *report.job_table(summary.jobs))
+    reporter.table("leaderboard", *report.leaderboard(summary.ranked, summary.chosen))
+    chosen = summary.chosen
+    if chosen is None:
+        if sum(bool(cell.finished) for cell in summary.ranked) > 1:
+            reporter.line(
+                "no cell is chosen, as there is no validation split and the test set must not "
+                "choose: dataset.val_size=5000"
+            )
+        return
+    is_choice = chosen.val_accuracy is not None
+    text = f"{'chosen on validation' if is_choice else 'the only cell'}: {chosen.label}"
+    if val := chosen.val_accuracy:
+        text += f"  validation accuracy {val.percent()}"
+    if test := chosen.test_accuracy:
+        text += f"  test accuracy {test.percent()}"
+    reporter.line(text)
+
+
+def write(
+    summary: Report, figures: Mapping[str, Any], recipe: str, folder: Path, suffix: str = "png"
+) -> list[Path]:
+    """Write the report into a folder, and return its files.
+
+    Args:
+        summary: The results.
+        figures: What `draw` makes of them.
+        recipe: The recipe of the chosen cell; "" if there is none.
+        folder: The folder, which is there.
+        suffix: The kind of the figures' files.
+    """
+    texts = {
+        "leaderboard.md": report.markdown(*report.leaderboard(summary.ranked, summary.chosen)),
+        "leaderboard.csv": report.csv_text(summary.ranked, summary.chosen),
+    }
+    if recipe:
+        texts[BEST] = recipe
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    drawn = {folder / f"{name}.{suffix}": figure for name, figure in figures.items()}
+    for path, figure in drawn.items():
+        style.save(figure, path)
+    return [*(folder / name for name in texts), *drawn]
+
+
+def draw(summary: Report) -> dict[str, Any]:
+    """Return heat maps of the swept numbers, and the curves of all jobs, by name."""
+    short = report.short_names([key for job in summary.jobs[:1] for key in job.values])
+    figures = {}
+    for data in report.heat_maps(summary.ranked, summary.chosen):
+        over = ", ".join(short.get(key, key) for key in data.over)
+        x, y = short.get(data.x_key, data.x_key), short.get(data.y_key, data.y_key)
+        figures[f"heat_map_{x}_{y}"] = heat_map(
+            (data.x_key, data.x_values),
+            (data.y_key, data.y_values),
+            data.mean,
+            data.std,
+            data.chosen,
+            "validation accuracy",
+            f"each the best over {over}" if over else "",
+        )
+    cells = {
+        cell.label: [job.history for job in cell.jobs if job.history] for cell in summary.ranked
+    }
+    drawn = {label: histories for label, histories in cells.items() if histories}
+    if drawn:
+        label = summary.chosen.label if summary.chosen else None
+        figures["learning_curves"] = sweep_curves(drawn, label, "learning curves")
+    return figures
+
+
+def _recipe(config: DictConfig, choices: Mapping[str, str | None], sweep: str, chosen: Cell) -> str:
+    """Return the recipe of the chosen cell.
+
+    Args:
+        config: The resolved config of the run with its first seed.
+        choices: Which option that run had in each group.
+        sweep: The id of the sweep.
+        chosen: The cell.
+    """
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    comment = f"The best of sweep {sweep[:8]}: {chosen.label}"
+    if val := chosen.val_accuracy:
+        comment += f", validation accuracy {val.percent()}"
+    options = _options(choices, config)
+    return report.recipe({str(k): v for k, v in plain.items()}, options, comment)
+
+
+def _options(choices: Mapping[str, str | None], config: DictConfig) -> dict[str, str | None]:
+    """Return the options of a recipe's groups.
+
+    None where there is no option, or where it would bring back a key that the run had deleted.
+    """
+    options = {group: choices.get(group) for group in report.GROUPS}
+    try:
+        composed = compose([f"{group}={option}" for group, option in options.items() if option])
+    except ConfigError:  # of a --config-dir, or of other code than today's
+        return dict.fromkeys(options)
+
+    def keeps_deleted(group: str) -> bool:
+        keys, run_keys = ({key for key, _ in leaves(c[group])} for c in (composed, config))
+        return keys <= run_keys
+
+    return {g: option if option and keeps_deleted(g) else None for g, option in options.items()}

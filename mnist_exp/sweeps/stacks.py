@@ -1,0 +1,134 @@
+"""Which jobs of a sweep share a stack, and how many models and processes are fastest."""
+
+import itertools
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mnist_exp.config.schema import leaves
+from mnist_exp.formatting import count_of
+from mnist_exp.runs.job import Job
+from mnist_exp.runs.recorder import THREADS
+from mnist_exp.runs.train import should_compile
+from mnist_exp.sweeps.manifest import SweepJob
+from mnist_exp.training.optimizers import STACKED
+from mnist_exp.training.stack import Stack
+
+# Bytes of parameters up to which a stack is fastest on a CPU: what the caches of two cores hold.
+# Measured with the seed MLP, seconds an epoch and model: 0.26 for 1, 0.14 for 4, 0.10 for 16 and
+# 0.14 for 64. Powers of two, as odd sizes are slower: 9 models took 0.15.
+CPU_STACK_BYTES = 2**22
+CPU_STACK_MOST, GPU_STACK_MOST = 64, 512
+
+
+def plan(jobs: Sequence[SweepJob], max_stack: int | None) -> list[list[SweepJob]]:
+    """Return the stacks: jobs that differ only in numbers which a stack can carry.
+
+    Args:
+        jobs: The jobs, checked.
+        max_stack: How many jobs a stack may have; None: as many as are fastest, and fit.
+    """
+    groups: dict[str, list[SweepJob]] = {}
+    for job in jobs:
+        groups.setdefault(_common_config(job.run), []).append(job)
+    stacks = []
+    for group in groups.values():
+        first = group[0].run
+        most = (max_stack or _stack_limit(first)) if first.optimizer in STACKED else 1
+        count = math.ceil(len(group) / most)
+        # one seed beside another: a stack of one seed gathers its images once for all
+        group = sorted(group, key=lambda job: job.run.config.seed)
+        ends = [round(len(group) * i / count) for i in range(count + 1)]
+        stacks += [group[a:b] for a, b in itertools.pairwise(ends)]
+    return stacks
+
+
+def _common_config(job: Job) -> str:
+    """Return what the jobs of a stack have in common: the config less what a stack can carry."""
+    kept = {
+        key: value
+        for key, value in leaves(job.task_config)
+        if key not in ("seed", "training.label_smoothing", "training.patience")
+        and not key.startswith(("schedule.", "tracking."))
+        and not (key.startswith("optimizer.") and _is_number(value))
+    }
+    return json.dumps(kept, sort_keys=True)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_number, value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _stack_limit(job: Job) -> int:
+    """Return how many models are trained together fastest, and fit into the memory."""
+    stack = Stack(job.build, [0], torch.device("cpu"))
+    size = sum(p.numel() * p.element_size() for p in stack.params.values())
+    if job.device.type == "cpu":
+        fitting = max(1, min(CPU_STACK_MOST, CPU_STACK_BYTES // size))
+        return 1 if stack.has_convolutions else 1 << (fitting.bit_length() - 1)
+    if job.device.type != "cuda":
+        return CPU_STACK_MOST
+    # parameters, gradients, new and best ones, two of the optimizer's state; images and what every
+    # layer makes of them, with their gradients
+    shape = job.load(job.config.dataset).shape
+    activations = math.prod(shape)
+
+    def count(module: torch.nn.Module, args: Any, output: Any) -> None:
+        nonlocal activations
+        activations += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    for module in stack.module.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        stack.module.eval()(torch.zeros(1, *shape))
+    bytes_per_model = 6 * size + 3 * 4 * activations * job.config.training.batch_size
+    free, _ = torch.cuda.mem_get_info(job.device)
+    return max(1, min(GPU_STACK_MOST, int(0.5 * free / bytes_per_model)))
+
+
+def process_count(stacks: Sequence[Sequence[SweepJob]]) -> int:
+    """Return how many stacks to train at a time, each in a process of its own.
+
+    On a CPU, models are independent but the threads of one step wait for each other some thirty
+    times: a process a core is faster, much more so where other programs want a core as well.
+    Forks need Linux, and a process in which torch has started no thread for a GPU.
+    """
+    first = stacks[0][0].run
+    if sys.platform != "linux" or torch.cuda.is_available() or first.device.type != "cpu":
+        return 1
+    threads = max(job.run.config.training.threads or 1 for stack in stacks for job in stack)
+    return max(1, min(len(stacks), THREADS // threads))
+
+
+def is_compiled(stack: Sequence[SweepJob]) -> bool:
+    """Return whether a stack is to be trained with a compiled step."""
+    first = stack[0].run
+    return should_compile([job.run for job in stack], len(first.load(first.config.dataset).train))
+
+
+def cost(stack: Sequence[SweepJob]) -> float:
+    """Return roughly the seconds that a stack takes, in a unit of its own: steps of many models."""
+    training = stack[0].run.config.training
+    return float(training.epochs * (4 + len(stack)) / training.batch_size)
+
+
+def describe_stack(stack: Sequence[SweepJob]) -> str:
+    """Return the number of jobs and the swept values that they share: "4 jobs  seed=0"."""
+    common = set.intersection(*(set(job.values.items()) for job in stack))
+    shared = " ".join(f"{k}={v}" for k, v in stack[0].values.items() if (k, v) in common)
+    return f"{count_of(len(stack), 'job')}  {shared}".rstrip()
+
+
+def describe_stacks(stacks: Sequence[Sequence[SweepJob]]) -> str:
+    """Return how many stacks there are of each size: "2 stacks of 6 and 1 of 5"."""
+    (size, count), *others = sorted(Counter(map(len, stacks)).items(), reverse=True)
+    largest = f"{count_of(count, 'stack')} of {size}"
+    return " and ".join([largest, *(f"{count} of {size}" for size, count in others)])
