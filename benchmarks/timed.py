@@ -49,7 +49,7 @@ def timed(owner: Any, name: str, kind: str) -> None:
 
 def main() -> None:
     out, words = Path(sys.argv[1]), sys.argv[2:]
-    timed(upload, "deliver", "runs")
+    timed(upload, "upload_journal", "runs")
     timed(record, "record_model", "model")
     timed(tracking.Store, "__init__", "store")
     timed(step.TrainStep, "compile", "compile")

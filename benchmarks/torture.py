@@ -23,7 +23,7 @@ import torch
 from benchmarks.bench import machine
 from benchmarks.page import write_torture
 from mnist_exp.tracking import upload
-from mnist_exp.tracking.journal import OpenRuns
+from mnist_exp.tracking.run_log import OpenRuns
 from tests.faults.checkpoints import damage_is_refused, kill_save_anywhere
 from tests.faults.delivery import MODES, MOMENTS, eight_writers, faults_in, recorded_through
 from tests.faults.interruptions import (

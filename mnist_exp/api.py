@@ -214,7 +214,7 @@ def store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = 
                 f"said is tracking.uri=..., the store{more}"
             )
     asked = _config(overrides).tracking.uri
-    tracking.say_store(asked)
+    tracking.warn_if_environment_wins(asked)
     uri = tracking.store_uri(asked, paths.output_root())
     tracking.check_store(uri, required=required)
     return uri

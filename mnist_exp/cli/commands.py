@@ -68,7 +68,7 @@ def _train(asked: argparse.Namespace) -> int:
     from mnist_exp.config.compose import compose
     from mnist_exp.config.schema import task_config
     from mnist_exp.config.validate import validate
-    from mnist_exp.tracking.store import say_store
+    from mnist_exp.tracking.store import warn_if_environment_wins
 
     composed = None
     if not asked.multirun:
@@ -76,21 +76,21 @@ def _train(asked: argparse.Namespace) -> int:
     if composed is None or composed.hydra.mode == RunMode.MULTIRUN:
         return _sweep(asked)
     # before torch's seconds of import
-    say_store(validate(task_config(composed)).tracking.uri)
+    warn_if_environment_wins(validate(task_config(composed)).tracking.uri)
     return _train_one(composed)
 
 
 def _sweep(asked: argparse.Namespace) -> int:
     from mnist_exp.config.compose import compose_sweep
     from mnist_exp.sweeps import grid
-    from mnist_exp.tracking.store import say_store
+    from mnist_exp.tracking.store import warn_if_environment_wins
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     context, master = compose_sweep(asked.overrides, asked.config_name, asked.config_dir)
     jobs = grid.jobs(context, master, say)  # before torch's seconds of import
-    say_store(master.tracking.uri)
+    warn_if_environment_wins(master.tracking.uri)
 
     from mnist_exp.sweeps import sweep
 
@@ -236,8 +236,8 @@ def _check_figure(option: str, path: Path | None) -> None:
 
     from mnist_exp.system import files
 
-    with files.asked_for(option, path):
-        files.check_file(path)
+    with files.reporting_write_errors(option, path):
+        files.check_writable_file(path)
 
 
 def _check_folder(option: str, folder: Path | None) -> None:
@@ -245,15 +245,15 @@ def _check_folder(option: str, folder: Path | None) -> None:
     from mnist_exp.system import files
 
     if folder is not None:
-        with files.asked_for(option, folder):
-            files.check_folder(folder)
+        with files.reporting_write_errors(option, folder):
+            files.check_writable_folder(folder)
 
 
 def _save_figure(option: str, path: Path, figure: Any) -> None:
     from mnist_exp.figures import style
     from mnist_exp.system import files
 
-    with files.asked_for(option, path):
+    with files.reporting_write_errors(option, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         style.save(figure, path)
 

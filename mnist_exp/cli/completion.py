@@ -147,7 +147,7 @@ def _runs(sweep: bool | None, overrides: Sequence[str]) -> Candidates:
         tracking.check_store(uri)
     except ConfigError:
         return []
-    runs = tracking.listed(uri, sweep)
+    runs = tracking.list_runs(uri, sweep)
     alike = Counter(run_id[:8] for run_id, _ in runs)
     short = [(r[:8] if alike[r[:8]] == 1 else r, name) for r, name in runs[:OFFERED]]
     return [("last", "the newest"), *short] if short else []

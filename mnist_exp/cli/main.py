@@ -37,7 +37,7 @@ def program() -> NoReturn:
     clearing up before it ends takes one to three seconds.
     """
     status = 1  # of an exception that main() lets pass, whose traceback Python has printed
-    output = streams.replace()
+    output = streams.replace_standard_streams()
 
     def vanish() -> None:
         streams.flush()

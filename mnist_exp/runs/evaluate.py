@@ -117,7 +117,7 @@ def evaluate_stack(run: StoredRun, dataset: Dataset, stack: Stack, **more: Any) 
 
 def save(figures: Mapping[str, Any], folder: Path, suffix: str) -> list[str]:
     """Write figures into the folder of --output, and return the names of the files."""
-    with files.asked_for("--output", folder):
+    with files.reporting_write_errors("--output", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             style.save(figure, folder / f"{name}.{suffix}")

@@ -19,7 +19,7 @@ def check_output_folder(folder: Path, key: str = "hydra.run.dir") -> None:
         key: the dotted key that names the folder, for the message.
     """
     try:
-        files.check_folder(folder)
+        files.check_writable_folder(folder)
     except OSError as error:
         raise ConfigError(
             f"{folder}: the output folder cannot be made or written ({error.strerror}). Choose "

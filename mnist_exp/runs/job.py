@@ -16,7 +16,7 @@ from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as data
 from mnist_exp.errors import ConfigError
 from mnist_exp.runs.build import build_model, build_schedule, optimizer_class, try_optimizer
-from mnist_exp.tracking.run_log import RunHistory
+from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.training.events import RunSpec
 from mnist_exp.training.schedules import Schedule
 

@@ -22,9 +22,9 @@ from mnist_exp.runs.console import epoch_line
 from mnist_exp.runs.job import Job
 from mnist_exp.runs.provenance import run_tags
 from mnist_exp.tracking import checkpoint
-from mnist_exp.tracking.journal import OpenRuns
-from mnist_exp.tracking.run_log import Beginning, RecordedDataset, RunHistory, RunWriter
-from mnist_exp.tracking.store import save_model
+from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.mlflow_model import save_model
+from mnist_exp.tracking.run_log import OpenRuns, RunWriter
 from mnist_exp.training import metrics
 from mnist_exp.training.events import Epoch, Message, Progress
 from mnist_exp.training.models import DeployedModel
@@ -91,14 +91,15 @@ class RunRecorder:
         """
         self.plan, self.index, self.dataset = plan, index, dataset
         self.job, self.folder = plan.jobs[index], plan.folders[index]
-        beginning = Beginning(
-            self.job.name,
-            plan.store_uri,
-            self.job.config.tracking.experiment,
-            run_tags(self.job, self.folder, {**tags, **plan.tags[index]}),
-            plan.parent,
+        self.writer = RunWriter.begin(
+            self.folder,
+            plan.open_runs,
+            name=self.job.name,
+            uri=plan.store_uri,
+            experiment=self.job.config.tracking.experiment,
+            tags=run_tags(self.job, self.folder, {**tags, **plan.tags[index]}),
+            parent=plan.parent,
         )
-        self.writer = RunWriter(self.folder, plan.open_runs, beginning)
         self.log = (self.folder / "train.log").open("a", encoding="utf-8", buffering=1)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
@@ -118,11 +119,7 @@ class RunRecorder:
         dataset, writer = self.dataset, self.writer
         self.log.write(f"{self.job.name}  on {self.job.device}\n")
         writer.params(dict(leaves(self.job.task_config)))
-        sizes = {"train": len(dataset.train), "test": len(dataset.test)}
-        if dataset.val is not None:
-            sizes["val"] = len(dataset.val)
-        facts = RecordedDataset(dataset.name, dataset.source, dataset.digest, dataset.shape, sizes)
-        writer.dataset(facts)
+        writer.dataset(**dataset.describe())
         writer.artifact(self.folder / "config.yaml")
         if diff:
             writer.text(diff, DIFF)

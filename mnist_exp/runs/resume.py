@@ -11,9 +11,10 @@ from mnist_exp.runs.job import check_unchanged, prepare
 from mnist_exp.runs.recorder import Result, last_epoch_of
 from mnist_exp.runs.train import train
 from mnist_exp.tracking import journal
-from mnist_exp.tracking.journal import OpenRuns
-from mnist_exp.tracking.run_log import RunHistory, open_histories
-from mnist_exp.tracking.store import Store, StoredRun, UploadState, check_store, has_runs
+from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.run_log import OpenRuns, open_histories
+from mnist_exp.tracking.store import Store, StoredRun, check_store, has_runs
+from mnist_exp.tracking.upload import UploadState
 
 
 def find(word: str, uri: str, open_runs: OpenRuns) -> Path:
@@ -55,7 +56,7 @@ def find(word: str, uri: str, open_runs: OpenRuns) -> Path:
 def _find_last(histories: Mapping[Path, RunHistory], uri: str, open_runs: OpenRuns) -> Path:
     """Return the folder of the run or sweep that began last: an open one, or one in the store."""
     folders = [folder for folder, history in histories.items() if not history.parent]
-    newest = max(folders, key=lambda folder: histories[folder].began, default=None)
+    newest = max(folders, key=lambda folder: histories[folder].start_time, default=None)
     if has_runs(uri):
         try:
             stored = Store(uri).find("last", sweep=None)
@@ -63,7 +64,7 @@ def _find_last(histories: Mapping[Path, RunHistory], uri: str, open_runs: OpenRu
             if newest is None:
                 raise
         else:
-            if newest is None or stored.start_time > histories[newest].began:
+            if newest is None or stored.start_time > histories[newest].start_time:
                 return _resumable(_folder_of(stored))
     if newest is None:
         raise _no_such_run("last", uri, open_runs)

@@ -31,9 +31,10 @@ from mnist_exp.runs.recorder import (
 from mnist_exp.runs.saved_model import load_from_folder
 from mnist_exp.system import signals
 from mnist_exp.tracking import checkpoint, journal
-from mnist_exp.tracking.run_log import RunHistory, RunWriter, open_runs_at
-from mnist_exp.tracking.store import UploadState, check_store, store_uri
-from mnist_exp.tracking.upload import Uploader
+from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.run_log import RunWriter, open_runs_at
+from mnist_exp.tracking.store import check_store, store_uri
+from mnist_exp.tracking.upload import Uploader, UploadState
 from mnist_exp.training import loop as training
 from mnist_exp.training.compile import worth_compiling
 from mnist_exp.training.events import Epoch, Message, Progress

@@ -32,9 +32,10 @@ from mnist_exp.sweeps.results import (
     summarise,
 )
 from mnist_exp.system import files
-from mnist_exp.tracking.run_log import Beginning, RunHistory, RunWriter, open_runs_at
-from mnist_exp.tracking.store import Store, StoredRun, UploadState
-from mnist_exp.tracking.upload import Uploader
+from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.run_log import RunWriter, open_runs_at
+from mnist_exp.tracking.store import Store, StoredRun
+from mnist_exp.tracking.upload import Uploader, UploadState
 
 BEST = "best.yaml"  # the recipe of the chosen cell
 DESCRIBED = 20  # cells of the leaderboard that the parent run's description has room for
@@ -73,8 +74,15 @@ def open_parent(config: Config, uri: str, manifest: Manifest, folder: Path) -> R
         "dataset": config.dataset.name,
     }
     name = f"sweep {keys} ({len(manifest.jobs)} jobs)"
-    beginning = Beginning(name, uri, config.tracking.experiment, tags, kind="sweep")
-    parent = RunWriter(folder, open_runs_at(paths.output_root()), beginning)
+    parent = RunWriter.begin(
+        folder,
+        open_runs_at(paths.output_root()),
+        name=name,
+        uri=uri,
+        experiment=config.tracking.experiment,
+        tags=tags,
+        kind="sweep",
+    )
     parent.params({f"sweep.{key}": ",".join(values) for key, values in swept.items()})
     parent.artifact(folder / MANIFEST)
     return parent
@@ -193,7 +201,7 @@ def report_again(
             recipe = _recipe(config, store.get(best).choices(), run_id, summary.chosen)
         figures = draw(summary)
         if output is not None:
-            with files.asked_for("--output", output):
+            with files.reporting_write_errors("--output", output):
                 output.mkdir(parents=True, exist_ok=True)
                 write(summary, figures, recipe, output, suffix)
         written = write(summary, figures, recipe, Path(temporary))

@@ -38,7 +38,8 @@ from mnist_exp.sweeps.report import JobResult
 from mnist_exp.sweeps.results import mark_job_killed, result_of
 from mnist_exp.system import signals, streams
 from mnist_exp.system.processes import END_SECONDS, end, fork, is_running, receive
-from mnist_exp.tracking.run_log import RunHistory, open_runs_at
+from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.run_log import open_runs_at
 from mnist_exp.tracking.upload import Uploader
 from mnist_exp.training.compile import warm_up_compiler
 
@@ -177,7 +178,7 @@ def _train_sequentially(
 ) -> Generator[Results]:
     """Train stacks in this process, and yield the results of each."""
     reporter = setup.reporter()
-    uploader.begin()
+    uploader.start_once()
     for name, stack in named:
         if not setup.stopped:
             reporter.line(f"\n{name}: {stacks.describe_stack(stack)}")
@@ -198,12 +199,12 @@ def _train_in_parallel(
             while waiting and len(running) < processes and not setup.stopped:
                 name, stack = waiting.pop()
                 signals.check()
-                with uploader.quiet():
+                with uploader.paused():
                     connection, process = fork(worker, setup, name, stack, threads)
                 running[connection] = process, stack
             if not running:
                 return
-            uploader.begin()  # after the first forks, which need not wait for its imports
+            uploader.start_once()  # after the first forks, which need not wait for its imports
             for ready in multiprocessing.connection.wait(list(running)):
                 assert isinstance(ready, Connection)
                 process, stack = running[ready]
@@ -271,7 +272,7 @@ def launch_by_hydra(
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=context, task_function=task, config=master
     )
-    uploader.begin()
+    uploader.start_once()
     try:
         returns = launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
     except BaseException:
@@ -340,7 +341,7 @@ class HydraTask:
 
 
 def _isolated_worker(task: HydraTask, job: SweepJob, parent: Connection) -> None:
-    streams.replace()  # joblib's processes have Python's own
+    streams.replace_standard_streams()  # joblib's processes have Python's own
     signals.follow_parent()
     HydraConfig.instance().set_config(job.config)
     try:

@@ -8,9 +8,10 @@ from tempfile import TemporaryDirectory
 from mnist_exp.sweeps import report
 from mnist_exp.sweeps.manifest import MANIFEST, Manifest, SweepJob
 from mnist_exp.sweeps.report import Cell, JobResult
-from mnist_exp.tracking import journal
-from mnist_exp.tracking.run_log import RunHistory
-from mnist_exp.tracking.store import Store, UploadState
+from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.run_log import mark_killed
+from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.upload import UploadState
 
 CURVES = ("train/loss", "val/loss", "val/accuracy")
 
@@ -78,7 +79,7 @@ def mark_job_killed(job: SweepJob, reason: str) -> JobResult:
     """End the record of a job whose process died, unless it had ended, and return its result."""
     history = RunHistory.of(job.folder)
     is_open = history.key and not history.status
-    if is_open and journal.mark_killed(job.folder, history.owner, reason):
+    if is_open and mark_killed(job.folder, history.owner, reason):
         with (job.folder / "train.log").open("a", encoding="utf-8") as file:
             file.write(reason + "\n")
     return result_of(job, "KILLED", reason)

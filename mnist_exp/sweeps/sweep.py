@@ -38,7 +38,8 @@ from mnist_exp.sweeps.launcher import (
 from mnist_exp.sweeps.manifest import CONFIGS, MANIFEST, Manifest, SweepJob
 from mnist_exp.sweeps.results import Report
 from mnist_exp.system import signals
-from mnist_exp.tracking.run_log import RunHistory, open_runs_at
+from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.run_log import open_runs_at
 from mnist_exp.tracking.store import check_store, store_uri
 from mnist_exp.tracking.upload import Uploader
 
@@ -202,13 +203,13 @@ def _conduct(
         except Exception as error:  # the launcher itself
             failure = f"the launcher failed: {first_line(error)}"
         signals.check()
-        uploader.begin()
+        uploader.start_once()
         summary = finish.finish_sweep(sweep, results, failure)
         failure = failure or summary.failure
         with signals.deferred():  # an end is an end
             parent.end("FAILED" if failure else "FINISHED", failure)
     best = folder / finish.BEST if summary.chosen is not None else None
-    delivered = not uploader.undelivered()
+    delivered = not uploader.pending()
     return SweepResult(run_id_of(folder), uri, folder, summary, best, failure, delivered)
 
 
@@ -220,7 +221,7 @@ def _uploading(uploader: Uploader, seconds: float) -> Iterator[None]:
         yield
         patience = seconds
     finally:
-        uploader.begin()
+        uploader.start_once()
         uploader.close(patience)
 
 

@@ -4,63 +4,54 @@ import errno
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from mnist_exp.errors import ConfigError
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file, and returns once the disk has it. Raises OSError; the old one is there then.
+def write(
+    path: Path,
+    content: str | bytes | Callable[[BinaryIO], object],
+    before_replacing: Callable[[Path], object] = lambda part: None,
+) -> None:
+    """Write a file, and return once the disk has it; a reader finds the old content or the new.
 
-    A reader finds the old content or the new. Two processes may write the same file at once.
+    Two processes may write the same file at once. Where OSError is raised, the old file is there.
+
+    Args:
+        path: The file, whose folder is there.
+        content: A text, bytes, or a function that writes to the open file.
+        before_replacing: Is called with the new file, which the disk has, before it takes the
+            place of the old one.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with part.open("wb") as file:
-            file.write(text.encode())
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        before_replacing(part)
+        replace(part, path)
     except BaseException:
         with suppress(OSError):  # the first error is the one to tell
             part.unlink(missing_ok=True)
         raise
+
+
+def replace(part: Path, path: Path) -> None:
+    """Give a file, which the disk has, its name, and return once the disk has that as well."""
+    os.replace(part, path)
     sync_folder(path.parent)
 
 
-@contextmanager
-def asked_for(option: str, path: Path) -> Iterator[None]:
-    """Raises ConfigError where `path`, which was named by `option`, cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(
-            f"{option} {path}: cannot be written ({reason}). Choose another place: {option} ..."
-        ) from error
-
-
-def check_folder(folder: Path) -> None:
-    """Raises OSError for a folder in which nothing could be written, or that cannot be made, as far
-    as a look can tell. Creates nothing."""
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    tempfile.TemporaryFile(dir=place).close()  # it has no name, and leaves no trace
-
-
-def check_file(path: Path) -> None:
-    """Raises OSError for a file that could not be written, as far as a look can tell."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "it is a folder")
-    if not path.exists():
-        check_folder(path.parent)
-    elif not os.access(path, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-
 def sync_folder(folder: Path) -> None:
-    """Returns once the disk has the names in a folder. Raises OSError."""
+    """Return once the disk has the names in a folder. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -69,3 +60,31 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def check_writable_folder(folder: Path) -> None:
+    """Raise OSError if a folder cannot be made or written to, as far as a look can tell."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    tempfile.TemporaryFile(dir=existing).close()  # it has no name, and leaves no trace
+
+
+def check_writable_file(path: Path) -> None:
+    """Raise OSError if a file cannot be made or written to, as far as a look can tell."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if not path.exists():
+        check_writable_folder(path.parent)
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@contextmanager
+def reporting_write_errors(option: str, path: Path) -> Iterator[None]:
+    """Raise ConfigError in place of OSError, where `path`, which `option` names, is written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(
+            f"{option} {path}: cannot be written ({reason}). Choose another place: {option} ..."
+        ) from error

@@ -10,8 +10,7 @@ from typing import Any, NoReturn
 
 from mnist_exp.errors import Terminated
 
-# SIGHUP: the terminal is gone; Windows has no such thing
-ENDING = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n))
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal is gone
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PATIENCE = 3  # seconds until a step that does not end is interrupted
 
@@ -74,13 +73,12 @@ def deferred() -> Iterator[None]:
         _asked.clear()  # of an earlier run in this process
     check()
     before = {number: signal.signal(number, _defer) for number in _heard()}
-    alarm = signal.signal(signal.SIGALRM, _late) if hasattr(signal, "SIGALRM") else None
+    alarm = signal.signal(signal.SIGALRM, _late)
     try:
         yield
     finally:
-        if alarm is not None:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, alarm)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, alarm)
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if _asked and _led else handler)
 
@@ -91,8 +89,7 @@ def _defer(number: int, frame: Any) -> None:
     if _asked:
         _raise(number)
     _asked.append(number)
-    if hasattr(signal, "SIGALRM"):
-        signal.alarm(PATIENCE)
+    signal.alarm(PATIENCE)
 
 
 def _late(number: int, frame: Any) -> None:

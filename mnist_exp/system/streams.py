@@ -30,7 +30,7 @@ class Output(io.FileIO):
             return memoryview(data).nbytes
 
 
-def replace() -> Output:
+def replace_standard_streams() -> Output:
     """Gives this process such streams, and returns what is under standard output.
 
     One that is not Python's own, as in a notebook, stays.

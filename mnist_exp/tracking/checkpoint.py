@@ -1,51 +1,53 @@
 """Checkpoints: whole or not there at all, checksummed, and safe to load.
 
-A checkpoint is a file and its sidecar, `path` and `path`.sha256. Each is written to a .part beside
-it, synced and renamed, and the folder is synced after each rename, as a file system may bring two
-of them to the disk in any order. The sidecar comes first, and lists the digests of the old file and
-the new one while the file changes: a kill or a power failure never leaves a whole file that its
-sidecar does not vouch for.
+A checkpoint is a file and its sidecar, `path` and `path`.sha256. Each is written beside it, synced
+and renamed, and the folder is synced after each rename, as a file system may bring two of them to
+the disk in any order. The sidecar comes first, and lists the digests of the old file and the new
+one while the file changes: a kill or a power failure never leaves a whole file that its sidecar
+does not vouch for.
 """
 
+import glob
 import hashlib
 import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from mnist_exp.errors import ConfigError
-from mnist_exp.system.files import sync_folder
+from mnist_exp.system import files
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` (tensors and plain values) to `path`, and its SHA-256 to `path`.sha256.
+    """Write a state (tensors and plain values) to `path`, and its SHA-256 to `path`.sha256.
 
     A reader finds the old file or the new one, never half of one. Raises OSError where the disk is
     full or read-only; what was there before is whole then.
     """
-    part = _part(path)
-    try:
-        _write(part, lambda file: _serialize(state, file))
-        new, old = _sha256(part), _digests(path)
-        _replace_sidecar(path, [new, *old])
-        _replace(part, path)
-        if old:
-            _replace_sidecar(path, [new])
-    except BaseException:
-        for left in (part, _part(_sidecar(path))):
-            with suppress(OSError):  # the first error is the one to tell
-                left.unlink(missing_ok=True)
-        raise
+    old = _digests(path)
+    files.write(
+        path,
+        lambda file: _serialize(state, file),
+        lambda part: _write_sidecar(path, [_sha256(part), *old]),
+    )
+    if old:
+        _write_sidecar(path, _digests(path)[:1])
+    for left in path.parent.glob(f"{glob.escape(path.name)}*.part"):  # by a killed process
+        left.unlink()
 
 
 def load(path: Path, name: str = "") -> dict[str, Any]:
-    """What was saved, on the CPU. Raises ConfigError where the file is not what was written.
+    """Return the state of a checkpoint, on the CPU.
 
-    `name`: of the file, in the messages, if a person does not know it by its path.
+    Args:
+        path: The file, beside its sidecar.
+        name: Of the file, in the messages, if a person does not know it by its path.
+
+    Raises:
+        ConfigError: The file is not what was written.
     """
     name = name or str(path)
     if not path.exists():
@@ -53,44 +55,50 @@ def load(path: Path, name: str = "") -> dict[str, Any]:
     sidecar = _sidecar(path)
     if not sidecar.exists():
         raise ConfigError(f"{name}: not to be trusted, as {sidecar.name} is not beside it")
-    other = ConfigError(f"{name}: not a checkpoint of tensors and plain values alone")
+    no_checkpoint = ConfigError(f"{name}: not a checkpoint of tensors and plain values alone")
     with path.open("rb") as file:  # opened once: what is loaded is what was checked
         digests = _digests(path)
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found not in digests:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest not in digests:
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return load(path, name)  # saved anew since it was opened, and its sidecar with it
-            listed = " or ".join(f"{digest[:12]}..." for digest in digests) or "none"
+            listed = " or ".join(f"{other[:12]}..." for other in digests) or "none"
             raise ConfigError(
-                f"{name}: damaged, its SHA-256 is {found[:12]}... but {sidecar.name} has {listed}"
+                f"{name}: damaged, its SHA-256 is {digest[:12]}... but {sidecar.name} has {listed}"
             )
         file.seek(0)
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises whatever a crafted file drives it to
-            raise other from error
+            raise no_checkpoint from error
     if not isinstance(state, dict):
-        raise other
+        raise no_checkpoint
     return state
 
 
 def save_numbered(folder: Path, number: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Saves `folder`/state-`number`.pt, then removes all but the `keep` (at least 1) newest.
+    """Save a state as `folder`/state-`number`.pt, and return that path.
 
-    Only numbers up to `number` count: a higher one, which `newest` passed over, neither displaces
-    what is saved now nor is removed. Makes `folder`, not its parents. Raises OSError as `save`
-    does; the earlier checkpoints are removed only once the new one is on the disk.
+    Only the `keep` newest stay. Only numbers up to `number` count: a higher one, which `newest`
+    passed over, neither displaces what is saved now nor is removed. Raises OSError as `save` does;
+    the earlier checkpoints are removed only once the new one is on the disk.
+
+    Args:
+        folder: Is made, if its parent is there.
+        number: Orders the checkpoints of a folder.
+        state: Tensors and plain values.
+        keep: At least 1.
     """
     if not folder.exists():
         folder.mkdir()
-        sync_folder(folder.parent)
+        files.sync_folder(folder.parent)
     path = folder / f"state-{number:09d}.pt"
     save(path, state)
     removed = [old for old in _numbered(folder) if _number(old) <= number][keep:]
     for old in removed:
         old.unlink()
     if removed:
-        sync_folder(folder)  # no checkpoint comes back without its sidecar
+        files.sync_folder(folder)  # no checkpoint comes back without its sidecar
     for left in folder.glob("state-*.pt.*"):  # theirs, and what earlier kills left
         if left.suffix == ".part" or not left.with_suffix("").exists():
             left.unlink()
@@ -100,10 +108,13 @@ def save_numbered(folder: Path, number: int, state: dict[str, Any], keep: int = 
 def newest(
     folder: Path, fits: Callable[[dict[str, Any]], str]
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest checkpoint of `save_numbered` that is whole and for which `fits` returns "".
+    """Return the state of the newest whole checkpoint of `save_numbered` that fits, or None.
 
-    `fits` returns why a state is not usable. With it, a message for each newer checkpoint that was
-    passed over; None where no checkpoint is left.
+    With it comes a message for each newer checkpoint that was passed over.
+
+    Args:
+        folder: Need not be there.
+        fits: Returns why a state is not usable, or "".
     """
     messages = []
     for path in _numbered(folder):
@@ -121,7 +132,7 @@ def newest(
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The newest first."""
+    """Return the checkpoints of `save_numbered`, the newest first."""
     paths = (p for p in folder.glob("state-*.pt") if re.fullmatch("state-[0-9]{9,}", p.stem))
     return sorted(paths, key=_number, reverse=True)
 
@@ -130,27 +141,20 @@ def _number(path: Path) -> int:
     return int(path.stem.removeprefix("state-"))
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
-
-
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
 def _digests(path: Path) -> list[str]:
-    """Those that the sidecar lists; none where it is missing or illegible."""
+    """Return the digests that the sidecar lists; none where it is missing or illegible."""
     sidecar = _sidecar(path)
     content = sidecar.read_bytes() if sidecar.exists() else b""
     return [digest.decode() for digest in re.findall(rb"^([0-9a-f]{64}) ", content, re.MULTILINE)]
 
 
-def _replace_sidecar(path: Path, digests: list[str]) -> None:
-    """In the format of sha256sum."""
-    sidecar = _sidecar(path)
-    lines = "".join(f"{digest}  {path.name}\n" for digest in digests)
-    _write(_part(sidecar), lambda file: file.write(lines.encode()))
-    _replace(_part(sidecar), sidecar)
+def _write_sidecar(path: Path, digests: list[str]) -> None:
+    """Write the sidecar of `path`, in the format of sha256sum."""
+    files.write(_sidecar(path), "".join(f"{digest}  {path.name}\n" for digest in digests))
 
 
 def _serialize(state: dict[str, Any], file: BinaryIO) -> None:
@@ -160,18 +164,6 @@ def _serialize(state: dict[str, Any], file: BinaryIO) -> None:
         if isinstance(error.__context__, OSError):  # a failed write, which torch covers up
             raise error.__context__ from None
         raise
-
-
-def _write(part: Path, content: Callable[[BinaryIO], object]) -> None:
-    with part.open("wb") as file:
-        content(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace(part: Path, path: Path) -> None:
-    os.replace(part, path)
-    sync_folder(path.parent)
 
 
 def _sha256(path: Path) -> str:

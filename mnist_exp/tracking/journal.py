@@ -1,4 +1,4 @@
-"""The local record of a run, which is there before and whether or not MLflow has it.
+"""The journal of a run: its record on this disk, which is there before MLflow has it, or without.
 
 `FOLDER/journal.jsonl` only grows, by an entry a line:
 
@@ -12,27 +12,20 @@ JSON as Python has it: floats with all their digits, and NaN, Infinity and -Infi
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import re
 import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from filelock import FileLock
 
-from mnist_exp.system import files
-from mnist_exp.system.processes import is_running
-
-log = logging.getLogger(__name__)
-
 NAME = "journal.jsonl"
-KINDS = ("run", "sweep")  # of what a registry of open runs holds
-_OWN = frozenset({"time", "kind", "crc"})  # of the members of a line, those that are no fields
+_RESERVED = frozenset({"time", "kind", "crc"})  # the members of a line that are no fields
 _CRC = re.compile(rb', "crc": "([^"]{8})"}')
 _BLOCK = 4096  # bytes, of a look back for the last newline
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -49,21 +42,27 @@ class Entry:
 
 
 def _line(kind: str, fields: Mapping[str, Any]) -> bytes:
+    """Return the line of an entry that is written now."""
     text = _encode({"time": time.time_ns() // 1_000_000, "kind": kind, **fields})
     # half of a surrogate pair, as in a file's name that is not UTF-8, becomes JSON's own escape
     return _sealed(text.encode(errors="backslashreplace"))
 
 
 def _sealed(body: bytes) -> bytes:
+    """Return the line of a JSON object: with its CRC-32, and a newline."""
     return body[:-1] + b', "crc": "%08x"}\n' % zlib.crc32(body)
 
 
 def read(folder: Path, start: int = 0) -> tuple[list[Entry], list[str]]:
-    """The entries from byte `start` on, and a message for each damaged line among them.
+    """Return the entries from byte `start` on, and a message for each damaged line among them.
 
-    start: 0, or the `end` of an entry. A last line without its newline is still being written: it
-    is neither. The message of a line is the same in each call. Without a journal: ([], []).
-    Raises OSError where the file is there but cannot be read, and nothing for what is in it.
+    A last line without its newline is still being written, and is neither. The message of a line is
+    the same in each call. Raises OSError where the file cannot be read, and nothing for what is in
+    it.
+
+    Args:
+        folder: Of the run; without a journal in it, there are no entries and no messages.
+        start: 0, or the `end` of an entry.
     """
     path = folder / NAME
     try:
@@ -83,23 +82,28 @@ def read(folder: Path, start: int = 0) -> tuple[list[Entry], list[str]]:
 
 
 def size(folder: Path) -> int:
-    """Bytes of a journal's whole lines; 0 where there is none. Raises OSError."""
+    """Return the bytes of a journal's whole lines; 0 where there is none. Raises OSError."""
     try:
         with (folder / NAME).open("rb", buffering=0) as file:
-            return _whole(file.fileno())
+            return _end_of_last_line(file.fileno())
     except (FileNotFoundError, NotADirectoryError):
         return 0
 
 
 def _parse(line: bytes, end: int) -> Entry:
-    """Raises ValueError or RecursionError for what `_line` has not made."""
+    """Return the entry of a line, or raise ValueError or RecursionError if `_line` did not make it.
+
+    Args:
+        line: Without its newline.
+        end: The byte behind it.
+    """
     crc = _CRC.fullmatch(line[-20:])
     if crc is None:
         raise ValueError("it has no CRC-32")
     body = line[:-20] + b"}"
     if _sealed(body) != line + b"\n":
-        found = crc[1].decode(errors="backslashreplace")
-        raise ValueError(f"its CRC-32 is {zlib.crc32(body):08x}, and it says {found}")
+        recorded = crc[1].decode(errors="backslashreplace")
+        raise ValueError(f"its CRC-32 is {zlib.crc32(body):08x}, and it says {recorded}")
     members = json.loads(body.decode())
     if not isinstance(members, dict):
         raise ValueError("it is no JSON object")
@@ -110,49 +114,56 @@ def _parse(line: bytes, end: int) -> Entry:
 
 
 class Journal:
-    """A journal, opened for appending, and made if there is none. Raises OSError.
+    """A journal that is open for appending.
 
     Threads may share it, and other processes may have it open as well; a forked one opens its own.
     """
 
     def __init__(self, folder: Path) -> None:
+        """Open the journal of a run, and make it if there is none. Raises OSError."""
         self._lock = threading.Lock()
         self._file = (folder / NAME).open("ab+", buffering=0)
         try:
-            with self._alone() as descriptor:
-                _cut(descriptor)
+            with self._locked() as descriptor:
+                _cut_torn_line(descriptor)
         except BaseException:
             self._file.close()
             raise
 
     def write(self, kind: str, /, **fields: Any) -> None:
-        """Appends an entry, whole or not at all.
+        """Append an entry, whole or not at all.
 
-        fields: whatever JSON has; a tuple is read as a list, and a key as a string. Raises
-        TypeError or ValueError for anything else, for the names time, kind and crc, and once
-        closed; OSError where the disk does not take it.
+        Args:
+            kind: Of the entry, see run_log.py.
+            **fields: Whatever JSON has; a tuple is read as a list, and a key as a string.
+
+        Raises:
+            TypeError: A field is something else.
+            ValueError: A field is called time, kind or crc, or the journal is closed.
+            OSError: The disk does not take it.
         """
-        if taken := _OWN & fields.keys():
-            raise ValueError(f"no field can be called {', '.join(sorted(taken))}")
+        if reserved := _RESERVED & fields.keys():
+            raise ValueError(f"no field can be called {', '.join(sorted(reserved))}")
         rest = _line(kind, fields)
-        with self._alone() as descriptor:
+        with self._locked() as descriptor:
             # a writer may have died, or failed to cut, since this one opened the file
-            _cut(descriptor)
+            _cut_torn_line(descriptor)
             try:
                 # one call, unless the disk fills up: a killed process leaves all or a beginning
                 while rest:
                     rest = rest[os.write(descriptor, rest) :]
             except BaseException:
                 with contextlib.suppress(OSError):  # of the two, the first says more
-                    _cut(descriptor)
+                    _cut_torn_line(descriptor)
                 raise
 
     def sync(self) -> None:
-        """Returns once the disk has all entries. Raises OSError."""
+        """Return once the disk has all entries. Raises OSError."""
         with self._lock:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file; nothing more can be written."""
         with self._lock:
             self._file.close()
 
@@ -163,8 +174,8 @@ class Journal:
         self.close()
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[int]:
-        """The file's descriptor, while no other thread or process writes to it.
+    def _locked(self) -> Iterator[int]:
+        """Give the file's descriptor, while no other thread or process writes to it.
 
         Otherwise a line that grows could be taken for a torn one, and cut.
         """
@@ -179,14 +190,14 @@ class Journal:
                     fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
-def _cut(descriptor: int) -> None:
-    """Takes off what follows the last newline. Never a whole line: it may have been read."""
-    if (end := _whole(descriptor)) < os.fstat(descriptor).st_size:
+def _cut_torn_line(descriptor: int) -> None:
+    """Take off what follows the last newline. Never a whole line: it may have been read."""
+    if (end := _end_of_last_line(descriptor)) < os.fstat(descriptor).st_size:
         os.ftruncate(descriptor, end)
 
 
-def _whole(descriptor: int) -> int:
-    """Bytes up to the last newline."""
+def _end_of_last_line(descriptor: int) -> int:
+    """Return the bytes of an open file up to its last newline."""
     end = os.fstat(descriptor).st_size
     while end > 0:
         start = max(0, end - _BLOCK)
@@ -197,82 +208,57 @@ def _whole(descriptor: int) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class OpenRun:
-    """A run that is not both ended and delivered."""
-
-    key: str
-    folder: Path  # absolute
-    owner: dict[str, Any]
-    kind: str  # one of KINDS
-
-
-class OpenRuns:
-    """The runs that are not both ended and delivered, a file each in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def add(self, key: str, folder: Path, owner: Mapping[str, Any], kind: str) -> None:
-        """Adds a run, or replaces it. A reader finds all of it or nothing. Raises OSError."""
-        assert kind in KINDS, kind
-        self.folder.mkdir(parents=True, exist_ok=True)
-        entry = {"folder": str(folder.resolve()), "owner": dict(owner), "kind": kind}
-        files.write(self._path(key), json.dumps(entry))
-
-    def remove(self, key: str) -> None:
-        """Takes out a run; one that is not there is as good. Raises OSError."""
-        self._path(key).unlink(missing_ok=True)
-
-    def _read(self, key: str) -> OpenRun | None:
-        """The run of this key; None where it is not there, or, with a warning, not readable."""
-        path = self._path(key)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            folder, owner, kind = content["folder"], content["owner"], content["kind"]
-            types = [type(owner[name]) for name in ("host", "pid", "born")]
-            if kind not in KINDS or types != [str, int, str]:
-                raise ValueError(f"a {kind} of {owner}")
-            return OpenRun(key, Path(folder), owner, kind)
-        except FileNotFoundError:
-            return None
-        # whatever a file can hold that is not an entry
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
-            log.warning("%s: passed over, as it is not readable: %s: %s", path, type(e).__name__, e)
-            return None
-
-    def entries(self) -> list[OpenRun]:
-        """All runs by their key, but for those that, with a warning each, are not readable."""
-        found = [self._read(path.stem) for path in sorted(self.folder.glob("*.json"))]
-        return [entry for entry in found if entry is not None]
-
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.json"
-
-
 def lock(folder: Path) -> FileLock:
-    """For deciding from a journal what to write to it: to mark_killed its run, or to resume it."""
+    """Return a lock to hold where what a journal says decides what is written to it."""
     return FileLock(folder / ".journal.lock")
 
 
-def mark_killed(folder: Path, owner: Mapping[str, Any], reason: str) -> bool:
-    """Ends the journal of a run whose process died without a word: KILLED, with the reason.
+@dataclass(frozen=True)
+class RunHistory:
+    """A run as its journal has it so far."""
 
-    owner: who began or last resumed the run, as far as the caller knows. True where this call did
-    it; False where the process may be alive, the run has ended, or the journal has another owner.
-    Raises OSError.
-    """
-    # asked before reading: what a process that is dead by now has written is all there
-    if is_running(owner) is not False or not (folder / NAME).exists():
-        return False
-    with lock(folder):
-        last = None
-        for entry in read(folder)[0]:
-            if entry.kind in ("begin", "resume", "end"):
-                last = entry
-        if last is None or last.kind == "end" or last.fields.get("owner") != dict(owner):
-            return False
-        with Journal(folder) as journal:
-            journal.write("end", status="KILLED", reason=reason)
-            journal.sync()
-        return True
+    key: str = ""  # "" where nothing has begun
+    name: str = ""
+    uri: str = ""  # of the store that it is for
+    experiment: str = ""
+    parent: str = ""  # the folder of its sweep
+    start_time: int = 0  # ms since 1970
+    owner: Mapping[str, Any] = field(default_factory=dict)  # the process that writes it
+    tags: Mapping[str, str] = field(default_factory=dict)
+    # key -> step -> value, in the order in which they were recorded
+    metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    status: str = ""  # "" while it runs
+    reason: str = ""
+
+    @classmethod
+    def of(cls, folder: Path) -> "RunHistory":
+        """Replay the journal in a run's folder. Raises OSError where it cannot be read."""
+        entries, _ = read(folder)  # of a damaged line, who uploads it says so
+        values: dict[str, Any] = {}
+        tags: dict[str, str] = {}
+        metrics: dict[str, dict[int, float]] = {}
+        for entry in entries:
+            fields = entry.fields
+            if entry.kind == "begin":
+                names = ("key", "name", "uri", "experiment", "parent")
+                values |= {name: fields.get(name, "") for name in names}
+                values["start_time"] = entry.time
+                tags = dict(fields.get("tags", {}))
+            if entry.kind in ("begin", "resume"):
+                values |= {"owner": fields["owner"], "status": "", "reason": ""}
+            elif entry.kind == "tags":
+                tags |= fields["values"]
+            elif entry.kind == "metrics":
+                for key, value in fields["values"].items():
+                    metrics.setdefault(key, {})[fields["step"]] = value
+            elif entry.kind == "end":
+                values |= {"status": fields["status"], "reason": fields.get("reason", "")}
+        return cls(**values, tags=tags, metrics=metrics)
+
+    def newest(self) -> dict[str, float]:
+        """Return the newest value of each metric."""
+        return {key: points[max(points)] for key, points in self.metrics.items()}
+
+    def history(self, key: str) -> list[tuple[int, float]]:
+        """Return the points of a metric, (step, value), by step."""
+        return sorted(self.metrics.get(key, {}).items())

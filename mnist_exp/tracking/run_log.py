@@ -1,6 +1,7 @@
-"""What a run records, into its journal and its folder. Nothing here knows MLflow.
+"""What a run records, into its journal and its folder, and which runs are open.
 
-An entry of the journal is what is to be said to MLflow, in MLflow's own terms, at its own time:
+Nothing here needs MLflow. An entry of the journal is what is to be said to MLflow, in MLflow's own
+terms, at its own time:
 
     begin     key, name, uri, experiment, tags, parent (a folder, or ""), owner
     resume    owner
@@ -11,18 +12,26 @@ An entry of the journal is what is to be said to MLflow, in MLflow's own terms, 
     end       status, reason
 """
 
+import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from mnist_exp.errors import ConfigError
+from mnist_exp.system import files
 from mnist_exp.system.processes import is_running, process_identity
 from mnist_exp.tracking import journal
-from mnist_exp.tracking.journal import Journal, OpenRun, OpenRuns
+from mnist_exp.tracking.journal import Journal, RunHistory
+from mnist_exp.tracking.mlflow_internals import (
+    LOGGED_IMAGES,
+    THUMBNAIL_PIXELS,
+    image_files,
+    image_stem,
+)
 
 if TYPE_CHECKING:  # every verb looks for runs that were killed, and most have no other use for it
     import numpy as np
@@ -30,185 +39,240 @@ if TYPE_CHECKING:  # every verb looks for runs that were killed, and most have n
 log = logging.getLogger(__name__)
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
+KINDS = ("run", "sweep")  # of an open run
 _RESERVE = ".reserve"  # a file whose removal makes room for the last lines, on a full disk
 _RESERVE_BYTES = 16_384
-_THUMBNAIL = 256  # pixels of the longer side of what the UI shows in a list; MLflow's own
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """What a run's record starts with."""
+class OpenRun:
+    """A run that has not ended, or that MLflow does not have whole."""
 
-    name: str
-    uri: str  # of the store that it is for
-    experiment: str
-    tags: Mapping[str, str]
-    parent: Path | None = None  # the folder of the sweep that it belongs to
-    kind: str = "run"
+    key: str
+    folder: Path  # absolute
+    owner: dict[str, Any]  # the process that began or last resumed it, by its identity
+    kind: str  # one of KINDS
 
 
-@dataclass(frozen=True)
-class RunHistory:
-    """What a journal says so far."""
+class OpenRuns:
+    """The registry of the runs that are not both ended and uploaded: a folder with a file each."""
 
-    key: str = ""  # '' where nothing has begun
-    name: str = ""
-    uri: str = ""
-    experiment: str = ""
-    parent: str = ""  # the folder of its sweep
-    began: int = 0  # ms since 1970
-    owner: Mapping[str, Any] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
-    # key -> step -> value, in the order in which they were recorded
-    metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    status: str = ""  # '' while it runs
-    reason: str = ""
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    @classmethod
-    def of(cls, folder: Path) -> "RunHistory":
-        entries, _ = journal.read(folder)  # of a damaged line, who delivers it says so
-        begin: Mapping[str, Any] = {}
-        found: dict[str, Any] = {"status": "", "reason": ""}
-        tags: dict[str, str] = {}
-        metrics: dict[str, dict[int, float]] = {}
-        for entry in entries:
-            fields = entry.fields
-            if entry.kind == "begin":
-                begin, tags = fields, dict(fields["tags"])
-                found["began"] = entry.time
-            if entry.kind in ("begin", "resume"):
-                found |= {"owner": fields["owner"], "status": "", "reason": ""}
-            elif entry.kind == "tags":
-                tags |= fields["values"]
-            elif entry.kind == "metrics":
-                for key, value in fields["values"].items():
-                    metrics.setdefault(key, {})[fields["step"]] = value
-            elif entry.kind == "end":
-                found |= {"status": fields["status"], "reason": fields["reason"]}
-        for name in ("key", "name", "uri", "experiment", "parent"):
-            found[name] = begin.get(name, "")
-        return cls(**found, tags=tags, metrics=metrics)
+    def add(self, key: str, folder: Path, owner: Mapping[str, Any], kind: str) -> None:
+        """Add a run, or replace it. A reader finds all of it or nothing. Raises OSError.
 
-    def newest(self) -> dict[str, float]:
-        """The newest value of each metric."""
-        return {key: points[max(points)] for key, points in self.metrics.items()}
+        Args:
+            key: Of the run.
+            folder: Where its journal is.
+            owner: The identity of the process that records it.
+            kind: One of KINDS.
+        """
+        assert kind in KINDS, kind
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {"folder": str(folder.resolve()), "owner": dict(owner), "kind": kind}
+        files.write(self._path(key), json.dumps(content))
 
-    def history(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) of a metric, by step."""
-        return sorted(self.metrics.get(key, {}).items())
+    def remove(self, key: str) -> None:
+        """Take out a run, if it is there. Raises OSError."""
+        self._path(key).unlink(missing_ok=True)
+
+    def entries(self) -> list[OpenRun]:
+        """Return all runs by their key, but for those that, with a warning each, are unreadable."""
+        runs = [self._read(path.stem) for path in sorted(self.folder.glob("*.json"))]
+        return [run for run in runs if run is not None]
+
+    def _read(self, key: str) -> OpenRun | None:
+        """Return the run of this key; None if it is not there, or, with a warning, unreadable."""
+        path = self._path(key)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            folder, owner, kind = content["folder"], content["owner"], content["kind"]
+            types = [type(owner[name]) for name in ("host", "pid", "born")]
+            if kind not in KINDS or types != [str, int, str]:
+                raise ValueError(f"a {kind} of {owner}")
+            return OpenRun(key, Path(folder), owner, kind)
+        except FileNotFoundError:
+            return None
+        # whatever a file can hold that is not an entry
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
+            log.warning("%s: passed over, as it is not readable: %s: %s", path, type(e).__name__, e)
+            return None
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.json"
 
 
 class RunWriter:
-    """The record of one run, while it is made. Its methods raise OSError where the disk fails."""
+    """The record of one run, open for writing. Its methods raise OSError where the disk fails."""
 
-    def __init__(self, folder: Path, open_runs: OpenRuns, beginning: Beginning) -> None:
-        """Begins the record of a run, or goes on with the one that the folder holds."""
-        self.folder = folder
+    def __init__(self, folder: Path, journal: Journal, history: RunHistory) -> None:
+        """Make a writer; `begin` or `reopen` make it with the journal that it needs."""
+        self.folder, self.journal = folder, journal
+        self._recorded = {(key, step) for key, points in history.metrics.items() for step in points}
+
+    @classmethod
+    def begin(
+        cls,
+        folder: Path,
+        open_runs: OpenRuns,
+        *,
+        name: str,
+        uri: str,
+        experiment: str,
+        tags: Mapping[str, str],
+        parent: Path | None = None,
+        kind: str = "run",
+    ) -> Self:
+        """Begin the record of a run, or go on with the one that the folder holds.
+
+        Args:
+            folder: Of the run; it is there.
+            open_runs: The registry that the run is added to.
+            name: Of the run in MLflow.
+            uri: The store that it is for.
+            experiment: The name of MLflow's experiment.
+            tags: The first ones; more can follow.
+            parent: The folder of the sweep that it belongs to.
+            kind: One of KINDS.
+
+        Raises:
+            ConfigError: Another process is recording this run.
+        """
         owner = process_identity()
         with journal.lock(folder):
-            story = RunHistory.of(folder)
-            running = story.key and not story.status and story.owner != owner
-            if running and is_running(story.owner) is not False:
+            history = RunHistory.of(folder)
+            is_open = history.key and not history.status and history.owner != owner
+            if is_open and is_running(history.owner) is not False:
                 raise ConfigError(
-                    f"{folder}: this run is not over: process {story.owner['pid']} on "
-                    f"{story.owner['host']} trains it"
+                    f"{folder}: this run is not over: process {history.owner['pid']} on "
+                    f"{history.owner['host']} trains it"
                 )
             (folder / _RESERVE).write_bytes(bytes(_RESERVE_BYTES))
-            key = story.key or uuid.uuid4().hex
-            open_runs.add(key, folder, owner, beginning.kind)  # first: what has begun can be found
-            self.journal = Journal(folder)
-            if story.key:
-                self.journal.write("resume", owner=owner)
+            key = history.key or uuid.uuid4().hex
+            open_runs.add(key, folder, owner, kind)  # first: what has begun can be found
+            writer = cls(folder, Journal(folder), history)
+            if history.key:
+                writer.journal.write("resume", owner=owner)
             else:
-                self.journal.write(
+                writer.journal.write(
                     "begin",
                     key=key,
-                    name=beginning.name,
-                    uri=beginning.uri,
-                    experiment=beginning.experiment,
-                    tags=dict(beginning.tags),
-                    parent=str(beginning.parent.resolve()) if beginning.parent else "",
+                    name=name,
+                    uri=uri,
+                    experiment=experiment,
+                    tags=dict(tags),
+                    parent=str(parent.resolve()) if parent else "",
                     owner=owner,
                 )
-        self.seen = {(key, step) for key, points in story.metrics.items() for step in points}
+        return writer
 
     @classmethod
     def reopen(cls, folder: Path, open_runs: OpenRuns) -> Self:
-        """To add to the record of a run that has ended, and stays so."""
-        writer = cls.__new__(cls)
-        writer.folder, writer.seen = folder, set()
+        """Open the record of a run that has ended, and stays so, to add to it."""
         with journal.lock(folder):
-            story = RunHistory.of(folder)
-            open_runs.add(story.key, folder, story.owner, "run")
-            writer.journal = Journal(folder)
-        return writer
+            history = RunHistory.of(folder)
+            open_runs.add(history.key, folder, history.owner, "run")
+            return cls(folder, Journal(folder), RunHistory())
 
     def params(self, params: Mapping[str, Any]) -> None:
+        """Record the parameters of the run, as text."""
         self.journal.write("params", values={key: str(value) for key, value in params.items()})
 
-    def dataset(self, facts: "RecordedDataset") -> None:
-        """The dataset, as MLflow's dataset input of the run."""
+    def dataset(
+        self,
+        *,
+        name: str,
+        source: str,
+        digest: str,
+        shape: Sequence[int],
+        sizes: Mapping[str, int],
+    ) -> None:
+        """Record the data set, which becomes MLflow's dataset input of the run.
+
+        Args:
+            name: Of the data set.
+            source: Where it comes from.
+            digest: The SHA-256 of its files.
+            shape: Of an image.
+            sizes: The number of images in each split.
+        """
         self.journal.write(
             "dataset",
-            name=facts.name,
-            source=facts.source,
-            digest=facts.digest,
-            shape=list(facts.shape),
-            sizes=dict(facts.sizes),
+            name=name,
+            source=source,
+            digest=digest,
+            shape=list(shape),
+            sizes=dict(sizes),
         )
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Points of metrics. What is there already, from before the run was resumed, stays."""
-        new = {key: value for key, value in values.items() if (key, step) not in self.seen}
+        """Record points of metrics. One that was there before the run was resumed stays."""
+        new = {key: value for key, value in values.items() if (key, step) not in self._recorded}
         if new:
             self.journal.write("metrics", step=step, values=new)
-            self.seen |= {(key, step) for key in new}
+            self._recorded |= {(key, step) for key in new}
 
     def image(self, key: str, pixels: "np.ndarray", step: int) -> None:
-        """`pixels`: uint8 [H, W, 3]. One key and several steps give a slider in the UI.
+        """Record an image. One key and several steps give a slider in the UI.
 
-        In files whose names are MLflow's own for images, as its `log_image` would make a second
-        image where an answer was lost on the way.
+        Its files have MLflow's own names for images, as its `log_image` would make a second image
+        where an answer was lost on the way.
+
+        Args:
+            key: As of a metric.
+            pixels: uint8 [H, W, 3].
+            step: Of the slider.
         """
         from PIL import Image
 
         folder = self.folder / "images"
         folder.mkdir(exist_ok=True)
-        start = f"{key.replace('/', '~')}+step+{step}+timestamp+"
+        start = image_stem(key, step)
         # a resumed run draws what it has drawn before: under the same name it is the same image
         before = [path.stem for path in folder.glob(f"{start}*.png")]
         stem = before[0] if before else f"{start}{time.time_ns() // 1_000_000}+{uuid.uuid4()}"
         image = Image.fromarray(pixels)
-        scale = _THUMBNAIL / max(image.size)
+        scale = THUMBNAIL_PIXELS / max(image.size)
         small = image.resize((int(image.width * scale), int(image.height * scale)))
-        for name, picture in ((f"{stem}.png", image), (f"{stem}+compressed.webp", small)):
+        for name, picture in zip(image_files(stem), (image, small), strict=True):
             picture.save(folder / name)
             self.artifact(folder / name, "images")
-        self.tags({"mlflow.loggedImages": "True"})
+        self.tags(LOGGED_IMAGES)
 
     def artifact(self, path: Path, to: str = "") -> None:
-        """A file in the run's folder, as it is when it is delivered."""
-        relative = str(path.resolve().relative_to(self.folder.resolve()))
-        self.journal.write("artifact", path=relative, to=to)
+        """Record a file in the run's folder, which is uploaded as it is then.
+
+        Args:
+            path: The file.
+            to: The folder of the artifacts that it is put into, if not their top.
+        """
+        self.journal.write("artifact", path=self._relative(path), to=to)
 
     def text(self, text: str, name: str) -> None:
+        """Record a text as a file of this name."""
         path = self.folder / name
         path.write_text(text, encoding="utf-8")
         self.artifact(path)
 
     def tags(self, tags: Mapping[str, str]) -> None:
+        """Record tags, in place of those of the same names."""
         self.journal.write("tags", values=dict(tags))
 
     def model(self, path: Path) -> None:
-        """A model that was saved as MLflow does, in a folder of the run's."""
-        self.journal.write("model", path=str(path.resolve().relative_to(self.folder.resolve())))
+        """Record a model that was saved in MLflow's format, in a folder of the run's."""
+        self.journal.write("model", path=self._relative(path))
+
+    def _relative(self, path: Path) -> str:
+        return str(path.resolve().relative_to(self.folder.resolve()))
 
     def release_reserve(self) -> None:
-        """For what is still to be said where the disk may be full: why the run ends."""
+        """Make room for the last lines, where the disk may be full: why the run ends."""
         (self.folder / _RESERVE).unlink(missing_ok=True)
 
     def end(self, status: str, reason: str = "") -> None:
-        """FINISHED, FAILED or KILLED, for the record to be closed."""
+        """End the run, FINISHED, FAILED or KILLED, and close the record."""
         assert status in STATUSES, status
         self.release_reserve()
         self.journal.write("end", status=status, reason=reason[:5000])
@@ -216,47 +280,60 @@ class RunWriter:
         self.journal.close()
 
 
-@dataclass(frozen=True)
-class RecordedDataset:
-    """What a run's record says of its dataset."""
-
-    name: str
-    source: str
-    digest: str
-    shape: tuple[int, ...]
-    sizes: Mapping[str, int]  # split -> images
-
-
 def open_runs_at(root: Path) -> OpenRuns:
-    """The open runs under a project's root, or in the current folder."""
+    """Return the registry of the open runs under the folder that all output goes to."""
     return OpenRuns(root / "outputs" / ".open")
 
 
 def open_histories(open_runs: OpenRuns) -> Iterator[tuple[OpenRun, RunHistory]]:
-    """The open runs with their records; of one that cannot be read there is a warning."""
-    for entry in open_runs.entries():
+    """Yield the open runs with their histories, and warn of those that cannot be read."""
+    for run in open_runs.entries():
         try:
-            yield entry, RunHistory.of(entry.folder)
+            yield run, RunHistory.of(run.folder)
         except OSError as error:
-            log.warning("%s: its record is passed over: %s", entry.folder, error)
+            log.warning("%s: its record is passed over: %s", run.folder, error)
+
+
+def mark_killed(folder: Path, owner: Mapping[str, Any], reason: str) -> bool:
+    """End the journal of a run whose process died without a word: KILLED, with the reason.
+
+    Returns whether this call did it: not where the process may be alive, the run has ended, or the
+    journal has another owner. Raises OSError.
+
+    Args:
+        folder: Of the run.
+        owner: Who began or last resumed the run, as far as the caller knows.
+        reason: Why it ended.
+    """
+    # asked before reading: what a process that is dead by now has written is all there
+    if is_running(owner) is not False or not (folder / journal.NAME).exists():
+        return False
+    with journal.lock(folder):
+        history = RunHistory.of(folder)
+        if history.status or history.owner != dict(owner):
+            return False
+        with Journal(folder) as file:
+            file.write("end", status="KILLED", reason=reason)
+            file.sync()
+        return True
 
 
 def mark_dead_runs(open_runs: OpenRuns) -> list[tuple[Path, RunHistory]]:
-    """Ends the records of runs whose process died without a word: KILLED. Which, and their records.
+    """End the records of runs whose process died without a word, and return them.
 
     A run that is alive, or on another host, is left alone.
     """
-    buried = []
-    for entry, story in open_histories(open_runs):
-        reason = f"its process ({entry.owner['pid']}) ended without a word"
-        if story.status or is_running(entry.owner) is not False:
+    killed = []
+    for run, history in open_histories(open_runs):
+        reason = f"its process ({run.owner['pid']}) ended without a word"
+        if history.status or is_running(run.owner) is not False:
             continue
         try:
-            if story.key and journal.mark_killed(entry.folder, entry.owner, reason):
-                (entry.folder / _RESERVE).unlink(missing_ok=True)
-                buried.append((entry.folder, RunHistory.of(entry.folder)))
-            elif entry.folder.is_dir() and journal.size(entry.folder) == 0:
-                open_runs.remove(entry.key)  # killed before it began; a folder may come back
+            if history.key and mark_killed(run.folder, run.owner, reason):
+                (run.folder / _RESERVE).unlink(missing_ok=True)
+                killed.append((run.folder, RunHistory.of(run.folder)))
+            elif run.folder.is_dir() and journal.size(run.folder) == 0:
+                open_runs.remove(run.key)  # killed before it began; a folder may come back
         except OSError as error:  # a disk that is full, or read-only by now
-            log.warning("%s: its run was killed, which cannot be recorded: %s", entry.folder, error)
-    return buried
+            log.warning("%s: its run was killed, which cannot be recorded: %s", run.folder, error)
+    return killed

@@ -1,53 +1,38 @@
-"""A run's record in MLflow. The only module that imports mlflow."""
+"""An MLflow store: whether it can be opened, and the runs that it holds."""
 
 import contextlib
-import functools
-import glob
 import http.client
-import importlib.util
 import json
 import logging
 import os
-import re
 import shlex
-import shutil
 import sqlite3
-import tempfile
 import urllib.error
 import urllib.request
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
 from mnist_exp.errors import ConfigError, first_line
 from mnist_exp.system import files
-from mnist_exp.tracking import journal
 from mnist_exp.tracking import ui_view as view
-from mnist_exp.tracking.journal import Entry, OpenRuns
-from mnist_exp.tracking.run_log import RunHistory
-
-if TYPE_CHECKING:  # what only looks into a store does without them
-    import numpy as np
-    import torch
+from mnist_exp.tracking.mlflow_internals import (
+    PARENT,
+    SQLITE,
+    inspect_database,
+    make_database,
+    runs_in_database,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PARENT = "mlflow.parentRunId"  # the tag of a run that belongs to a sweep
-RUN_KEY = "run_key"  # the tag that tells which journal a run is made from
-_DELIVERED = ".delivery.json"
 ENVIRONMENT = "MLFLOW_TRACKING_URI"
-_SQLITE = "sqlite:///"
 _SERVED = ("postgresql", "mysql", "mssql", "databricks")  # beginnings of other addresses
-_METRICS_A_BATCH = 1000  # MLflow's limit, for all that is in a call
-_PARAMS_A_BATCH = 100  # MLflow's limit, for tags as well
-_PARAM_LENGTH = 6000  # MLflow's limit
 _LOCK_SECONDS = 30.0  # that a process waits for another one, which makes the tables of a database
 _SETTINGS = {  # of MLflow's own, unless the user has some
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -59,34 +44,37 @@ _SETTINGS = {  # of MLflow's own, unless the user has some
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
-_USE = """\
-Takes float images {} with pixels from 0 to 1, gives logits {}.
 
-```
-model = mlflow.pytorch.load_model("runs:/{}/model")
-```
-"""  # the description of a model
+def store_uri(uri: str | None, root: Path) -> str:
+    """Return MLFLOW_TRACKING_URI if it is set, else `uri`, else SQLite in the folder `root`."""
+    return os.environ.get(ENVIRONMENT) or uri or f"{SQLITE}{root / 'mlflow.db'}"
 
 
-def store_uri(asked: str | None, root: Path) -> str:
-    """MLFLOW_TRACKING_URI if set, else what was asked for, else SQLite under `root`."""
-    return os.environ.get(ENVIRONMENT) or asked or f"{_SQLITE}{root / 'mlflow.db'}"
+def warn_if_environment_wins(uri: str | None) -> None:
+    """Warn where the environment names another store than `uri`, which was typed."""
+    used = os.environ.get(ENVIRONMENT)
+    if uri is not None and used and used != uri:
+        log.warning("%s=%s is used, and not tracking.uri=%s", ENVIRONMENT, used, uri)
 
 
 def check_store(
     uri: str, experiment: str | None = None, required: bool = True, option: str = ""
 ) -> None:
-    """Raises ConfigError for a store that cannot be opened, as far as a look can tell.
+    """Raise ConfigError for a store that cannot be opened, as far as a look can tell.
 
-    `experiment`: that runs are to be recorded in. `required`: a server has to answer now.
-    `option`: that has named the store, if that is not tracking.uri or the environment.
-    Takes no import of mlflow, and creates nothing.
+    Needs no import of mlflow, unless the store is a server of databases, and creates nothing.
+
+    Args:
+        uri: The address of the store.
+        experiment: The name of the one that runs are to be recorded in.
+        required: A server has to answer now.
+        option: What has named the store, if that is not tracking.uri or the environment.
     """
-    if uri.startswith("sqlite:") and (not uri.removeprefix(_SQLITE) or "?" in uri or
-                                      not uri.startswith(_SQLITE)):  # fmt: skip
-        raise ConfigError(f"{_said(uri, option)}: must name a file, sqlite:////ABSOLUTE/PATH.db")
-    if uri.startswith(_SQLITE):
-        _check_sqlite(uri, Path(uri.removeprefix(_SQLITE)), experiment, option)
+    if uri.startswith("sqlite:") and (not uri.removeprefix(SQLITE) or "?" in uri or
+                                      not uri.startswith(SQLITE)):  # fmt: skip
+        raise ConfigError(f"{_named(uri, option)}: must name a file, sqlite:////ABSOLUTE/PATH.db")
+    if uri.startswith(SQLITE):
+        _check_database(uri, experiment, option)
     elif uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=3).close()
@@ -97,12 +85,12 @@ def check_store(
                 return
             reason = getattr(error, "reason", error)
             raise ConfigError(
-                f"{_said(uri, option)}: no MLflow server answers there ({reason}). Start it, or "
-                f"{_another_store(uri, option)}"
+                f"{_named(uri, option)}: no MLflow server answers there ({reason}). Start it, or "
+                f"{_how_to_choose(uri, option)}"
             ) from error
     elif not uri.startswith(_SERVED):
         raise ConfigError(
-            f"{_said(uri, option)}: must be sqlite:////ABSOLUTE/PATH.db, the http(s) address of a "
+            f"{_named(uri, option)}: must be sqlite:////ABSOLUTE/PATH.db, the http(s) address of a "
             f"server, or one of {', '.join(_SERVED)}... (MLflow no longer keeps runs in plain "
             f"folders)"
         )
@@ -110,112 +98,56 @@ def check_store(
         Store(uri)
 
 
-def _check_sqlite(uri: str, path: Path, experiment: str | None, option: str) -> None:
-    def fail(reason: str) -> None:
+def _check_database(uri: str, experiment: str | None, option: str) -> None:
+    """Do what `check_store` does for an SQLite database that is a file."""
+    path = Path(uri.removeprefix(SQLITE))
+    problem, deleted = _database_problem(path), None
+    if not problem and path.exists():
+        try:
+            problem, deleted = inspect_database(path, experiment)
+        except sqlite3.DatabaseError as error:
+            problem = str(error)
+    if problem:
         raise ConfigError(
-            f"{_said(uri, option)}: cannot be opened, {reason}. To go on, "
-            f"{_another_store(uri, option)}"
+            f"{_named(uri, option)}: cannot be opened, {problem}. To go on, "
+            f"{_how_to_choose(uri, option)}"
         )
+    if deleted is not None:
+        raise _deleted(uri, str(experiment), deleted)
 
+
+def _database_problem(path: Path) -> str:
+    """Return why the file of a database could not be written, or ""."""
     if not path.parent.is_dir():
-        fail(f"there is no folder {path.parent}")
+        return f"there is no folder {path.parent}"
     try:  # SQLite needs its journal beside the database
-        files.check_folder(path.parent)
+        files.check_writable_folder(path.parent)
     except OSError as error:
-        fail(f"the folder {path.parent} cannot be written ({error.strerror})")
-    if not path.exists():
-        return
+        return f"the folder {path.parent} cannot be written ({error.strerror})"
     if path.is_dir():
-        fail("it is a folder")
-    if not os.access(path, os.R_OK | os.W_OK):
-        fail("the file cannot be read and written")
-    try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
-            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
-            if not tables:
-                return
-            if not {"alembic_version", "experiments"} <= tables:
-                fail("it is a database of something else than MLflow")
-            versions = [name for (name,) in database.execute("SELECT * FROM alembic_version")]
-            if versions != [newest := _schema()]:
-                fail(
-                    f"its tables are of another version of MLflow ({', '.join(versions)}; this "
-                    f"one's is {newest}). To convert it: mlflow db upgrade {uri}"
-                )
-            question = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = "
-            deleted = database.execute(f"{question} 'deleted'", (experiment,)).fetchone()
-    except sqlite3.DatabaseError as error:
-        fail(str(error))
-    if deleted:
-        raise _deleted(uri, str(experiment), deleted[0])
-
-
-@functools.cache
-def _schema() -> str:
-    """The version of the tables that the installed MLflow makes: of its migrations, the last one.
-
-    Read from their files, which takes no import of mlflow.
-    """
-    found = importlib.util.find_spec("mlflow")
-    assert found is not None and found.origin is not None
-    folder = Path(found.origin).parent / "store" / "db_migrations" / "versions"
-    texts = [path.read_text(encoding="utf-8") for path in folder.glob("*.py")]
-    line = r"^{}\s*(?::[^=]+)?=\s*[\"'](\w+)[\"']"
-    made = {m for text in texts for m in re.findall(line.format("revision"), text, re.M)}
-    followed = {m for text in texts for m in re.findall(line.format("down_revision"), text, re.M)}
-    (last,) = made - followed
-    return str(last)
+        return "it is a folder"
+    if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+        return "the file cannot be read and written"
+    return ""
 
 
 def _deleted(uri: str, experiment: str, number: object) -> ConfigError:
+    """Return the error of an experiment that was deleted."""
     return ConfigError(
         f"tracking.experiment={experiment}: it was deleted. Choose another name, or restore it: "
         f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore -x {number}"
     )
 
 
-def has_runs(uri: str) -> bool:
-    """Whether the store may hold a run; a database that was never made does not."""
-    return not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE)).exists()
-
-
-def listed(uri: str, sweep: bool | None) -> list[tuple[str, str]]:
-    """The runs that `Store.find` chooses from, newest first: (id, name).
-
-    Of a database that is a file, without mlflow, whose import takes longer than a person waits for
-    a completion. Of another store, the newest page of them.
-    """
-    if not has_runs(uri):
-        return []
-    if not uri.startswith(_SQLITE):
-        return [(run.id, run.name) for run in Store(uri).of_kind(sweep, newest=True)]
-    path = Path(uri.removeprefix(_SQLITE)).resolve()
-    question = """
-        SELECT runs.run_uuid, runs.name FROM runs JOIN experiments USING (experiment_id)
-        LEFT JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = 'sweep'
-        WHERE runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active'
-        AND (:sweep IS NULL OR :sweep = (tags.value IS NOT NULL))
-        ORDER BY runs.start_time DESC, runs.run_uuid"""
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=1)) as database:
-        return list(database.execute(question, {"sweep": sweep}))
-
-
-def say_store(asked: str | None) -> None:
-    """Says where the environment decides, and not what was typed."""
-    decided = os.environ.get(ENVIRONMENT)
-    if asked is not None and decided and decided != asked:
-        log.warning("%s=%s is used, and not tracking.uri=%s", ENVIRONMENT, decided, asked)
-
-
-def _said(uri: str, option: str = "") -> str:
-    """How the store was chosen, for messages: what would have to be changed."""
+def _named(uri: str, option: str = "") -> str:
+    """Return a store with what has named it, which would have to be changed."""
     if option:
         return f"{option} {uri}"
     return f"{ENVIRONMENT if os.environ.get(ENVIRONMENT) == uri else 'tracking.uri'}={uri}"
 
 
-def _another_store(uri: str, option: str) -> str:
-    """How to choose one, where this one will not do."""
+def _how_to_choose(uri: str, option: str) -> str:
+    """Return how to name another store, where this one will not do."""
     if option:
         return f"choose another store: {option} sqlite:////ABSOLUTE/PATH.db"
     if os.environ.get(ENVIRONMENT) == uri:
@@ -223,22 +155,22 @@ def _another_store(uri: str, option: str) -> str:
     return "choose another store: tracking.uri=sqlite:////ABSOLUTE/PATH.db"
 
 
-def _make_database(path: Path) -> None:
-    """An SQLite database with MLflow's tables, unless it is there: whole, or not there at all.
+def has_runs(uri: str) -> bool:
+    """Return whether the store may hold a run; a database that was never made does not."""
+    return not uri.startswith(SQLITE) or Path(uri.removeprefix(SQLITE)).exists()
 
-    MLflow makes its tables in fifty steps, some seconds in all, and a process that ends between two
-    of them would leave a database that no MLflow can open.
+
+def list_runs(uri: str, sweep: bool | None) -> list[tuple[str, str]]:
+    """Return the id and name of the runs that `Store.find` chooses from, the newest first.
+
+    Of a database that is a file, they are read without mlflow, whose import takes longer than a
+    person waits for a completion. Of another store, they are the newest page.
     """
-    import mlflow
-
-    if path.exists() and path.stat().st_size > 0:
-        return
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part*"):  # a killed process left it
-        left.unlink()
-    # another name each time, as MLflow remembers in which databases it has made tables
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    mlflow.MlflowClient(f"{_SQLITE}{part}").search_experiments(max_results=1)
-    part.replace(path)
+    if not has_runs(uri):
+        return []
+    if uri.startswith(SQLITE):
+        return runs_in_database(Path(uri.removeprefix(SQLITE)), sweep)
+    return [(run.id, run.name) for run in Store(uri).of_kind(sweep, newest=True)]
 
 
 @dataclass(frozen=True)
@@ -323,9 +255,14 @@ class StoredRun:
 
 
 class Store:
-    """An MLflow store, opened. Raises ConfigError where it cannot be."""
+    """An MLflow store that is open."""
 
     def __init__(self, uri: str) -> None:
+        """Open a store, and make it if it is an SQLite database that is not there.
+
+        Raises:
+            ConfigError: It cannot be opened.
+        """
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
         import mlflow
@@ -334,58 +271,62 @@ class Store:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.uri = uri
         self._experiments: dict[str, str] = {}  # name -> id
-        asked = os.environ.get(ENVIRONMENT)
+        before = os.environ.get(ENVIRONMENT)
         mlflow.set_tracking_uri(uri)
         # which also sets the variable, and store_uri() would take this store for the next run's
-        if asked is None:
+        if before is None:
             os.environ.pop(ENVIRONMENT, None)
         else:
-            os.environ[ENVIRONMENT] = asked
+            os.environ[ENVIRONMENT] = before
         try:
             with self.lock():
-                if uri.startswith(_SQLITE):
-                    _make_database(Path(uri.removeprefix(_SQLITE)))
+                if uri.startswith(SQLITE):
+                    make_database(Path(uri.removeprefix(SQLITE)))
                 self.client = mlflow.MlflowClient(uri)
                 self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever the driver of this kind of store raises
-            raise ConfigError(f"{_said(uri)}: cannot be opened, {first_line(error)}") from error
+            raise ConfigError(f"{_named(uri)}: cannot be opened, {first_line(error)}") from error
 
     def lock(self) -> AbstractContextManager[object]:
-        """One process at a time, where MLflow does not see to it in a database that is a file."""
-        if not self.uri.startswith(_SQLITE):
+        """Return a lock of one process, where MLflow has none: in a database that is a file."""
+        if not self.uri.startswith(SQLITE):
             return nullcontext()
-        return FileLock(self.uri.removeprefix(_SQLITE) + ".lock", timeout=_LOCK_SECONDS)
+        return FileLock(self.uri.removeprefix(SQLITE) + ".lock", timeout=_LOCK_SECONDS)
 
     def experiment(self, name: str) -> str:
-        """The id of the experiment of this name, made if it is not there."""
-        from mlflow.exceptions import MlflowException
+        """Return the id of the experiment of this name, which is made if it is not there.
 
-        if name in self._experiments:
-            return self._experiments[name]
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
-            location = None  # a server keeps artifacts where it was told to
-            if self.uri.startswith(_SQLITE):
-                folder = Path(self.uri.removeprefix(_SQLITE)).resolve().parent / "mlruns"
-                location = folder.as_uri()
-            try:
-                tags = {"mlflow.experimentKind": "custom_model_development", view.TAG: view.tag()}
-                made = self.client.create_experiment(name, location, tags)
-                self._experiments[name] = str(made)
-                return self._experiments[name]
-            except MlflowException:
-                found = self.client.get_experiment_by_name(name)  # another process was faster
-                if found is None:
-                    raise
-        if found.lifecycle_stage == "deleted":
-            raise _deleted(self.uri, name, found.experiment_id)
-        if view.TAG not in found.tags:
-            self.client.set_experiment_tag(found.experiment_id, view.TAG, view.tag())
-        self._experiments[name] = str(found.experiment_id)
+        Raises:
+            ConfigError: It was deleted.
+        """
+        if name not in self._experiments:
+            self._experiments[name] = self._find_or_create_experiment(name)
         return self._experiments[name]
 
+    def _find_or_create_experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            location = None  # a server keeps artifacts where it was told to
+            if self.uri.startswith(SQLITE):
+                folder = Path(self.uri.removeprefix(SQLITE)).resolve().parent / "mlruns"
+                location = folder.as_uri()
+            tags = {"mlflow.experimentKind": "custom_model_development", view.TAG: view.tag()}
+            try:
+                return str(self.client.create_experiment(name, location, tags))
+            except MlflowException:
+                experiment = self.client.get_experiment_by_name(name)  # another process was faster
+                if experiment is None:
+                    raise
+        if experiment.lifecycle_stage == "deleted":
+            raise _deleted(self.uri, name, experiment.experiment_id)
+        if view.TAG not in experiment.tags:
+            self.client.set_experiment_tag(experiment.experiment_id, view.TAG, view.tag())
+        return str(experiment.experiment_id)
+
     def forget(self) -> None:
-        """What is known of the experiments."""
+        """Forget what is known of the experiments, as where the store was made anew."""
         self._experiments.clear()
 
     def _search(self, condition: str = "", newest: bool = False) -> list[StoredRun]:
@@ -406,7 +347,7 @@ class Store:
         return StoredRun.from_entity(self.uri, self.client.get_run(run_id))
 
     def put(self, run_id: str, path: Path) -> None:
-        """A file, among a run's artifacts."""
+        """Put a file among the artifacts of a run."""
         self.client.log_artifact(run_id, str(path))
 
     def children(self, parent: str) -> dict[int, StoredRun]:
@@ -417,38 +358,44 @@ class Store:
         return dict(sorted(jobs.items()))
 
     def history(self, run_id: str, key: str) -> list[tuple[int, float]]:
-        """The points of a metric: (step, value)."""
+        """Return the points of a metric: (step, value)."""
         return [(m.step, m.value) for m in self.client.get_metric_history(run_id, key)]
 
     def of_kind(self, sweep: bool | None, newest: bool = False) -> list[StoredRun]:
-        """The runs, newest first; sweep: whether they are the parent runs of sweeps, None: either.
-        `newest`: a page of them will do."""
+        """Return the runs of a kind, the newest first.
+
+        Args:
+            sweep: Only the parent runs of sweeps, or only the others; None: all.
+            newest: Only the newest page of them.
+        """
         runs = self._search("tags.sweep = 'true'" if sweep else "", newest)
         return [run for run in runs if sweep is not False or "sweep" not in run.tags]
 
     def find(self, word: str, sweep: bool | None = False) -> StoredRun:
-        """The run that a person means: `last`, a run id, or the beginning of just one.
+        """Return the run that a person means, or raise ConfigError.
 
-        sweep: whether it is to be the parent run of a sweep, or one that trains; None: either, and
-        the last one is then no job of a sweep.
+        Args:
+            word: `last`, a run id, or the beginning of just one.
+            sweep: It is the parent run of a sweep, or one that trains; None: either, and the last
+                one is then no job of a sweep.
         """
         kind = "sweep" if sweep else "run"
         if not isinstance(word, str):
             raise ConfigError(f"{kind}: must be a text, as in 'last' or an id, and is {word!r}")
         runs = self.of_kind(sweep, newest=word == "last")
-        if sweep is None and word == "last":
-            runs = [run for run in runs if not run.parent]
+        if word == "last":
+            runs = [run for run in runs if sweep is not None or not run.parent]
         if not runs:
             words = "train -m optimizer.lr=0.01,0.1" if sweep else "train"
             raise ConfigError(
                 f"{self.uri}: it holds no {kind}s yet. To make one: mnist-exp {words}"
             )
-        matching = [run for run in runs if run.id.startswith(word)]
         if word == "last":
-            matching = runs[:1]
-        if word and not matching:
-            self._refuse_other_kind(word, sweep)
-        if not word or not matching:
+            return runs[0]
+        matching = [run for run in runs if word and run.id.startswith(word)]
+        if not matching:
+            if word:
+                self._refuse_other_kind(word, sweep)
             newest = ", ".join(run.id[:8] for run in runs[:5])
             raise ConfigError(
                 f"{word or repr(word)}: there is no such {kind} in {self.uri}. {kind.upper()} is "
@@ -460,23 +407,28 @@ class Store:
         return matching[0]
 
     def _refuse_other_kind(self, word: str, sweep: bool | None) -> None:
-        """Raises ConfigError where a sweep is meant and it is a run, or the other way round."""
-        others = [run for run in self._search() if run.id.startswith(word)]
-        if len(others) != 1 or sweep is None:
+        """Raise ConfigError where a sweep is meant and it is a run, or the other way round."""
+        runs = [run for run in self._search() if run.id.startswith(word)]
+        if len(runs) != 1 or sweep is None:
             return
-        parent = others[0].parent
         if not sweep:
-            children = [run.id[:8] for run in self.children(others[0].id).values()]
-            what = f"it is a sweep, not a run. Its runs: {', '.join(children[:5])}. "
-            what += f"Its seeds together: mnist-exp evaluate {word} --ensemble"
-        elif parent:
-            what = f"it is a run of the sweep {parent[:8]}"
+            children = [run.id[:8] for run in self.children(runs[0].id).values()]
+            text = (
+                f"it is a sweep, not a run. Its runs: {', '.join(children[:5])}. Its seeds "
+                f"together: mnist-exp evaluate {word} --ensemble"
+            )
+        elif runs[0].parent:
+            text = f"it is a run of the sweep {runs[0].parent[:8]}"
         else:
-            what = "it is a run, not a sweep. Alone, it is evaluated without --ensemble"
-        raise ConfigError(f"{word}: {what}")
+            text = "it is a run, not a sweep. Alone, it is evaluated without --ensemble"
+        raise ConfigError(f"{word}: {text}")
 
     def page(self, word: str | None) -> str:
-        """Of the UI: a run's, as for `find`; None: the list of the newest run's experiment."""
+        """Return the page of MLflow's UI that shows a run, behind the UI's address.
+
+        Args:
+            word: A run, as for `find`; None: the list of the newest run's experiment.
+        """
         if word is not None:
             run = self.find(word, sweep=None)
             return view.run_page(run.experiment_id, run.id)
@@ -486,279 +438,22 @@ class Store:
         return view.list_page(experiment.experiment_id, saved=view.TAG in experiment.tags)
 
     def has(self, run_id: str, artifact: str) -> bool:
-        """Whether a run has an artifact of this name, at the top."""
+        """Return whether a run has an artifact of this name, at the top."""
         return artifact in (file.path for file in self.client.list_artifacts(run_id))
 
     def fetch(self, run_id: str, artifact: str, folder: Path) -> Path:
-        """A copy of a run's artifact. Raises ConfigError if the run has none of this name."""
+        """Return the path of a copy of a run's artifact, which is made in a folder.
+
+        Raises:
+            ConfigError: The run has no artifact of this name, or it cannot be fetched.
+        """
         from mlflow.exceptions import MlflowException
 
         try:
             return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
         except (MlflowException, OSError) as error:
-            why = f"its artifact {artifact} cannot be fetched, {first_line(error)}"
+            reason = f"its artifact {artifact} cannot be fetched, {first_line(error)}"
             with contextlib.suppress(MlflowException, OSError):
                 if not self.has(run_id, artifact):
-                    why = f"it has no artifact {artifact}"
-            raise ConfigError(f"run {run_id}: {why}") from error
-
-
-def save_model(
-    folder: Path,
-    model: "torch.nn.Module",
-    shape: Sequence[int],
-    classes: int,
-    example: "np.ndarray",
-) -> None:
-    """The model as MLflow keeps it, with signature and example. example: float32 [B, C, H, W], B
-    at least 2.
-
-    As an exported program, which loads where this package is not; a module that cannot be
-    exported (its control flow depends on values) is pickled instead.
-    """
-    import mlflow.pytorch
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    real = np.dtype("float32")
-    signature = ModelSignature(
-        Schema([TensorSpec(real, (-1, *shape))]), Schema([TensorSpec(real, (-1, classes))])
-    )
-    # said outright, as MLflow would load the model in another process to find out
-    requirements = [f"{name}=={version(name)}" for name in ("torch", "mlflow")]
-    for form in ("pt2", "pickle"):
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it saved
-        try:
-            mlflow.pytorch.save_model(
-                model,
-                str(folder),
-                signature=signature,
-                input_example=example,
-                pip_requirements=requirements,
-                serialization_format=form,
-            )
-        except Exception as error:  # torch.export raises whatever it meets
-            if form == "pickle":
-                raise
-            log.warning("the model is pickled, as it cannot be exported: %s", first_line(error))
-        else:
-            return
-
-
-@dataclass(frozen=True)
-class UploadState:
-    """How far a journal has come to MLflow."""
-
-    uri: str
-    run_id: str = ""
-    offset: int = 0  # bytes of the journal
-    creating: bool = False  # the run was being made: it may be there, if the answer was lost
-    ended: bool = False  # what has been delivered comes to the run's end
-
-    @classmethod
-    def of(cls, folder: Path, uri: str = "") -> "UploadState":
-        """To the store `uri`, if that is said."""
-        try:
-            told = cls(**json.loads((folder / _DELIVERED).read_text()))
-        except (FileNotFoundError, NotADirectoryError):
-            return cls(uri)
-        except (ValueError, TypeError):  # after a power cut
-            return cls(uri, creating=True)
-        return told if uri in ("", told.uri) else cls(uri, creating=True)
-
-    def save(self, folder: Path) -> "UploadState":
-        part = folder / f"{_DELIVERED}.part"
-        part.write_text(json.dumps(asdict(self)))
-        os.replace(part, folder / _DELIVERED)
-        return self
-
-
-def deliver(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
-    """Copies what is new in a run's journal to MLflow, with the times it was written at.
-
-    What has been delivered already is the same when it is delivered again. Raises whatever MLflow
-    raises; what it has taken until then is remembered.
-    """
-    from mlflow.exceptions import MlflowException
-
-    with FileLock(folder / ".delivery.lock"):
-        told = UploadState.of(folder, store.uri)
-        try:
-            told = _send(folder, store, told)
-        except MlflowException as error:
-            if not told.run_id:
-                raise
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # the store has been made anew since
-                store.forget()
-                told = _send(folder, store, UploadState(store.uri, creating=True).save(folder))
-            elif store.client.get_run(told.run_id).info.lifecycle_stage == "deleted":
-                log.warning("%s: its run was deleted in MLflow, and gets no more", folder)
-                end, ended = journal.size(folder), bool(RunHistory.of(folder).status)
-                told = replace(told, offset=end, ended=ended).save(folder)
-            else:
-                raise
-        with journal.lock(folder):
-            if told.ended and told.offset >= journal.size(folder):
-                open_runs.remove(RunHistory.of(folder).key)
-    return told
-
-
-def _send(folder: Path, store: Store, told: UploadState) -> UploadState:
-    end = journal.size(folder)
-    entries, problems = journal.read(folder, told.offset)
-    for problem in problems:
-        log.warning("%s", problem)
-    batch = UploadBatch(store, folder, told)
-    for entry in entries:
-        batch.add(entry)
-    batch.end = max(batch.end, end)  # a damaged line may be the last one
-    return batch.send()
-
-
-class UploadBatch:
-    """Entries of a journal on their way to MLflow, many to a call."""
-
-    def __init__(self, store: Store, folder: Path, told: UploadState) -> None:
-        self.store, self.client, self.folder, self.told = store, store.client, folder, told
-        self.metrics: list[Any] = []
-        self.params: list[Any] = []
-        self.tags: dict[str, str] = {}
-        self.end = told.offset  # behind the last entry that was added
-        self.ended = told.ended
-
-    def add(self, entry: Entry) -> None:
-        from mlflow.entities import Metric, Param
-
-        fields = entry.fields
-        if entry.kind == "begin":
-            self._begin(entry)
-        elif entry.kind == "params":
-            self.params += [Param(k, v[:_PARAM_LENGTH]) for k, v in fields["values"].items()]
-        elif entry.kind == "tags":
-            self.tags |= {key: str(value) for key, value in fields["values"].items()}
-        elif entry.kind == "metrics":
-            self.metrics += [
-                Metric(key, value, entry.time, fields["step"])
-                for key, value in fields["values"].items()
-            ]
-        else:
-            self.send()
-            self._call(entry)
-        if entry.kind in ("begin", "resume", "end"):
-            self.ended = entry.kind == "end"
-        self.end = entry.end
-
-    def send(self) -> UploadState:
-        """Sends what waits, and remembers how far the journal has been delivered."""
-        from mlflow.entities import RunTag
-
-        run_id = self.told.run_id
-        if not run_id and self.end > self.told.offset:
-            raise NotReady(f"{self.folder / journal.NAME}: its first line is missing or damaged")
-        tags = [RunTag(key, value) for key, value in self.tags.items()]
-        while self.metrics or self.params or tags:
-            params, some = self.params[:_PARAMS_A_BATCH], tags[:_PARAMS_A_BATCH]
-            metrics = self.metrics[: _METRICS_A_BATCH - len(params) - len(some)]
-            self.client.log_batch(run_id, metrics, params, some)
-            del self.metrics[: len(metrics)], self.params[: len(params)], tags[: len(some)]
-        self.tags = {}
-        if self.end > self.told.offset:
-            told = replace(self.told, offset=self.end, ended=self.ended)
-            self.told = told.save(self.folder)
-        return self.told
-
-    def _begin(self, entry: Entry) -> None:
-        if self.told.run_id:
-            return
-        fields, tags = entry.fields, dict(entry.fields["tags"])
-        if fields["parent"]:
-            parent = UploadState.of(Path(fields["parent"]), self.store.uri)
-            if not parent.run_id:
-                raise NotReady(f"the sweep of {self.folder} is not in MLflow yet")
-            tags[PARENT] = parent.run_id
-        experiment = self.store.experiment(fields["experiment"])
-        run_id = ""
-        if self.told.creating:
-            runs = self.client.search_runs([experiment], f"tags.{RUN_KEY} = '{fields['key']}'")
-            run_id = runs[0].info.run_id if runs else ""
-        else:
-            self.told = replace(self.told, creating=True).save(self.folder)
-        if not run_id:
-            run = self.client.create_run(
-                experiment, entry.time, {**tags, RUN_KEY: fields["key"]}, fields["name"]
-            )
-            run_id = run.info.run_id
-        self.told = replace(self.told, run_id=run_id, creating=False).save(self.folder)
-
-    def _call(self, entry: Entry) -> None:
-        """What has a call of its own."""
-        run_id, fields = self.told.run_id, entry.fields
-        if entry.kind == "artifact":
-            path = self.folder / fields["path"]
-            if path.exists():  # a checkpoint may be gone, after a later one has come
-                self.client.log_artifact(run_id, str(path), fields["to"] or None)
-        elif entry.kind == "dataset":
-            self._dataset(fields)
-        elif entry.kind == "model":
-            self._model(self.folder / fields["path"])
-        elif entry.kind == "resume":
-            self.client.update_run(run_id, status="RUNNING")
-            self.client.set_tag(run_id, "reason", "")
-        elif entry.kind == "end":
-            if fields["reason"]:
-                self.client.set_tag(run_id, "reason", fields["reason"])
-            self.client.set_terminated(run_id, fields["status"], entry.time)
-
-    def _dataset(self, fields: Mapping[str, Any]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        entity = Dataset(
-            name=fields["name"],
-            digest=fields["digest"][:8],  # as short as MLflow's own, which its UI has room for
-            source_type="local",
-            source=json.dumps({"uri": fields["source"]}),
-            profile=json.dumps({"image": fields["shape"], **fields["sizes"]}),
-        )
-        tags = [InputTag("mlflow.data.context", "training"), InputTag("sha256", fields["digest"])]
-        with self.store.lock():  # of two that record one dataset for the first time, one would fail
-            self.client.log_inputs(self.told.run_id, [DatasetInput(entity, tags)])
-
-    def _model(self, saved: Path) -> None:
-        """As `mlflow.pytorch.log_model` does, from what it would have saved; needs no torch."""
-        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-        from mlflow.models import Model
-
-        run = self.client.get_run(self.told.run_id)
-        run_id, experiment = run.info.run_id, run.info.experiment_id
-        found = self.client.search_logged_models(
-            [experiment], filter_string=f"source_run_id = '{run_id}' AND name = 'model'"
-        )
-        model = found[0] if found else None
-        if model is None:
-            known = ("mlflow.user", "mlflow.source.")  # and not those of who delivers it
-            tags = {key: v for key, v in run.data.tags.items() if key.startswith(known)}
-            signature = Model.load(saved).signature
-            schemas = (signature.inputs, signature.outputs)
-            shapes = [list(schema.inputs[0].shape) for schema in schemas]
-            tags["mlflow.note.content"] = _USE.format(*shapes, run_id)
-            model = self.client.create_logged_model(
-                experiment, "model", run_id, tags, run.data.params
-            )
-        outputs = run.outputs.model_outputs if run.outputs else []
-        if model.model_id not in [output.model_id for output in outputs]:
-            self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-        if model.status != LoggedModelStatus.READY:
-            with tempfile.TemporaryDirectory() as folder:
-                shutil.copytree(saved, folder, dirs_exist_ok=True)
-                description = Model.load(folder)
-                description.artifact_path = model.artifact_location
-                description.run_id = run_id
-                description.model_id = description.model_uuid = model.model_id
-                description.save(f"{folder}/MLmodel")
-                self.client.log_model_artifacts(model.model_id, folder)
-            self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-
-
-class NotReady(Exception):
-    """A record cannot be delivered, and the server is not to blame."""
+                    reason = f"it has no artifact {artifact}"
+            raise ConfigError(f"run {run_id}: {reason}") from error

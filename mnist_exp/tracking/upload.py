@@ -1,77 +1,297 @@
-"""Journals on their way to MLflow: in the background while runs are trained, or later."""
+"""The way of journals to MLflow: in the background while runs are trained, or later by `sync`."""
 
+import contextlib
+import json
 import logging
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from mnist_exp.errors import ConfigError, Terminated, first_line
+from mnist_exp.system import files
 from mnist_exp.system.processes import is_running
 from mnist_exp.tracking import journal
-from mnist_exp.tracking.journal import OpenRuns
-from mnist_exp.tracking.run_log import open_histories
-from mnist_exp.tracking.store import NotReady, Store, UploadState, check_store, deliver
+from mnist_exp.tracking.journal import Entry, RunHistory
+from mnist_exp.tracking.mlflow_internals import PARENT
+from mnist_exp.tracking.mlflow_model import log_model
+from mnist_exp.tracking.run_log import OpenRuns, open_histories
+from mnist_exp.tracking.store import Store, check_store
 
 log = logging.getLogger(__name__)
 
 PAUSE = 5.0  # seconds between two looks at the journals: each costs 10 ms a run that has news
+LONGEST_PAUSE = 30.0  # seconds between two tries while the server fails
 SWITCH_SECONDS = 2e-4  # between threads that want Python's lock
 MOST_FAILURES = 2  # in a row: it is not the run, it is the server
-FORK_SECONDS = 5.0  # at most, that a fork waits for a delivery to end
+FORK_SECONDS = 5.0  # at most, that a fork waits for an upload to end
+
+RUN_KEY = "run_key"  # the tag that tells which journal a run is made from
+_STATE = ".delivery.json"
+_METRICS_A_BATCH = 1000  # MLflow's limit, for all that is in a call
+_PARAMS_A_BATCH = 100  # MLflow's limit, for tags as well
+_PARAM_LENGTH = 6000  # MLflow's limit
 
 
-def pending(open_runs: OpenRuns, uri: str = "") -> list[tuple[str, Path]]:
-    """Of the runs that MLflow does not have whole: store and folder, sweeps before their jobs.
+class NotReady(Exception):
+    """A journal cannot be uploaded now, and the server is not to blame."""
 
-    `uri`: of this store alone, and only what no process is at work on.
+
+@dataclass(frozen=True)
+class UploadState:
+    """How much of a journal a store has."""
+
+    uri: str  # of the store
+    run_id: str = ""
+    offset: int = 0  # bytes of the journal
+    creating: bool = False  # the run was being made: it may be there, if the answer was lost
+    ended: bool = False  # what has been uploaded comes to the run's end
+
+    @classmethod
+    def of(cls, folder: Path, uri: str = "") -> "UploadState":
+        """Return the state of a run's folder; with a `uri`, a new one if it is of another store."""
+        try:
+            state = cls(**json.loads((folder / _STATE).read_text()))
+        except (FileNotFoundError, NotADirectoryError):
+            return cls(uri)
+        except (ValueError, TypeError):  # after a power cut
+            return cls(uri, creating=True)
+        return state if uri in ("", state.uri) else cls(uri, creating=True)
+
+    def save(self, folder: Path) -> "UploadState":
+        """Write the state into a run's folder, and return it."""
+        files.write(folder / _STATE, json.dumps(asdict(self)))
+        return self
+
+
+def upload_journal(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
+    """Copy what is new in a run's journal to MLflow, with the times it was written at.
+
+    What was uploaded before stays the same when it is uploaded again. Raises whatever MLflow
+    raises; the state says what it has taken until then.
     """
-    found = []
-    for entry, story in sorted(
-        open_histories(open_runs), key=lambda found: found[0].kind != "sweep"
-    ):
-        idle = bool(story.status) or is_running(entry.owner) is False
-        if story.key and (not uri or (story.uri == uri and idle)):
-            found.append((story.uri, entry.folder))
-    return found
+    from mlflow.exceptions import MlflowException
+
+    with FileLock(folder / ".delivery.lock"):
+        state = UploadState.of(folder, store.uri)
+        try:
+            state = _upload_entries(folder, store, state)
+        except MlflowException as error:
+            if not state.run_id:
+                raise
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # the store has been made anew since
+                store.forget()
+                state = UploadState(store.uri, creating=True).save(folder)
+                state = _upload_entries(folder, store, state)
+            elif store.client.get_run(state.run_id).info.lifecycle_stage == "deleted":
+                log.warning("%s: its run was deleted in MLflow, and gets no more", folder)
+                end, ended = journal.size(folder), bool(RunHistory.of(folder).status)
+                state = replace(state, offset=end, ended=ended).save(folder)
+            else:
+                raise
+        with journal.lock(folder):
+            if state.ended and state.offset >= journal.size(folder):
+                open_runs.remove(RunHistory.of(folder).key)
+    return state
+
+
+def _upload_entries(folder: Path, store: Store, state: UploadState) -> UploadState:
+    """Send the entries behind `state` to MLflow, and return how far it has come."""
+    end = journal.size(folder)
+    entries, problems = journal.read(folder, state.offset)
+    for problem in problems:
+        log.warning("%s", problem)
+    batch = UploadBatch(store, folder, state)
+    for entry in entries:
+        batch.add(entry)
+    batch.end = max(batch.end, end)  # a damaged line may be the last one
+    return batch.send()
+
+
+class UploadBatch:
+    """Entries of a journal that are on their way to MLflow, many in a call."""
+
+    def __init__(self, store: Store, folder: Path, state: UploadState) -> None:
+        self.store, self.client, self.folder, self.state = store, store.client, folder, state
+        self.metrics: list[Any] = []
+        self.params: list[Any] = []
+        self.tags: dict[str, str] = {}
+        self.end = state.offset  # behind the last entry that was added
+        self.ended = state.ended
+
+    def add(self, entry: Entry) -> None:
+        """Add an entry, and send it at once where it has a call of its own."""
+        from mlflow.entities import Metric, Param
+
+        fields = entry.fields
+        if entry.kind == "begin":
+            self._create_run(entry)
+        elif entry.kind == "params":
+            self.params += [Param(k, v[:_PARAM_LENGTH]) for k, v in fields["values"].items()]
+        elif entry.kind == "tags":
+            self.tags |= {key: str(value) for key, value in fields["values"].items()}
+        elif entry.kind == "metrics":
+            self.metrics += [
+                Metric(key, value, entry.time, fields["step"])
+                for key, value in fields["values"].items()
+            ]
+        else:
+            self.send()
+            self._send_alone(entry)
+        if entry.kind in ("begin", "resume", "end"):
+            self.ended = entry.kind == "end"
+        self.end = entry.end
+
+    def send(self) -> UploadState:
+        """Send what waits, and save and return the state that this comes to."""
+        from mlflow.entities import RunTag
+
+        run_id = self.state.run_id
+        if not run_id and self.end > self.state.offset:
+            raise NotReady(f"{self.folder / journal.NAME}: its first line is missing or damaged")
+        tags = [RunTag(key, value) for key, value in self.tags.items()]
+        while self.metrics or self.params or tags:
+            params, some = self.params[:_PARAMS_A_BATCH], tags[:_PARAMS_A_BATCH]
+            metrics = self.metrics[: _METRICS_A_BATCH - len(params) - len(some)]
+            self.client.log_batch(run_id, metrics, params, some)
+            del self.metrics[: len(metrics)], self.params[: len(params)], tags[: len(some)]
+        self.tags = {}
+        if self.end > self.state.offset:
+            state = replace(self.state, offset=self.end, ended=self.ended)
+            self.state = state.save(self.folder)
+        return self.state
+
+    def _create_run(self, entry: Entry) -> None:
+        """Create the run in MLflow, or find it where an earlier try has created it."""
+        if self.state.run_id:
+            return
+        fields, tags = entry.fields, dict(entry.fields["tags"])
+        if fields["parent"]:
+            parent = UploadState.of(Path(fields["parent"]), self.store.uri)
+            if not parent.run_id:
+                raise NotReady(f"the sweep of {self.folder} is not in MLflow yet")
+            tags[PARENT] = parent.run_id
+        experiment = self.store.experiment(fields["experiment"])
+        run_id = ""
+        if self.state.creating:
+            runs = self.client.search_runs([experiment], f"tags.{RUN_KEY} = '{fields['key']}'")
+            run_id = runs[0].info.run_id if runs else ""
+        else:
+            self.state = replace(self.state, creating=True).save(self.folder)
+        if not run_id:
+            run = self.client.create_run(
+                experiment, entry.time, {**tags, RUN_KEY: fields["key"]}, fields["name"]
+            )
+            run_id = run.info.run_id
+        self.state = replace(self.state, run_id=run_id, creating=False).save(self.folder)
+
+    def _send_alone(self, entry: Entry) -> None:
+        """Send an entry that has a call of its own."""
+        run_id, fields = self.state.run_id, entry.fields
+        if entry.kind == "artifact":
+            path = self.folder / fields["path"]
+            if path.exists():  # a checkpoint may be gone, after a later one has come
+                self.client.log_artifact(run_id, str(path), fields["to"] or None)
+        elif entry.kind == "dataset":
+            self._send_dataset(fields)
+        elif entry.kind == "model":
+            log_model(self.client, run_id, self.folder / fields["path"])
+        elif entry.kind == "resume":
+            self.client.update_run(run_id, status="RUNNING")
+            self.client.set_tag(run_id, "reason", "")
+        elif entry.kind == "end":
+            if fields["reason"]:
+                self.client.set_tag(run_id, "reason", fields["reason"])
+            self.client.set_terminated(run_id, fields["status"], entry.time)
+
+    def _send_dataset(self, fields: Mapping[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        entity = Dataset(
+            name=fields["name"],
+            digest=fields["digest"][:8],  # as short as MLflow's own, which its UI has room for
+            source_type="local",
+            source=json.dumps({"uri": fields["source"]}),
+            profile=json.dumps({"image": fields["shape"], **fields["sizes"]}),
+        )
+        tags = [InputTag("mlflow.data.context", "training"), InputTag("sha256", fields["digest"])]
+        with self.store.lock():  # of two that record one dataset for the first time, one would fail
+            self.client.log_inputs(self.state.run_id, [DatasetInput(entity, tags)])
+
+
+def waiting_runs(open_runs: OpenRuns, uri: str = "") -> list[tuple[str, Path]]:
+    """Return store and folder of the runs that MLflow does not have whole, sweeps before jobs.
+
+    Args:
+        open_runs: The runs to look at.
+        uri: Only the runs of this store, and only those that no process is at work on.
+    """
+    waiting = []
+    histories = sorted(open_histories(open_runs), key=lambda pair: pair[0].kind != "sweep")
+    for run, history in histories:
+        is_idle = bool(history.status) or is_running(run.owner) is False
+        if history.key and (not uri or (history.uri == uri and is_idle)):
+            waiting.append((history.uri, run.folder))
+    return waiting
 
 
 def sync(open_runs: OpenRuns, uri: str = "") -> tuple[int, dict[Path, str]]:
-    """Delivers what every store lacks, or the store `uri` alone. How many runs, and why not, by the
-    folder, for the rest."""
-    stores: dict[str, Store] = {}
+    """Upload what every store lacks, or what the store `uri` lacks.
+
+    Returns how many runs were uploaded, and why not, by the folder, for the rest.
+    """
+    damaged = {
+        run.folder: f"the first line of its {journal.NAME} is damaged"
+        for run, history in open_histories(open_runs)
+        if not history.key and journal.size(run.folder) > 0
+    }
+    waiting = waiting_runs(open_runs, uri)
+    problems = _upload_all(waiting, open_runs, {})
+    return len(waiting) - len(problems), damaged | problems
+
+
+def _upload_all(
+    waiting: Sequence[tuple[str, Path]], open_runs: OpenRuns, stores: dict[str, Store]
+) -> dict[Path, str]:
+    """Upload journals, each to its store, and return why not for the folders that failed.
+
+    Args:
+        waiting: The store and the folder of each run.
+        open_runs: The registry that a run leaves once MLflow has all of it.
+        stores: Those that are open already; what is opened is added.
+    """
+    problems: dict[Path, str] = {}
     closed: dict[str, str] = {}  # stores that cannot be opened, and why
     failures: Counter[str] = Counter()  # of a store, in a row
-    count, problems = 0, dict[Path, str]()
-    for entry, story in open_histories(open_runs):
-        if not story.key and journal.size(entry.folder) > 0:
-            problems[entry.folder] = f"the first line of its {journal.NAME} is damaged"
-    for its_uri, folder in pending(open_runs, uri):
+    for uri, folder in waiting:
         try:
-            if its_uri in closed:
-                raise NotReady(closed[its_uri])
+            if uri in closed:
+                raise NotReady(closed[uri])
             # first, and after failures in a row: is it those runs, or the store?
-            if its_uri not in stores or failures[its_uri] >= MOST_FAILURES:
-                stores[its_uri] = _opened(its_uri, closed)
-                failures[its_uri] = 0
-            deliver(folder, open_runs, stores[its_uri])
-            count += 1
-            failures[its_uri] = 0
+            if uri not in stores or failures[uri] >= MOST_FAILURES:
+                stores[uri] = _open_store(uri, closed)
+                failures[uri] = 0
+            upload_journal(folder, open_runs, stores[uri])
+            failures[uri] = 0
         except NotReady as error:
             problems[folder] = str(error)
         except Exception as error:  # whatever a network, a server or a database can raise
+            log.debug("not uploaded: %s", folder, exc_info=error)
             problems[folder] = first_line(error)
-            failures[its_uri] += 1
-    return count, problems
+            failures[uri] += 1
+    return problems
 
 
-def _opened(uri: str, closed: dict[str, str]) -> Store:
+def _open_store(uri: str, closed: dict[str, str]) -> Store:
+    """Open a store, or note in `closed` why it cannot be opened, and raise ConfigError."""
     try:
-        check_store(uri)
+        check_store(uri)  # where nobody answers, MLflow need not be imported
         return Store(uri)
     except ConfigError as error:
         closed[uri] = first_line(error)
@@ -79,29 +299,37 @@ def _opened(uri: str, closed: dict[str, str]) -> Store:
 
 
 class Uploader(threading.Thread):
-    """Delivers the journals of some runs while they are written, in the background.
+    """A thread that uploads the journals of some runs while they are written.
 
-    Whatever happens to the server, nothing is raised, and nobody waits: what cannot be delivered
+    Whatever happens to the server, nothing is raised, and nobody waits: what cannot be uploaded
     stays in the journals, for a later try, or for `mnist-exp sync`. What earlier commands could not
-    deliver to this store is delivered as well.
+    bring to this store is uploaded as well.
     """
 
     def __init__(self, uri: str, open_runs: OpenRuns, say: Callable[[str], None]) -> None:
+        """Prepare an uploader, which does nothing before it is started.
+
+        Args:
+            uri: The store to upload to.
+            open_runs: The registry that a run leaves once the store has all of it.
+            say: Is told when the server goes, and when it comes back.
+        """
         super().__init__(daemon=True, name="uploader")
         self.uri, self.open_runs, self.say = uri, open_runs, say
         self.folders: list[Path] = []
         self.problem = ""  # why the newest try has failed
-        self._store: Store | None = None
+        self._stores: dict[str, Store] = {}
         self._earlier: list[Path] | None = None
         self._closing, self._late = threading.Event(), threading.Event()
         self._wake = threading.Event()
         self._working = threading.Lock()
 
     def watch(self, folders: Sequence[Path]) -> None:
-        """Also delivers these; a sweep's own comes before those of its jobs."""
+        """Also upload from these folders; a sweep's own comes before those of its jobs."""
         self.folders = [*self.folders, *(f for f in folders if f not in self.folders)]
 
     def run(self) -> None:
+        """Upload what is new, again and again, until the uploader is closed."""
         # Whoever trains lets go of Python's lock in every operation, and would wait 5 ms to have it
         # back from a thread that is busy, as this one is when it imports MLflow.
         sys.setswitchinterval(SWITCH_SECONDS)
@@ -109,69 +337,67 @@ class Uploader(threading.Thread):
         while True:
             last = self._closing.is_set()
             with self._working:
-                self._round()
-            wait = PAUSE if not self.problem else min(2 * wait, 30.0)
-            if self._late.is_set() or (last and not self.undelivered()):
+                self._upload_news()
+            wait = PAUSE if not self.problem else min(2 * wait, LONGEST_PAUSE)
+            if self._late.is_set() or (last and not self.pending()):
                 return
             self._wake.wait(wait if not last else min(wait, 1.0))
             self._wake.clear()
 
-    def quiet(self) -> AbstractContextManager[Any]:
-        """While it does nothing, so that a process can be forked. Waits for seconds at most."""
-        return _within(self._working, FORK_SECONDS)
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep the uploader from working, so that the process can be forked.
 
-    def undelivered(self) -> list[Path]:
-        """The folders whose journals MLflow does not have yet, to the end."""
+        Waits for an upload to end, for FORK_SECONDS at most.
+        """
+        is_locked = self._working.acquire(timeout=FORK_SECONDS)
+        try:
+            yield
+        finally:
+            if is_locked:
+                self._working.release()
+
+    def pending(self) -> list[Path]:
+        """Return the folders whose journals MLflow does not have to the end."""
         return [folder for folder in self.folders if _has_news(folder, self.uri)]
 
     def flush(self, seconds: float) -> None:
-        """Returns once MLflow has all that is written by now, or does not take it; after some
-        seconds at the latest."""
+        """Return once MLflow has all that is written by now, or does not take it, or it is late.
+
+        Args:
+            seconds: After which it returns in any case.
+        """
         end = time.monotonic() + seconds
-        while self.undelivered() and time.monotonic() < end:
+        while self.pending() and time.monotonic() < end:
             self._wake.set()
             time.sleep(0.02)
             if self.problem:
                 return
 
-    def begin(self) -> None:
-        """Starts, unless it has."""
+    def start_once(self) -> None:
+        """Start the thread, unless it has started."""
         if self.ident is None:
             self.start()
 
     def close(self, seconds: float) -> list[Path]:
-        """Delivers the rest, for some seconds at most. Returns what is undelivered even so."""
+        """Upload the rest, for some seconds at most, and return the folders that are pending."""
         self._closing.set()
         self._wake.set()
         if self.ident is not None:
             self.join(seconds)
         self._late.set()
         self._wake.set()
-        return self.undelivered()
+        return self.pending()
 
-    def _round(self) -> None:
-        """Tries to deliver all that is new, and says so when the server goes, and comes back."""
-        problem, failures = "", 0
+    def _upload_news(self) -> None:
+        """Try to upload all that is new, and say so when the server goes, and comes back."""
         if self._earlier is None:
-            self._earlier = [folder for _, folder in pending(self.open_runs, self.uri)]
+            self._earlier = [folder for _, folder in waiting_runs(self.open_runs, self.uri)]
         earlier = [folder for folder in self._earlier if _has_news(folder, self.uri)]
-        for folder in [*self.undelivered(), *earlier]:
-            if failures == MOST_FAILURES:
-                break
-            try:
-                if self._store is None:
-                    check_store(self.uri)  # where nobody answers, MLflow need not be imported
-                    self._store = Store(self.uri)
-                deliver(folder, self.open_runs, self._store)
-                failures = 0
-            except NotReady as error:
-                if folder in self.folders:
-                    problem = problem or str(error)
-            except Exception as error:  # whatever a network, a server or a database can raise
-                log.debug("not delivered: %s", folder, exc_info=error)
-                failures += 1
-                if folder in self.folders:  # of the others, an earlier command has told
-                    problem = first_line(error)
+        waiting = [(self.uri, folder) for folder in dict.fromkeys([*self.pending(), *earlier])]
+        problems = _upload_all(waiting, self.open_runs, self._stores)
+        # of the others, an earlier command has told
+        problem = next((text for folder, text in problems.items() if folder in self.folders), "")
         if problem and not self.problem:
             self._tell(
                 f"MLflow at {self.uri} does not take the record ({problem}). It is kept in the "
@@ -182,19 +408,10 @@ class Uploader(threading.Thread):
         self.problem = problem
 
     def _tell(self, text: str) -> None:
-        with suppress(OSError, Terminated):  # nobody reads, which who trains finds out by itself
+        with contextlib.suppress(OSError, Terminated):  # who trains finds out that nobody reads
             self.say(text)
 
 
 def _has_news(folder: Path, uri: str) -> bool:
+    """Return whether a journal holds what the store `uri` does not have."""
     return journal.size(folder) > UploadState.of(folder, uri).offset
-
-
-@contextmanager
-def _within(lock: threading.Lock, seconds: float) -> Iterator[None]:
-    taken = lock.acquire(timeout=seconds)
-    try:
-        yield
-    finally:
-        if taken:
-            lock.release()

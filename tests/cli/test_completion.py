@@ -126,7 +126,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_runs_are_those_that_are_found(sweep: bool | None, store: str) -> None:
     runs = tracking.Store(store).of_kind(sweep)
     expected = [(run.id, run.name) for run in runs]
-    assert tracking.listed(store, sweep) == expected
+    assert tracking.list_runs(store, sweep) == expected
     names = {
         True: ["swept"],
         False: ["three", "two", "one"],
@@ -144,14 +144,14 @@ def test_runs(chosen: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
         word = [f"tracking.uri={store}"]
     for verb, sweep in (("predict", False), ("report", True), ("resume", None)):
-        short = [f"{run_id[:8]}\t{name}" for run_id, name in tracking.listed(store, sweep)]
+        short = [f"{run_id[:8]}\t{name}" for run_id, name in tracking.list_runs(store, sweep)]
         assert candidates([verb, *word, ""]) == ["last\tthe newest", *short]
         assert candidates([verb, *word, short[0][:6]]) == short[:1]
 
 
 def test_ids_that_begin_alike(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = ["01234567" + "a" * 24, "01234567" + "b" * 24, "c" * 32]
-    monkeypatch.setattr(tracking, "listed", lambda uri, sweep: [(i, "name") for i in ids])
+    monkeypatch.setattr(tracking, "list_runs", lambda uri, sweep: [(i, "name") for i in ids])
     assert offered(f"evaluate tracking.uri={store} ")[1:] == [ids[0], ids[1], "c" * 8]
 
 
@@ -244,7 +244,7 @@ LINES = [
 
 
 def expectation(texts: list[str], store: str) -> list[str]:
-    ((sweep, _),) = tracking.listed(store, True)
+    ((sweep, _),) = tracking.list_runs(store, True)
     return [text.format(sweep=sweep[:8]) for text in texts]
 
 
@@ -314,7 +314,7 @@ def test_what_a_person_sees(shell: str, program: Path, store: str) -> None:
             child.expect_exact(seen)
         child.sendcontrol("u")
         child.send("mnist-exp evaluate \t" + "\t" * (shell == "bash"))  # which lists at the second
-        runs = tracking.listed(store, False)
+        runs = tracking.list_runs(store, False)
         for word in ("last", *(run_id[:8] for run_id, _ in runs)):
             child.expect_exact(word)
         child.sendcontrol("u")

@@ -9,8 +9,8 @@ import mlflow
 import numpy as np
 
 from mnist_exp.tracking import journal, upload
-from mnist_exp.tracking.journal import OpenRuns
-from mnist_exp.tracking.run_log import Beginning, RecordedDataset, RunHistory, RunWriter
+from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.run_log import OpenRuns, RunWriter
 from mnist_exp.tracking.upload import Uploader
 from tests.faults.server import FaultyServer, Mode
 
@@ -21,14 +21,23 @@ MOMENTS = ("start", "middle", "end")
 
 def begin(folder: Path, open_runs: OpenRuns, uri: str, parent: Path | None = None) -> RunWriter:
     folder.mkdir(parents=True, exist_ok=True)
-    kind = "sweep" if folder.name == "sweep" else "run"
-    beginning = Beginning(folder.name, uri, "delivery", {"who": "a test"}, parent, kind)
-    return RunWriter(folder, open_runs, beginning)
+    return RunWriter.begin(
+        folder,
+        open_runs,
+        name=folder.name,
+        uri=uri,
+        experiment="delivery",
+        tags={"who": "a test"},
+        parent=parent,
+        kind="sweep" if folder.name == "sweep" else "run",
+    )
 
 
 def first_part(writer: RunWriter) -> None:
     writer.params({f"key{i}": i for i in range(130)})
-    writer.dataset(RecordedDataset("tiny", "a test", "0" * 64, (1, 2, 2), {"train": 3}))
+    writer.dataset(
+        name="tiny", source="a test", digest="0" * 64, shape=(1, 2, 2), sizes={"train": 3}
+    )
     writer.text("a text", "text.txt")
     writer.image("train/first", np.zeros((4, 8, 3), np.uint8), 0)
 
@@ -126,7 +135,8 @@ def recorded_through(
     thread.join(10)  # it is in the middle of a call
     server.mode = "ok"
     for _ in range(2):  # a second time changes nothing
-        assert upload.sync(open_runs)[1] == {}
+        answer = upload.sync(open_runs)
+        assert answer[1] == {}, answer
     assert open_runs.entries() == []
 
 

@@ -25,7 +25,7 @@ from mnist_exp.runs import recorder, train
 from mnist_exp.sweeps import results
 from mnist_exp.system.processes import is_running
 from mnist_exp.tracking import checkpoint, journal, upload
-from mnist_exp.tracking.run_log import RunHistory
+from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.training.step import TrainStep
 
 BASE = [

@@ -15,8 +15,8 @@ import torch
 
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.tracking import checkpoint, journal
-from mnist_exp.tracking.run_log import RunHistory
-from mnist_exp.tracking.store import UploadState
+from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.upload import UploadState
 from mnist_exp.training import loop as training
 from mnist_exp.training.events import Epoch, Message, RunSpec
 from mnist_exp.training.models import MLP

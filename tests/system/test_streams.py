@@ -12,7 +12,7 @@ OWN = {**os.environ, "PYTHONPATH": str(ROOT)}
 WRITES = """
 import os, sys
 from mnist_exp.system import streams
-output = streams.replace()
+output = streams.replace_standard_streams()
 sys.stdout.write({text})
 {then}
 """
@@ -78,6 +78,6 @@ def test_what_somebody_else_has_put_there_stays() -> None:
     then = """
 import io
 sys.stdout = own = io.StringIO()
-streams.replace()
+streams.replace_standard_streams()
 assert sys.stdout is own"""
     assert ended(start("''", then, subprocess.DEVNULL)) == (0, b"")

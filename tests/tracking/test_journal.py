@@ -22,8 +22,9 @@ import pytest
 
 from mnist_exp.system import processes
 from mnist_exp.system.processes import is_running, process_identity
-from mnist_exp.tracking import journal
-from mnist_exp.tracking.journal import Journal, OpenRuns, mark_killed, read
+from mnist_exp.tracking import journal, run_log
+from mnist_exp.tracking.journal import Journal, read
+from mnist_exp.tracking.run_log import OpenRun, OpenRuns, mark_killed
 from tests.faults.journals import ODD, comparable, damage_is_reported, write_all
 from tests.helpers import ROOT
 
@@ -36,7 +37,7 @@ def start() -> Iterator[Start]:
     processes = []
 
     def start(program: str, *words: object) -> "subprocess.Popen[str]":
-        modules = ("system.processes", "tracking.journal")
+        modules = ("system.processes", "tracking.journal", "tracking.run_log")
         imports = "".join(f"from mnist_exp.{module} import *\n" for module in modules)
         program = f"import os, sys\n{imports}{program}"
         process = subprocess.Popen(
@@ -490,7 +491,7 @@ def test_a_run_that_ends_while_it_is_looked_at(
             written.write("end", status="FINISHED")
         return is_running(its_owner) is True
 
-    monkeypatch.setattr(journal, "is_running", ends_and_dies)
+    monkeypatch.setattr(run_log, "is_running", ends_and_dies)
     assert mark_killed(tmp_path, its_owner, "it died") is False
 
 
@@ -514,11 +515,11 @@ def test_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = tmp_path / os.fsdecode(b"\xff \xc3\xbc")
     open_runs.add("b", Path("outputs"), here, "run")
     open_runs.add("a", odd, here, "sweep")
-    a = journal.OpenRun("a", odd, here, "sweep")
-    b = journal.OpenRun("b", tmp_path / "outputs", here, "run")
+    a = OpenRun("a", odd, here, "sweep")
+    b = OpenRun("b", tmp_path / "outputs", here, "run")
     assert open_runs.entries() == OpenRuns(open_runs.folder).entries() == [a, b]
     open_runs.add("b", odd, here, "run")
-    assert open_runs.entries() == [a, journal.OpenRun("b", odd, here, "run")]
+    assert open_runs.entries() == [a, OpenRun("b", odd, here, "run")]
     open_runs.remove("a")
     open_runs.remove("a")
     assert [entry.key for entry in open_runs.entries()] == ["b"]

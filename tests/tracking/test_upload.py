@@ -11,10 +11,10 @@ import pytest
 from mnist_exp.system.processes import process_identity
 from mnist_exp.tracking import journal, upload
 from mnist_exp.tracking import store as tracking
-from mnist_exp.tracking.journal import Journal, OpenRuns
-from mnist_exp.tracking.run_log import mark_dead_runs
-from mnist_exp.tracking.store import Store, UploadState, deliver
-from mnist_exp.tracking.upload import Uploader
+from mnist_exp.tracking.journal import Journal
+from mnist_exp.tracking.run_log import OpenRuns, mark_dead_runs
+from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.upload import Uploader, UploadState, upload_journal
 from tests.faults.delivery import (
     EPOCHS,
     MODES,
@@ -91,13 +91,13 @@ def test_any_answer_may_be_lost(
         server.requests.clear()
         server.fail("drop", after=faults % 3, kind="POST")
         try:
-            deliver(folder, open_runs, store)
+            upload_journal(folder, open_runs, store)
         except Exception:
             faults += 1
         server.mode = "ok"
         assert faults < 60
         if faults % 4 == 3:
-            deliver(folder, open_runs, store)
+            upload_journal(folder, open_runs, store)
     assert faults >= 3
     assert faults_in(folder, upstream.uri) == []
 
@@ -108,15 +108,15 @@ def test_delivered_at_every_line(open_runs: OpenRuns, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     writer = begin(folder, open_runs, store.uri)
     first_part(writer)
-    deliver(folder, open_runs, store)
+    upload_journal(folder, open_runs, store)
     told = UploadState.of(folder)
     for number in range(1, EPOCHS + 1):
         epoch(writer, number)
-        deliver(folder, open_runs, store)
+        upload_journal(folder, open_runs, store)
         told.save(folder)  # as it was before
     last_part(writer)
     UploadState(store.uri, creating=True).save(folder)  # and nothing is known but that it was made
-    deliver(folder, open_runs, store)
+    upload_journal(folder, open_runs, store)
     assert faults_in(folder, store.uri) == []
 
 
@@ -126,7 +126,7 @@ def test_a_store_that_was_made_anew(open_runs: OpenRuns, tmp_path: Path) -> None
     store = Store(fresh_store(tmp_path))
     writer = begin(folder, open_runs, store.uri)
     first_part(writer)
-    deliver(folder, open_runs, store)
+    upload_journal(folder, open_runs, store)
     fresh_store(tmp_path)
     for number in range(1, EPOCHS + 1):
         epoch(writer, number)
@@ -144,7 +144,7 @@ def test_sync_passes_over_runs_that_cannot_be_read(
         whole(tmp_path / f"run{number}", open_runs, store.uri)
     path = tmp_path / "run5" / journal.NAME
     path.write_bytes(b"x" + path.read_bytes())
-    real = deliver
+    real = upload_journal
     bad = {tmp_path / f"run{number}" for number in range(4)}
 
     def failing(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
@@ -152,7 +152,7 @@ def test_sync_passes_over_runs_that_cannot_be_read(
             raise PermissionError("no")
         return real(folder, open_runs, store)
 
-    monkeypatch.setattr(upload, "deliver", failing)
+    monkeypatch.setattr(upload, "upload_journal", failing)
     count, problems = upload.sync(open_runs)
     assert count == 1 and problems.keys() == {*bad, tmp_path / "run5"}
     assert "first line" in problems[tmp_path / "run5"]
@@ -163,7 +163,7 @@ def test_a_run_that_was_deleted_in_mlflow(open_runs: OpenRuns, tmp_path: Path) -
     store = Store(fresh_store(tmp_path))
     writer = begin(folder, open_runs, store.uri)
     first_part(writer)
-    told = deliver(folder, open_runs, store)
+    told = upload_journal(folder, open_runs, store)
     store.client.delete_run(told.run_id)
     last_part(writer)
     assert upload.sync(open_runs) == (1, {}) and open_runs.entries() == []
@@ -176,14 +176,14 @@ def test_an_earlier_run_does_not_hold_up(
     store = Store(fresh_store(tmp_path))
     whole(tmp_path / "bad", open_runs, store.uri)
     monkeypatch.setattr(upload, "PAUSE", 0.05)
-    real = deliver
+    real = upload_journal
 
     def failing(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
         if folder.name == "bad":
             raise OSError("no")
         return real(folder, open_runs, store)
 
-    monkeypatch.setattr(upload, "deliver", failing)
+    monkeypatch.setattr(upload, "upload_journal", failing)
     said: list[str] = []
     thread = Uploader(store.uri, open_runs, said.append)
     thread.watch([tmp_path / "good"])
@@ -226,8 +226,8 @@ def test_jobs_wait_for_their_sweep(open_runs: OpenRuns, tmp_path: Path) -> None:
     store = Store(fresh_store(tmp_path))
     parent = begin(tmp_path / "sweep", open_runs, store.uri)
     child = begin(tmp_path / "sweep" / "0", open_runs, store.uri, parent=tmp_path / "sweep")
-    with pytest.raises(tracking.NotReady):
-        deliver(child.folder, open_runs, store)
+    with pytest.raises(upload.NotReady):
+        upload_journal(child.folder, open_runs, store)
     child.end("FINISHED")
     parent.end("FINISHED")
     assert upload.sync(open_runs) == (2, {})
@@ -247,7 +247,7 @@ def test_a_damaged_line_is_passed_over(
     (at,) = [i for i, line in enumerate(lines) if b'"step": 3, "values": {"train' in line]
     lines[at] = lines[at].replace(b"0.333", b"0.334")
     path.write_bytes(b"".join(lines))
-    deliver(folder, open_runs, store)
+    upload_journal(folder, open_runs, store)
     assert "damaged" in caplog.text and str(path) in caplog.text
     run_id = UploadState.of(folder).run_id
     steps = [m.step for m in store.client.get_metric_history(run_id, "train/loss")]

@@ -1,0 +1,118 @@
+"""The model of a run, as MLflow keeps and serves it: saved in a folder, and registered."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from mnist_exp.errors import first_line
+
+if TYPE_CHECKING:  # what registers a model does without them
+    import numpy as np
+    import torch
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+_DESCRIPTION = """\
+Takes float images {} with pixels from 0 to 1, gives logits {}.
+
+```
+model = mlflow.pytorch.load_model("runs:/{}/model")
+```
+"""
+
+
+def save_model(
+    folder: Path,
+    model: "torch.nn.Module",
+    shape: Sequence[int],
+    classes: int,
+    example: "np.ndarray",
+) -> None:
+    """Save a model in MLflow's format, with its signature and an example of its input.
+
+    It is saved as an exported program, which loads where this package is not; a module that cannot
+    be exported (its control flow depends on values) is pickled instead.
+
+    Args:
+        folder: Where the model is saved; what an earlier, killed process left there is removed.
+        model: Takes images [B, C, H, W] and gives logits [B, classes].
+        shape: Of one image: (C, H, W).
+        classes: How many there are.
+        example: float32 [B, C, H, W], with B at least 2.
+    """
+    import mlflow.pytorch
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    real = np.dtype("float32")
+    signature = ModelSignature(
+        Schema([TensorSpec(real, (-1, *shape))]), Schema([TensorSpec(real, (-1, classes))])
+    )
+    # given outright, as MLflow would load the model in another process to find out
+    requirements = [f"{name}=={version(name)}" for name in ("torch", "mlflow")]
+    for form in ("pt2", "pickle"):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            mlflow.pytorch.save_model(
+                model,
+                str(folder),
+                signature=signature,
+                input_example=example,
+                pip_requirements=requirements,
+                serialization_format=form,
+            )
+        except Exception as error:  # torch.export raises whatever it meets
+            if form == "pickle":
+                raise
+            log.warning("the model is pickled, as it cannot be exported: %s", first_line(error))
+        else:
+            return
+
+
+def log_model(client: "MlflowClient", run_id: str, saved: Path) -> None:
+    """Register a model that `save_model` has saved as the model of a run, once.
+
+    This is what `mlflow.pytorch.log_model` does, from the saved files instead of the module, so
+    that it needs no torch. Each of its steps is left out where an earlier try has taken it.
+    """
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.models import Model
+
+    run = client.get_run(run_id)
+    logged = client.search_logged_models(
+        [run.info.experiment_id], filter_string=f"source_run_id = '{run_id}' AND name = 'model'"
+    )
+    model = logged[0] if logged else _create_logged_model(client, run, saved)
+    outputs = run.outputs.model_outputs if run.outputs else []
+    if model.model_id not in [output.model_id for output in outputs]:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    if model.status != LoggedModelStatus.READY:
+        with TemporaryDirectory() as folder:
+            shutil.copytree(saved, folder, dirs_exist_ok=True)
+            description = Model.load(folder)
+            description.artifact_path = model.artifact_location
+            description.run_id = run_id
+            description.model_id = description.model_uuid = model.model_id
+            description.save(f"{folder}/MLmodel")
+            client.log_model_artifacts(model.model_id, folder)
+        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+
+def _create_logged_model(client: "MlflowClient", run: Any, saved: Path) -> Any:
+    """Create MLflow's entry for the model of a run (MLflow's entity), and return it."""
+    from mlflow.models import Model
+
+    known = ("mlflow.user", "mlflow.source.")  # and not those of who uploads it
+    tags = {key: value for key, value in run.data.tags.items() if key.startswith(known)}
+    signature = Model.load(saved).signature
+    shapes = [list(schema.inputs[0].shape) for schema in (signature.inputs, signature.outputs)]
+    tags["mlflow.note.content"] = _DESCRIPTION.format(*shapes, run.info.run_id)
+    return client.create_logged_model(
+        run.info.experiment_id, "model", run.info.run_id, tags, run.data.params
+    )
