@@ -56,10 +56,11 @@ def main() -> None:
     timed(step.TrainStep, "__call__", "steps")
     worker = launcher.worker
 
-    def timed_worker(*arguments: Any) -> None:
+    def timed_worker(*arguments: Any) -> Any:
         SECONDS.update(dict.fromkeys(SECONDS, 0.0))
-        worker(*arguments)
+        results = worker(*arguments)
         out.with_name(f"{out.stem}.{os.getpid()}").write_text(json.dumps(SECONDS))
+        return results
 
     setattr(launcher, worker.__name__, timed_worker)
     status = 1

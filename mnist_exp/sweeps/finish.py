@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,9 +21,9 @@ from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.provenance import described, process_tags
 from mnist_exp.sweeps import report
-from mnist_exp.sweeps.launcher import load
+from mnist_exp.sweeps.launcher import Results, SweepSetup, load
 from mnist_exp.sweeps.manifest import MANIFEST, Manifest
-from mnist_exp.sweeps.report import Cell, JobResult
+from mnist_exp.sweeps.report import Cell
 from mnist_exp.sweeps.results import (
     Report,
     load_from_journals,
@@ -44,23 +44,18 @@ FLUSH_SECONDS = 5.0  # that the report waits for MLflow
 
 @dataclass(frozen=True)
 class OpenSweep:
-    """A sweep whose jobs run: its record, and what uploads and shows it."""
+    """A sweep whose jobs run."""
 
-    parent: RunWriter
+    setup: SweepSetup
     manifest: Manifest
+    parent: RunWriter  # the record of the run that the jobs' runs are nested under
     uploader: Uploader
     reporter: Reporter
+    results: Results = field(default_factory=dict)  # what the launcher says of the jobs
 
 
-def open_parent(config: Config, uri: str, manifest: Manifest, folder: Path) -> RunWriter:
-    """Begin the record of the run that the jobs' runs are nested under, or go on with it.
-
-    Args:
-        config: The config of a job, for what all have in common.
-        uri: The store that the record is for.
-        manifest: The jobs.
-        folder: The sweep's folder.
-    """
+def open_parent(setup: SweepSetup, manifest: Manifest, config: Config) -> RunWriter:
+    """Begin the record of a sweep's parent run, or go on with it; `config` is that of a job."""
     swept: dict[str, dict[str, None]] = {}
     for job in manifest.jobs:
         for key, value in job.values.items():
@@ -70,46 +65,40 @@ def open_parent(config: Config, uri: str, manifest: Manifest, folder: Path) -> R
         **process_tags(),
         "sweep": "true",
         "launcher": manifest.launcher,
-        "output_dir": str(folder),
+        "output_dir": str(setup.folder),
         "dataset": config.dataset.name,
     }
-    name = f"sweep {keys} ({len(manifest.jobs)} jobs)"
     parent = RunWriter.begin(
-        folder,
+        setup.folder,
         open_runs_at(paths.output_root()),
-        name=name,
-        uri=uri,
+        name=f"sweep {keys} ({len(manifest.jobs)} jobs)",
+        uri=setup.store_uri,
         experiment=config.tracking.experiment,
         tags=tags,
         kind="sweep",
     )
     parent.params({f"sweep.{key}": ",".join(values) for key, values in swept.items()})
-    parent.artifact(folder / MANIFEST)
+    parent.artifact(setup.folder / MANIFEST)
     return parent
 
 
-def finish_sweep(sweep: OpenSweep, results: Mapping[int, JobResult], ended: str = "") -> Report:
+def finish_sweep(sweep: OpenSweep, ended: str = "") -> Report:
     """Test the chosen cell, write the report, and show it.
 
-    Args:
-        sweep: The sweep, whose parent run is still open.
-        results: What the launcher says of jobs, by their number.
-        ended: Why the sweep has ended before its time, or ""; then nothing is tested.
+    If the sweep has `ended` before its time, for that reason, nothing is tested.
     """
     sweep.reporter.stop()
     manifest, failures = sweep.manifest, []
     if ended:
-        not_run = {}
         for job in manifest.valid:
             mark_job_killed(job, ended)
-            not_run[job.number] = JobResult(job.number, job.values, "NOT RUN", ended)
-        results = not_run | dict(results)
+        manifest = replace(manifest, ended={j.number: ("NOT RUN", ended) for j in manifest.valid})
     else:
-        chosen = summarise(load_from_journals(manifest, results)).chosen
-        if chosen is not None and manifest.sweep_config.test == "chosen":
+        chosen = summarise(load_from_journals(manifest, sweep.results)).chosen
+        if chosen is not None and sweep.setup.settings.test == "chosen":
             failures = _test_cell(chosen, manifest)
         sweep.uploader.flush(FLUSH_SECONDS)  # so that the report has MLflow's names of the runs
-    summary = summarise(load_from_journals(manifest, results))
+    summary = summarise(load_from_journals(manifest, sweep.results))
     if summary.failed:
         failures.insert(0, f"{len(summary.failed)} of {len(summary.jobs)} jobs did not finish")
     _write_to_parent(sweep.parent, manifest, summary)
@@ -132,19 +121,17 @@ def _test_cell(chosen: Cell, manifest: Manifest) -> list[str]:
 
 def _write_to_parent(parent: RunWriter, manifest: Manifest, summary: Report) -> None:
     """Write the report to the sweep's folder and to its parent run."""
-    folder = parent.folder
+    folder, recipe = parent.folder, ""
     # what has no run is known from here alone
     ended = {job.number: (job.status, job.reason) for job in summary.jobs}
     replace(Manifest.load(folder), ended=ended).save(folder)
     parent.artifact(folder / MANIFEST)
     _record_numbers(parent, summary)
-    recipe = ""
     if summary.chosen is not None:
         best = manifest.jobs[summary.chosen.finished[0].number].folder
         choices = json.loads(RunHistory.of(best).tags["choices"])
         name = UploadState.of(folder).run_id or folder.name
-        config = saved.load_config(best / "config.yaml")
-        recipe = _recipe(config, choices, name, summary.chosen)
+        recipe = _recipe(saved.load_config(best / "config.yaml"), choices, name, summary.chosen)
     figures = draw(summary)
     for path in write(summary, figures, recipe, folder):
         parent.artifact(path)
@@ -159,22 +146,21 @@ def _record_numbers(parent: RunWriter, summary: Report) -> None:
         "jobs/finished": finished,
         "jobs/not_finished": len(summary.jobs) - finished,
     }
-    if summary.chosen is not None:
-        for key, spread in (
-            ("best/val_accuracy", summary.chosen.val_accuracy),
-            ("test/accuracy", summary.chosen.test_accuracy),
-        ):
-            if spread is not None:
-                values[key] = round(spread.mean, 10)  # 0.918, and not 0.9179999999999999
-                values[f"{key}_n"] = spread.n
-                if spread.std is not None:
-                    values[f"{key}_std"] = spread.std
-        header, rows = report.leaderboard(summary.ranked, summary.chosen)
+    if (chosen := summary.chosen) is not None:
+        accuracies = {
+            "best/val_accuracy": chosen.val_accuracy, "test/accuracy": chosen.test_accuracy
+        }  # fmt: skip
+        for key, accuracy in accuracies.items():
+            if accuracy is not None:
+                values[key] = round(accuracy.mean, 10)  # 0.918, and not 0.9179999999999999
+                values[f"{key}_n"] = accuracy.n
+                if accuracy.std is not None:
+                    values[f"{key}_std"] = accuracy.std
+        header, rows = report.leaderboard(summary.ranked, chosen)
         table = report.markdown(header, rows[:DESCRIBED])
-        best = described(
-            f"{table}\nTo train the best again:", f"experiments={parent.folder / BEST}"
-        )
-        parent.tags({"chosen": summary.chosen.label, **best})
+        recipe = f"experiments={parent.folder / BEST}"
+        description = described(f"{table}\nTo train the best again:", recipe)
+        parent.tags({"chosen": chosen.label, **description})
     # a sweep that is resumed comes to another end: its number is the step
     tries = RunHistory.of(parent.folder).history("jobs/finished")
     parent.metrics(values, len(tries))
@@ -185,12 +171,7 @@ def report_again(
 ) -> list[str]:
     """Report on a sweep from the store alone, and return the names of the files on its run.
 
-    Args:
-        store: The store.
-        parent: The sweep's run, which the files are put onto.
-        output: A folder that the files are written to as well.
-        suffix: The kind of the figures in that folder.
-        reporter: What shows the report.
+    The files are written to the folder `output` as well, with figures of the kind `suffix`.
     """
     run_id = parent.id
     summary, recipe = summarise(load_from_store(store, run_id)), ""
@@ -235,15 +216,7 @@ def show(summary: Report, reporter: Reporter) -> None:
 def write(
     summary: Report, figures: Mapping[str, Any], recipe: str, folder: Path, suffix: str = "png"
 ) -> list[Path]:
-    """Write the report into a folder, and return its files.
-
-    Args:
-        summary: The results.
-        figures: What `draw` makes of them.
-        recipe: The recipe of the chosen cell; "" if there is none.
-        folder: The folder, which is there.
-        suffix: The kind of the figures' files.
-    """
+    """Write the report into a folder, with the recipe if there is one, and return its files."""
     texts = {
         "leaderboard.md": report.markdown(*report.leaderboard(summary.ranked, summary.chosen)),
         "leaderboard.csv": report.csv_text(summary.ranked, summary.chosen),
@@ -274,10 +247,10 @@ def draw(summary: Report) -> dict[str, Any]:
             "validation accuracy",
             f"each the best over {over}" if over else "",
         )
-    cells = {
-        cell.label: [job.history for job in cell.jobs if job.history] for cell in summary.ranked
-    }
-    drawn = {label: histories for label, histories in cells.items() if histories}
+    drawn = {}
+    for cell in summary.ranked:
+        if histories := [job.history for job in cell.jobs if job.history]:
+            drawn[cell.label] = histories
     if drawn:
         label = summary.chosen.label if summary.chosen else None
         figures["learning_curves"] = sweep_curves(drawn, label, "learning curves")
@@ -285,14 +258,7 @@ def draw(summary: Report) -> dict[str, Any]:
 
 
 def _recipe(config: DictConfig, choices: Mapping[str, str | None], sweep: str, chosen: Cell) -> str:
-    """Return the recipe of the chosen cell.
-
-    Args:
-        config: The resolved config of the run with its first seed.
-        choices: Which option that run had in each group.
-        sweep: The id of the sweep.
-        chosen: The cell.
-    """
+    """Return the recipe of the chosen cell, from config and choices of its first run."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     comment = f"The best of sweep {sweep[:8]}: {chosen.label}"

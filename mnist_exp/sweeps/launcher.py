@@ -35,7 +35,7 @@ from mnist_exp.runs.train import train_stack
 from mnist_exp.sweeps import report, stacks
 from mnist_exp.sweeps.manifest import Manifest, SweepJob
 from mnist_exp.sweeps.report import JobResult
-from mnist_exp.sweeps.results import mark_job_killed, result_of
+from mnist_exp.sweeps.results import mark_job_killed, result_of, unrecorded
 from mnist_exp.system import signals, streams
 from mnist_exp.system.processes import END_SECONDS, end, fork, is_running, receive
 from mnist_exp.tracking.journal import RunHistory
@@ -45,8 +45,8 @@ from mnist_exp.training.compile import warm_up_compiler
 
 STOP = "stop"  # a file in the sweep's folder: no more jobs are to be started
 Results = dict[int, JobResult]  # by the number of the job
-Jobs = Sequence[SweepJob]
-load = cached_loader()  # the data sets of all of this process's jobs
+Jobs = Sequence[SweepJob]  # in a stack: those that share it
+load = cached_loader()  # the data sets of all jobs in this process
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class SweepSetup:
     folder: Path  # of the sweep, with its record
     store_uri: str
     settings: SweepConfig
-    command_line: str
+    command: str  # that was typed
     verbose: bool = True  # its jobs are shown in the terminal
     resume: bool = False  # its jobs go on from their newest checkpoints
 
@@ -65,7 +65,7 @@ class SweepSetup:
         return Terminal(prefix) if self.verbose else Reporter()
 
     @property
-    def stopped(self) -> bool:
+    def is_stopped(self) -> bool:
         """Whether no more jobs are to be started."""
         return (self.folder / STOP).exists()
 
@@ -77,50 +77,35 @@ class SweepSetup:
 
     def not_run(self, job: SweepJob) -> JobResult:
         """Return the result of a job that was not started."""
-        reason = "an earlier job failed (sweep.on_error=stop)"
-        return JobResult(job.number, job.values, "NOT RUN", reason)
+        return unrecorded(job, "NOT RUN", "an earlier job failed (sweep.on_error=stop)")
 
-    def train(self, stack: Jobs, reporter: Reporter, threads: int = THREADS) -> None:
-        """Train jobs that can share a stack, as children of the sweep.
-
-        Args:
-            stack: The jobs, checked.
-            reporter: What shows them.
-            threads: How many threads torch has, unless the config says so.
-        """
+    def train(self, jobs: Jobs, reporter: Reporter, threads: int = THREADS) -> None:
+        """Train jobs that share a stack, as children of the sweep, with so many threads."""
         tags = [
-            {
-                "job": str(job.number),
-                "swept": json.dumps(job.values),
-                "command_line": self.command_line,
-            }
-            for job in stack
+            {"job": str(job.number), "swept": json.dumps(job.values), "command_line": self.command}
+            for job in jobs
         ]
-        name = f"{stack[0].number}-{stack[-1].number}"  # another one for each half of a stack
+        name = f"{jobs[0].number}-{jobs[-1].number}"  # another one for each half of a stack
         plan = StackPlan(
-            [job.run for job in stack],
-            [job.folder for job in stack],
+            [job.run for job in jobs],
+            [job.folder for job in jobs],
             self.store_uri,
             open_runs_at(paths.output_root()),
             tags=tags,
             parent=self.folder,
-            checkpoint_dir=None if len(stack) == 1 else self.folder / ".stacks" / name,
+            checkpoint_dir=None if len(jobs) == 1 else self.folder / ".stacks" / name,
             defer_test=self.settings.test != "all",
             threads=threads,
         )
         train_stack(plan, reporter, resume=self.resume)
 
 
+# A launcher trains checked jobs. It begins the uploader, which a process that forks has to pause.
 Launcher = Callable[[SweepSetup, Jobs, Uploader], Results]
 
 
 def choose_launcher(context: HydraContext, master: DictConfig) -> Launcher:
-    """Return the function that trains the jobs of a sweep, which the config names.
-
-    Args:
-        context: What Hydra's launchers need.
-        master: The config that the jobs have in common; `hydra/launcher` names the launcher.
-    """
+    """Return the launcher that `hydra/launcher` names in the config that all jobs share."""
     if launcher_name(master) == "stacked":
         return functools.partial(launch_stacked, max_stack=master.hydra.launcher.max_stack)
     return functools.partial(launch_by_hydra, context=context, master=master)
@@ -131,20 +116,27 @@ def launcher_name(master: DictConfig) -> str:
     return str(OmegaConf.select(master, "hydra.runtime.choices").get("hydra/launcher"))
 
 
+def check_job(job: SweepJob) -> Job:
+    """Return what a job's run needs, by building it. Raise ConfigError if it cannot be run."""
+    return with_swept_values_in_name(prepare(job.config, load), job.values)
+
+
+def with_swept_values_in_name(job: Job, values: Mapping[str, str]) -> Job:
+    """Return a job that has the swept values in its run's name, unless that was chosen."""
+    if job.config.tracking.run_name is not None:
+        return job
+    short = report.short_names(list(values))
+    parts = [f"{short[key]}={value}" for key, value in values.items() if key not in KEYS_IN_NAME]
+    return replace(job, name=" ".join([job.name, *parts]))
+
+
 # the stacked launcher
 
 
 def launch_stacked(
     setup: SweepSetup, jobs: Jobs, uploader: Uploader, max_stack: int | None
 ) -> Results:
-    """Train jobs, those that can share a stack together.
-
-    Args:
-        setup: What the jobs have in common.
-        jobs: The jobs, checked.
-        uploader: What uploads their records meanwhile; it is started.
-        max_stack: How many jobs a stack may have; None: as many as are fastest.
-    """
+    """Train jobs, those that can share a stack together: `max_stack` at most, None for the best."""
     planned = stacks.plan(jobs, max_stack)
     numbers = [[job.number for job in stack] for stack in planned]
     replace(Manifest.load(setup.folder), stacks=numbers).save(setup.folder)
@@ -152,19 +144,17 @@ def launch_stacked(
 
 
 def train_stacks(setup: SweepSetup, planned: Sequence[Jobs], uploader: Uploader) -> Results:
-    """Train stacks, several at a time where that is faster. Arguments as for `launch_stacked`."""
+    """Train stacks, several at a time where that is faster."""
     processes = stacks.process_count(planned)
     at_a_time = f", {processes} at a time" if processes > 1 else ""
     jobs = [job for stack in planned for job in stack]
-    setup.reporter().line(
-        f"{count_of(len(jobs), 'job')}, {stacks.describe_stacks(planned)}{at_a_time}"
-    )
-    names = [f"stack {i + 1} of {len(planned)}" for i in range(len(planned))]
-    named = list(zip(names, planned, strict=True))
+    text = f"{count_of(len(jobs), 'job')}, {stacks.describe_stacks(planned)}{at_a_time}"
+    setup.reporter().line(text)
+    named = [(f"stack {i} of {len(planned)}", stack) for i, stack in enumerate(planned, start=1)]
     if processes == 1:
-        trained = _train_sequentially(setup, named, uploader)
+        trained = train_sequentially(setup, named, uploader)
     else:
-        trained = _train_in_parallel(setup, named, uploader, processes)
+        trained = train_in_parallel(setup, named, uploader, processes)
     results: Results = {}
     with contextlib.closing(trained):  # at once, and with it the processes
         for stack_results in trained:
@@ -173,34 +163,33 @@ def train_stacks(setup: SweepSetup, planned: Sequence[Jobs], uploader: Uploader)
     return {job.number: results.get(job.number) or setup.not_run(job) for job in jobs}
 
 
-def _train_sequentially(
+def train_sequentially(
     setup: SweepSetup, named: Sequence[tuple[str, Jobs]], uploader: Uploader
 ) -> Generator[Results]:
-    """Train stacks in this process, and yield the results of each."""
+    """Train stacks, each with its name, in this process, and yield the results of each."""
     reporter = setup.reporter()
     uploader.start_once()
     for name, stack in named:
-        if not setup.stopped:
+        if not setup.is_stopped:
             reporter.line(f"\n{name}: {stacks.describe_stack(stack)}")
             yield _train_or_halve(setup, stack, reporter, THREADS)
 
 
-def _train_in_parallel(
+def train_in_parallel(
     setup: SweepSetup, named: Sequence[tuple[str, Jobs]], uploader: Uploader, processes: int
 ) -> Generator[Results]:
-    """Train stacks in so many processes, and yield the results of each as it ends."""
-    threads = THREADS // processes
+    """Train stacks, each with its name, in so many processes; yield the results as they come."""
     if any(stacks.is_compiled(stack) for _, stack in named):
         warm_up_compiler()
     waiting = sorted(named, key=lambda item: stacks.cost(item[1]))  # the longest first
     running: dict[Connection, tuple[Any, Jobs]] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < processes and not setup.stopped:
+            while waiting and len(running) < processes and not setup.is_stopped:
                 name, stack = waiting.pop()
                 signals.check()
                 with uploader.paused():
-                    connection, process = fork(worker, setup, name, stack, threads)
+                    connection, process = fork(worker, setup, name, stack, THREADS // processes)
                 running[connection] = process, stack
             if not running:
                 return
@@ -217,15 +206,11 @@ def _train_in_parallel(
         end([process for process, _ in running.values()])
 
 
-def worker(setup: SweepSetup, name: str, stack: Jobs, threads: int, parent: Connection) -> None:
-    """Train a stack in a process of its own, and send its results to the parent process."""
-    signals.follow_parent()
+def worker(setup: SweepSetup, name: str, stack: Jobs, threads: int) -> Results:
+    """Train a stack in a process of its own."""
     reporter = setup.reporter(prefix=f"{name}: ")
     reporter.line(stacks.describe_stack(stack))
-    try:
-        parent.send(_train_or_halve(setup, stack, reporter, threads))
-    except KeyboardInterrupt:  # the other processes have it as well
-        sys.exit(130)
+    return _train_or_halve(setup, stack, reporter, threads)
 
 
 def _train_or_halve(setup: SweepSetup, stack: Jobs, reporter: Reporter, threads: int) -> Results:
@@ -235,7 +220,7 @@ def _train_or_halve(setup: SweepSetup, stack: Jobs, reporter: Reporter, threads:
     except Exception as error:  # a model can raise anything; memory can run out
         if len(stack) == 1:
             reporter.line(f"{stack[0].describe()}: {reason_of(error)}")
-            return {stack[0].number: failed_early(stack[0], error)}
+            return {stack[0].number: unrecorded(stack[0], "FAILED", reason_of(error))}
         reporter.line(
             f"the stack failed ({reason_of(error)}); its jobs are trained again in two halves, "
             f"so that the fault stays where it belongs"
@@ -260,15 +245,10 @@ def _train_or_halve(setup: SweepSetup, stack: Jobs, reporter: Reporter, threads:
 
 
 def launch_by_hydra(
-    setup: SweepSetup,
-    jobs: Jobs,
-    uploader: Uploader,
-    context: HydraContext,
-    master: DictConfig,
+    setup: SweepSetup, jobs: Jobs, uploader: Uploader, context: HydraContext, master: DictConfig
 ) -> Results:
-    """Train jobs by one of Hydra's launchers. Arguments as for the other launchers."""
-    isolated = launcher_name(master) != "basic"
-    task = HydraTask(setup, {job.number: job.values for job in jobs}, isolated)
+    """Train jobs by the launcher of Hydra's that the config names."""
+    task = HydraTask(setup, {job.number: job.values for job in jobs}, launcher_name(master))
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=context, task_function=task, config=master
     )
@@ -288,7 +268,7 @@ class HydraTask:
 
     setup: SweepSetup
     values: Mapping[int, Mapping[str, str]]  # what was swept, by the number of the job
-    isolated: bool  # each job in a process of its own, which may die alone
+    launcher: str
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -296,20 +276,16 @@ class HydraTask:
         register()  # before Hydra composes there
 
     def __call__(self, config: DictConfig) -> JobResult:
-        """Train the job that Hydra has composed in this process."""
+        """Train the job that Hydra has composed in this process, and return its result."""
         with open_dict(config):
             config.hydra = OmegaConf.create({"hydra": HydraConfig.get()}).hydra
-        number = int(config.hydra.job.num)
-        job = SweepJob(
-            number,
-            list(config.hydra.overrides.task),
-            self.values[number],
-            config,
-            folder=Path(config.hydra.runtime.output_dir),
-        )
-        if self.setup.stopped:
+        hydra = config.hydra
+        number, overrides = int(hydra.job.num), list(hydra.overrides.task)
+        folder = Path(hydra.runtime.output_dir)
+        job = SweepJob(number, overrides, self.values[number], config, folder=folder)
+        if self.setup.is_stopped:
             return self.setup.not_run(job)
-        result = self._train_isolated(job) if self.isolated else self.train(job)
+        result = self.train(job) if self.launcher == "basic" else self._train_isolated(job)
         self.setup.stop_after([result])
         return result
 
@@ -321,7 +297,7 @@ class HydraTask:
             job.checked = check_job(job)
             self.setup.train([job], reporter)
         except Exception as error:  # what was there at the start is there no more
-            return failed_early(job, error)
+            return unrecorded(job, "FAILED", reason_of(error))
         return result_of(job)
 
     def _train_isolated(self, job: SweepJob) -> JobResult:
@@ -340,14 +316,11 @@ class HydraTask:
         return answer
 
 
-def _isolated_worker(task: HydraTask, job: SweepJob, parent: Connection) -> None:
+def _isolated_worker(task: HydraTask, job: SweepJob) -> JobResult:
+    """Train a job in the process that was forked for it."""
     streams.replace_standard_streams()  # joblib's processes have Python's own
-    signals.follow_parent()
     HydraConfig.instance().set_config(job.config)
-    try:
-        parent.send(task.train(job))
-    except KeyboardInterrupt:  # the other processes have it as well
-        sys.exit(130)
+    return task.train(job)
 
 
 def end_workers(folders: Sequence[Path]) -> None:
@@ -362,25 +335,3 @@ def end_workers(folders: Sequence[Path]) -> None:
             if not history.key or not is_running(history.owner):
                 break
             time.sleep(0.05)
-
-
-# a job on its way to a stack
-
-
-def check_job(job: SweepJob) -> Job:
-    """Return what a job's run needs, by building it. Raises ConfigError if it cannot be run."""
-    return with_swept_values_in_name(prepare(job.config, load), job.values)
-
-
-def with_swept_values_in_name(job: Job, values: Mapping[str, str]) -> Job:
-    """Return a job that has the swept values in its run's name, unless that was chosen."""
-    if job.config.tracking.run_name is not None:
-        return job
-    short = report.short_names(list(values))
-    parts = [f"{short[key]}={value}" for key, value in values.items() if key not in KEYS_IN_NAME]
-    return replace(job, name=" ".join([job.name, *parts]))
-
-
-def failed_early(job: SweepJob, error: Exception) -> JobResult:
-    """Return the result of a job that had no record to fail in."""
-    return JobResult(job.number, job.values, "FAILED", reason_of(error))

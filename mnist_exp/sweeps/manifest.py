@@ -71,11 +71,8 @@ class Manifest:
             if job.number in self.ended:
                 entry["status"], entry["reason"] = self.ended[job.number]
             jobs.append(entry)
-        manifest = {
-            "launcher": self.launcher, "settings": self.settings,
-            "jobs": jobs, "stacks": self.stacks,
-        }  # fmt: skip
-        files.write(folder / MANIFEST, json.dumps(manifest, indent=1))
+        others = {"launcher": self.launcher, "settings": self.settings, "stacks": self.stacks}
+        files.write(folder / MANIFEST, json.dumps({**others, "jobs": jobs}, indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -115,11 +112,13 @@ class Manifest:
             raise ConfigError(
                 f"{folder / CONFIGS}: cannot be read ({error}), so the sweep cannot be resumed"
             ) from error
-        jobs = []
-        for entry in saved:
-            config, path = OmegaConf.create(entry["config"]), Path(entry["folder"])
-            assert isinstance(config, DictConfig)
-            jobs.append(
-                SweepJob(entry["number"], entry["words"], entry["values"], config, folder=path)
+        return [
+            SweepJob(
+                number=job["number"],
+                overrides=job["words"],
+                values=job["values"],
+                config=DictConfig(job["config"]),
+                folder=Path(job["folder"]),
             )
-        return jobs
+            for job in saved
+        ]

@@ -37,9 +37,6 @@ def summarise(jobs: Sequence[JobResult]) -> Report:
     return Report(list(jobs), ranked, report.choose(ranked))
 
 
-# the results of jobs
-
-
 def read_result(job: SweepJob) -> JobResult | None:
     """Return what the record in a job's folder says; None where there is no record."""
     history = RunHistory.of(job.folder)
@@ -48,30 +45,23 @@ def read_result(job: SweepJob) -> JobResult | None:
     curves = {key: history.history(key) for key in CURVES}
     best = max((value for _, value in curves["val/accuracy"]), default=None)
     so_far = {} if best is None else {"best/val_accuracy": best}  # of one that was stopped
-    return JobResult(
-        job.number,
-        job.values,
-        history.status or "RUNNING",
-        history.reason,
-        UploadState.of(job.folder).run_id or history.key,
-        so_far | history.newest(),
-        curves,
-    )
+    status, run_id = history.status or "RUNNING", UploadState.of(job.folder).run_id or history.key
+    metrics = so_far | history.newest()
+    return JobResult(job.number, job.values, status, history.reason, run_id, metrics, curves)
+
+
+def unrecorded(job: SweepJob, status: str, reason: str) -> JobResult:
+    """Return the result of a job whose record does not say what has become of it."""
+    return JobResult(job.number, job.values, status, reason)
 
 
 def result_of(
     job: SweepJob, status: str = "FAILED", reason: str = "its record has no end"
 ) -> JobResult:
-    """Return the result of a job that is over.
-
-    Args:
-        job: The job, with its folder.
-        status: What has become of it where its record does not say so.
-        reason: Why, in that case.
-    """
+    """Return the result of a job that is over: its record's or, if that has no end, this one."""
     result = read_result(job)
     if result is None or result.status == "RUNNING":
-        return JobResult(job.number, job.values, status, reason)
+        return unrecorded(job, status, reason)
     return result
 
 
@@ -86,15 +76,10 @@ def mark_job_killed(job: SweepJob, reason: str) -> JobResult:
 
 
 def load_from_journals(manifest: Manifest, results: Mapping[int, JobResult]) -> list[JobResult]:
-    """Return the results of all jobs of a sweep.
-
-    Args:
-        manifest: The jobs.
-        results: What the launcher says of those that have no record, by their number.
-    """
-    recorded = {job.number: read_result(job) for job in manifest.valid}
-    found = {number: result for number, result in recorded.items() if result is not None}
-    return _with_those_without_run(manifest, {**results, **found})
+    """Return the results of all jobs of a sweep; `results` are those of jobs without a record."""
+    recorded = ((job.number, read_result(job)) for job in manifest.valid)
+    found = {number: result for number, result in recorded if result is not None}
+    return _complete(manifest, {**results, **found})
 
 
 def load_from_store(store: Store, parent: str) -> list[JobResult]:
@@ -110,16 +95,14 @@ def load_from_store(store: Store, parent: str) -> list[JobResult]:
             results[job.number] = JobResult(
                 job.number, job.values, run.status, reason, run.id, run.metrics, curves
             )
-    return _with_those_without_run(manifest, results)
+    return _complete(manifest, results)
 
 
-def _with_those_without_run(
-    manifest: Manifest, results: Mapping[int, JobResult]
-) -> list[JobResult]:
-    """Return a result for every job of a sweep, in their order."""
+def _complete(manifest: Manifest, results: Mapping[int, JobResult]) -> list[JobResult]:
+    """Return the result of every job of a sweep, those included that have no run."""
     complete = []
     for job in manifest.jobs:
         ended = manifest.ended.get(job.number, ("NOT RUN", ""))
         status, reason = ("INVALID", job.problem) if job.problem else ended
-        complete.append(results.get(job.number, JobResult(job.number, job.values, status, reason)))
+        complete.append(results.get(job.number) or unrecorded(job, status, reason))
     return complete

@@ -27,11 +27,9 @@ CPU_STACK_MOST, GPU_STACK_MOST = 64, 512
 
 
 def plan(jobs: Sequence[SweepJob], max_stack: int | None) -> list[list[SweepJob]]:
-    """Return the stacks: jobs that differ only in numbers which a stack can carry.
+    """Return the stacks: checked jobs that differ only in numbers which a stack can carry.
 
-    Args:
-        jobs: The jobs, checked.
-        max_stack: How many jobs a stack may have; None: as many as are fastest, and fit.
+    A stack has `max_stack` jobs at most; None: as many as are fastest, and fit into the memory.
     """
     groups: dict[str, list[SweepJob]] = {}
     for job in jobs:

@@ -20,7 +20,6 @@ from mnist_exp.config.schema import Config, SweepConfig, identity, task_config
 from mnist_exp.config.validate import validate, validate_sweep
 from mnist_exp.errors import ConfigError, RunFailed, first_line, reason_of
 from mnist_exp.formatting import Table, count_of
-from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.folder import check_output_folder, check_vacant
 from mnist_exp.runs.job import check_unchanged
 from mnist_exp.runs.train import INTERRUPTED_SECONDS, run_id_of
@@ -66,18 +65,15 @@ class SweepResult:
 
 
 def run_sweep(
-    context: HydraContext, master: DictConfig, planned: Sequence[SweepJob], verbose: bool = True
+    context: HydraContext, master: DictConfig, jobs: Sequence[SweepJob], verbose: bool = True
 ) -> SweepResult:
-    """Run a sweep from beginning to end.
+    """Run a sweep from beginning to end. Raise ConfigError, with nothing created, if it cannot be.
 
     Args:
         context: What Hydra's launchers need.
         master: The config that the jobs have in common.
-        planned: The jobs, as `grid.jobs` gives them.
+        jobs: The jobs, as `grid.jobs` gives them.
         verbose: Whether the jobs and the report are shown.
-
-    Raises:
-        ConfigError: One of the jobs cannot be run; nothing has been created.
     """
     name = launcher_name(master)
     if name != "basic":
@@ -85,31 +81,23 @@ def run_sweep(
         torch.set_num_threads(1)
     settings = validate_sweep(master)
     _check_launcher_options(master.hydra.launcher)
-    check(planned, settings)
-    valid = [job for job in planned if not job.problem]
-    invalid = [job for job in planned if job.problem]
+    check(jobs, settings)
+    valid, invalid = [j for j in jobs if not j.problem], [j for j in jobs if j.problem]
     if not valid:
         raise ConfigError(f"no job is left: {invalid[0].describe()}: {invalid[0].problem}")
-    jobs = [*valid, *invalid]
-    for number, job in enumerate(jobs):  # as the launcher will number them
+    manifest = Manifest(name, asdict(settings), [*valid, *invalid])
+    for number, job in enumerate(manifest.jobs):  # as the launcher will number them
         job.number = number
-    first = valid[0].run
-    tracking = first.config.tracking
-    uri = store_uri(tracking.uri, paths.output_root())
-    check_store(uri, tracking.experiment, tracking.required)
+    config = valid[0].run.config
+    uri = store_uri(config.tracking.uri, paths.output_root())
+    check_store(uri, config.tracking.experiment, config.tracking.required)
     folder = _choose_folders(master, valid)
     check_vacant(folder)
-    manifest = Manifest(name, asdict(settings), jobs)
     _make_folder(master, folder, manifest)
     setup = SweepSetup(folder, uri, settings, shlex.join(sys.argv), verbose)
-    reporter = setup.reporter()
-    reporter.line(f"sweep of {count_of(len(valid), 'job')}, in {folder}")
+    setup.reporter().line(f"sweep of {count_of(len(valid), 'job')}, in {folder}")
     launcher = choose_launcher(context, master)
-
-    def launch(uploader: Uploader) -> Results:
-        return launcher(setup, valid, uploader)
-
-    return _conduct(launch, folder, manifest, first.config, uri, reporter)
+    return _conduct(setup, manifest, config, lambda uploader: launcher(setup, valid, uploader))
 
 
 def is_sweep(folder: Path) -> bool:
@@ -120,131 +108,113 @@ def is_sweep(folder: Path) -> bool:
 def resume_sweep(folder: Path, failed: bool, verbose: bool = True) -> SweepResult | None:
     """Go on with a sweep from its folder alone; return None if there is nothing to go on with.
 
-    Args:
-        folder: The sweep's folder.
-        failed: Whether the jobs that failed are run again, besides those that are unfinished.
-        verbose: Whether the jobs and the report are shown.
-
-    Raises:
-        ConfigError: The sweep cannot be resumed; nothing has been changed.
+    Raise ConfigError, with nothing changed, if it cannot be. If `failed`, the jobs that failed
+    are run again, besides those that are unfinished.
     """
     manifest, parent = Manifest.load(folder), RunHistory.of(folder)
-    setup = SweepSetup(
-        folder, parent.uri, manifest.sweep_config, shlex.join(sys.argv), verbose, resume=True
-    )
-    reporter = setup.reporter()
+    settings, command = manifest.sweep_config, shlex.join(sys.argv)
+    setup = SweepSetup(folder, parent.uri, settings, command, verbose, resume=True)
     torch.set_num_threads(1)
     jobs = Manifest.load_configs(folder)
-    histories = {job.number: RunHistory.of(job.folder) for job in jobs}
-    unfinished = {n for n, h in histories.items() if h.status not in ("FINISHED", "FAILED")}
-    again = {n for n, h in histories.items() if h.status == "FAILED"}
-    to_run = len(unfinished) + (len(again) if failed else 0)
-    reporter.line(
-        f"sweep in {folder}: {len(jobs) - len(unfinished) - len(again)} of "
-        f"{count_of(len(jobs), 'job')} finished; {to_run} to run, from where they stopped"
-    )
-    if again and not failed:
-        reporter.line(f"{len(again)} that failed would be run again with --failed")
+    rounds = _remaining_stacks(setup, manifest, jobs, failed)
+    to_run = {job.number for stacks in rounds for stack in stacks for job in stack}
     if not to_run and parent.status == "FINISHED":
-        reporter.line("it is finished; there is nothing to go on with")
+        setup.reporter().line("it is finished; there is nothing to go on with")
         return None
-    # as they were, where a job has not ended; then jobs that failed, each alone
-    stacks = manifest.stacks or [[job.number] for job in jobs]
-    rounds = [
-        [list(stack) for stack in stacks if unfinished & set(stack)],
-        [[number] for number in sorted(again)] if failed else [],
-    ]
-    needed = {number for stacks in rounds for stack in stacks for number in stack}
-    _check_unchanged([job for job in jobs if job.number in needed], manifest, folder, histories)
+    _check_unchanged([job for job in jobs if job.number in to_run], setup)
     check_store(parent.uri, parent.experiment, required=False)
-    by_number = {job.number: job for job in jobs}
 
     def launch(uploader: Uploader) -> Results:
         results: Results = {}
         for stacks in filter(None, rounds):
-            planned = [[by_number[number] for number in stack] for stack in stacks]
-            results |= train_stacks(setup, planned, uploader)
+            results |= train_stacks(setup, stacks, uploader)
         return results
 
-    config = validate(task_config(jobs[0].config))
-    return _conduct(launch, folder, manifest, config, parent.uri, reporter)
+    return _conduct(setup, manifest, validate(task_config(jobs[0].config)), launch)
+
+
+def _remaining_stacks(
+    setup: SweepSetup, manifest: Manifest, jobs: Sequence[SweepJob], failed: bool
+) -> list[list[list[SweepJob]]]:
+    """Return the stacks to resume, and say how many jobs those are.
+
+    First stacks as they were, where a job has not ended; then jobs that `failed`, each alone.
+    """
+    statuses = {job.number: RunHistory.of(job.folder).status for job in jobs}
+    unfinished = {n for n, status in statuses.items() if status not in ("FINISHED", "FAILED")}
+    again = [job for job in jobs if statuses[job.number] == "FAILED"]
+    finished = len(jobs) - len(unfinished) - len(again)
+    to_run = len(unfinished) + (len(again) if failed else 0)
+    reporter = setup.reporter()
+    reporter.line(
+        f"sweep in {setup.folder}: {finished} of {count_of(len(jobs), 'job')} finished; "
+        f"{to_run} to run, from where they stopped"
+    )
+    if again and not failed:
+        reporter.line(f"{len(again)} that failed would be run again with --failed")
+    by_number = {job.number: job for job in jobs}
+    numbers = manifest.stacks or [[job.number] for job in jobs]
+    stacks = [[by_number[n] for n in stack] for stack in numbers if unfinished & set(stack)]
+    return [stacks, [[job] for job in again] if failed else []]
 
 
 def _conduct(
-    launch: Callable[[Uploader], Results],
-    folder: Path,
-    manifest: Manifest,
-    config: Config,
-    uri: str,
-    reporter: Reporter,
+    setup: SweepSetup, manifest: Manifest, config: Config, launch: Callable[[Uploader], Results]
 ) -> SweepResult:
     """Run the jobs of a sweep under its parent run, and report on them.
 
     Args:
-        launch: Trains the jobs.
-        folder: The sweep's folder.
+        setup: What the jobs have in common.
         manifest: The jobs.
         config: The config of one of them, for what all have in common.
-        uri: The store of their runs.
-        reporter: What shows the sweep.
+        launch: Trains the jobs.
     """
-    with signals.deferred():  # what is opened has to be closed again
-        parent = finish.open_parent(config, uri, manifest, folder)
-        (folder / STOP).unlink(missing_ok=True)  # of an earlier try, which is over
-        uploader = Uploader(uri, open_runs_at(paths.output_root()), reporter.line)
-        uploader.watch([folder, *(job.folder for job in manifest.valid)])
-    sweep = finish.OpenSweep(parent, manifest, uploader, reporter)
-    results: Results = {}
     failure = ""
-    with _uploading(uploader, config.tracking.flush_seconds), _ending(sweep, results):
-        signals.check()
+    with _opened(setup, manifest, config) as sweep:
         try:
-            results |= launch(uploader)
+            sweep.results.update(launch(sweep.uploader))
         except Exception as error:  # the launcher itself
             failure = f"the launcher failed: {first_line(error)}"
         signals.check()
-        uploader.start_once()
-        summary = finish.finish_sweep(sweep, results, failure)
+        sweep.uploader.start_once()
+        summary = finish.finish_sweep(sweep, failure)
         failure = failure or summary.failure
         with signals.deferred():  # an end is an end
-            parent.end("FAILED" if failure else "FINISHED", failure)
-    best = folder / finish.BEST if summary.chosen is not None else None
-    delivered = not uploader.pending()
-    return SweepResult(run_id_of(folder), uri, folder, summary, best, failure, delivered)
+            sweep.parent.end("FAILED" if failure else "FINISHED", failure)
+    return SweepResult(
+        run_id_of(setup.folder),
+        setup.store_uri,
+        setup.folder,
+        summary,
+        None if summary.chosen is None else setup.folder / finish.BEST,
+        failure,
+        delivered=not sweep.uploader.pending(),
+    )
 
 
 @contextlib.contextmanager
-def _uploading(uploader: Uploader, seconds: float) -> Iterator[None]:
-    """Close an uploader at the end: after `seconds` at most, and sooner after an error."""
-    patience = INTERRUPTED_SECONDS
-    try:
-        yield
-        patience = seconds
-    finally:
-        uploader.start_once()
-        uploader.close(patience)
+def _opened(setup: SweepSetup, manifest: Manifest, config: Config) -> Iterator[finish.OpenSweep]:
+    """Open the parent run and the uploader of a sweep, and end both, whatever is raised meanwhile.
 
-
-@contextlib.contextmanager
-def _ending(sweep: finish.OpenSweep, results: Results) -> Iterator[None]:
-    """Give the parent run of a sweep an end, whatever is raised: KILLED or FAILED.
-
-    Args:
-        sweep: The sweep.
-        results: What is known of the jobs by then.
-
-    Raises:
-        RunFailed: The report could not be made.
+    Raise RunFailed if the report cannot be made.
     """
-    parent = sweep.parent
+    folder, reporter, patience = setup.folder, setup.reporter(), INTERRUPTED_SECONDS
+    with signals.deferred():  # what is opened has to be closed again
+        parent = finish.open_parent(setup, manifest, config)
+        (folder / STOP).unlink(missing_ok=True)  # of an earlier try, which is over
+        uploader = Uploader(setup.store_uri, open_runs_at(paths.output_root()), reporter.line)
+        uploader.watch([folder, *(job.folder for job in manifest.valid)])
+    sweep = finish.OpenSweep(setup, manifest, parent, uploader, reporter)
     try:
-        yield
+        signals.check()
+        yield sweep
+        patience = config.tracking.flush_seconds
     except (KeyboardInterrupt, SystemExit) as error:
-        error.add_note(str(parent.folder))  # that can be resumed
+        error.add_note(str(folder))  # that can be resumed
         try:
-            finish.finish_sweep(sweep, results, "interrupted")
+            finish.finish_sweep(sweep, "interrupted")
         except Exception as second:  # a disk, which must not hide why it ends
-            sweep.reporter.line(f"no report: {reason_of(second)}")
+            reporter.line(f"no report: {reason_of(second)}")
         finally:
             with contextlib.suppress(OSError):
                 parent.end("KILLED", "interrupted")
@@ -252,7 +222,10 @@ def _ending(sweep: finish.OpenSweep, results: Results) -> Iterator[None]:
     except Exception as error:  # the report
         with contextlib.suppress(OSError):
             parent.end("FAILED", reason_of(error))
-        raise RunFailed(f"the sweep in {parent.folder}: no report: {reason_of(error)}") from error
+        raise RunFailed(f"the sweep in {folder}: no report: {reason_of(error)}") from error
+    finally:
+        uploader.start_once()
+        uploader.close(patience)
 
 
 # checks
@@ -297,28 +270,16 @@ def check(jobs: Sequence[SweepJob], settings: SweepConfig) -> None:
         raise_if_invalid(job, settings)
 
 
-def _check_unchanged(
-    jobs: Sequence[SweepJob],
-    manifest: Manifest,
-    folder: Path,
-    histories: dict[int, RunHistory],
-) -> None:
-    """Check jobs that are to be resumed, and raise ConfigError if one cannot be, or has changed.
-
-    Args:
-        jobs: The jobs.
-        manifest: The list of the sweep's jobs.
-        folder: The sweep's folder.
-        histories: What the records of the jobs say, by their number.
-    """
-    check(jobs, replace(manifest.sweep_config, skip_invalid=True))
+def _check_unchanged(jobs: Sequence[SweepJob], setup: SweepSetup) -> None:
+    """Raise ConfigError if a job cannot be resumed, or began with another config."""
+    check(jobs, replace(setup.settings, skip_invalid=True))
     for job in jobs:
         if job.problem:
             raise ConfigError(f"{job.describe()}: {job.problem}")
         try:
-            check_unchanged(job.run, histories[job.number])
+            check_unchanged(job.run, RunHistory.of(job.folder))
         except ConfigError as error:
-            raise ConfigError(f"{folder / CONFIGS}, {job.describe()}: {error}") from error
+            raise ConfigError(f"{setup.folder / CONFIGS}, {job.describe()}: {error}") from error
 
 
 # folders

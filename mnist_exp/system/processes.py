@@ -5,24 +5,38 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from mnist_exp.system import signals
+
 END_SECONDS = 4.0  # that a process has to write its checkpoint and its records
 
 
-def fork(function: Callable[..., None], *arguments: Any) -> tuple[Connection, Any]:
-    """Calls a function in a process of its own. It gets, as its last argument, what it can `send`
-    an answer by, which arrives at the connection that is returned beside the process."""
+def fork(function: Callable[..., Any], *arguments: Any) -> tuple[Connection, Any]:
+    """Call a function in a process of its own, which this process ends.
+
+    Return the connection that its answer arrives at, for `receive`, and the process.
+    """
     context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=function, args=(*arguments, there))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, arguments))
     process.start()
-    there.close()
-    return here, process
+    sender.close()
+    return receiver, process
+
+
+def _answer(sender: Connection, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    """Call a function in the forked process, and send what it returns."""
+    signals.follow_parent()
+    try:
+        sender.send(function(*arguments))
+    except KeyboardInterrupt:  # the other processes have it as well
+        sys.exit(130)
 
 
 def receive(connection: Connection, process: Any) -> Any:
