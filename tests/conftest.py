@@ -10,6 +10,7 @@ from torch import Tensor
 from mnist_exp.data.dataset import Dataset, Split
 from tests.faults.server import FaultyServer, Upstream
 from tests.helpers import fresh_store
+from tests.programs import Start, starting
 
 CLASSES = 4
 
@@ -30,6 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(folder: Path) -> str:
     """The URI of a store of a module's own."""
     return fresh_store(folder)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts Python with the lines of a program; nothing outlives the test."""
+    with starting() as start:
+        yield start
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ class RunRecorder:
         dataset, writer = self.dataset, self.writer
         self.log.write(f"{self.job.name}  on {self.job.device}\n")
         writer.params(dict(leaves(self.job.task_config)))
-        writer.dataset(**dataset.describe())
+        writer.dataset(dataset.describe())
         writer.artifact(self.folder / "config.yaml")
         if diff:
             writer.text(diff, DIFF)

@@ -243,11 +243,11 @@ class Checkpointer:
         """Return whether to save after an event: at the set intervals, or for a signal."""
         if isinstance(event, Epoch):
             at_epochs = self.every.epochs and event.epoch % self.every.epochs == 0
-            return bool(at_epochs) or event.epoch == self.epochs or signals.asked()
+            return bool(at_epochs) or event.epoch == self.epochs or signals.received()
         if event.step == event.steps:  # the end of the epoch comes next
             return False
         steps = self._steps(event) - self.saved
-        return bool(self.every.steps and steps >= self.every.steps) or signals.asked()
+        return bool(self.every.steps and steps >= self.every.steps) or signals.received()
 
     def save(self, event: Progress | Epoch, recorders: Sequence[RunRecorder]) -> None:
         """Save what training and its recorders need to go on. Raise RunFailed if it cannot be."""

@@ -1,4 +1,4 @@
-"""Processes that are forked to run jobs, and answer with what those have come to."""
+"""Processes: those that are forked to run jobs, and whether one is still running."""
 
 import multiprocessing
 import os
@@ -40,9 +40,9 @@ def _answer(sender: Connection, function: Callable[..., Any], arguments: Sequenc
 
 
 def receive(connection: Connection, process: Any) -> Any:
-    """What a process has sent; or, where it died without a word, what became of it (str)."""
+    """Return what a process has sent; or, where it died without a word, why it ended (str)."""
     try:
-        found = connection.recv()
+        answer = connection.recv()
     except EOFError:
         process.join()
         code = process.exitcode or 0
@@ -52,17 +52,17 @@ def receive(connection: Connection, process: Any) -> Any:
             return f"its process was killed ({signal.Signals(-code).name})"
         return f"its process ended with status {code}"
     process.join()
-    return found
+    return answer
 
 
 def end(processes: Sequence[Any]) -> None:
-    """Ends processes: those that train write their checkpoints and records first."""
+    """End processes; those that train write their checkpoints and journals first."""
     for process in processes:
         process.terminate()
-    late = time.monotonic() + END_SECONDS
+    deadline = time.monotonic() + END_SECONDS
     try:
         for process in processes:
-            process.join(max(0.0, late - time.monotonic()))
+            process.join(max(0.0, deadline - time.monotonic()))
     finally:  # a second Ctrl-C does not wait
         for process in processes:
             process.kill()
@@ -70,21 +70,21 @@ def end(processes: Sequence[Any]) -> None:
 
 
 def process_identity() -> dict[str, Any]:
-    """What tells this process from all others: host, pid, and born, which says when it started."""
+    """Return what tells this process from all others: host, pid, and born, when it started."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "pid": pid, "born": _start_time(pid)}
 
 
 def is_running(owner: Mapping[str, Any]) -> bool | None:
-    """Whether the process of an identity still runs; None where it cannot be told.
+    """Return whether the process of an identity still runs; None where it cannot be told.
 
     That is so on another host, and where the system hides the processes of other users.
     """
     if owner["host"] != socket.gethostname():
         return None
-    born = _start_time(owner["pid"])
-    if born is not None:
-        return bool(born == owner["born"])
+    start_time = _start_time(owner["pid"])
+    if start_time is not None:
+        return bool(start_time == owner["born"])
     try:
         os.kill(owner["pid"], 0)
     except (ProcessLookupError, OverflowError):
@@ -95,7 +95,7 @@ def is_running(owner: Mapping[str, Any]) -> bool | None:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process started; "" for a zombie, None where none is seen."""
+    """Return when a process started; "" for a zombie, None where none is seen."""
     return _start_time_by_proc(pid) if Path("/proc/self/stat").exists() else _start_time_by_ps(pid)
 
 

@@ -14,43 +14,45 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PATIENCE = 3  # seconds until a step that does not end is interrupted
 
-_asked: list[int] = []  # signals that have come
-_led = False  # this process is ended by its parent, which may ask more than once
+_received: list[int] = []  # signals, since the newest run began
+_follows_parent = False  # the parent ends this process, and may send its signal more than once
 
 
 def handle() -> None:
-    """SIGTERM and SIGHUP raise Terminated in this process, as SIGINT raises KeyboardInterrupt.
+    """Let SIGTERM and SIGHUP raise Terminated in this process, and SIGINT KeyboardInterrupt.
 
     Python drops an exception that is raised in a destructor, or in a callback of the garbage
     collector: `check` raises it again.
     """
-    _asked.clear()
-    for number in _heard():
-        signal.signal(number, _come)
+    _received.clear()
+    for number in _not_ignored():
+        signal.signal(number, _raise_at_once)
 
 
-def _heard() -> list[int]:
-    """One that is ignored, as SIGHUP is under nohup, stays so."""
+def _not_ignored() -> list[int]:
+    """Return the signals to handle; one that is ignored, as SIGHUP is under nohup, stays so."""
     return [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def ignore() -> None:
-    """From here on."""
+    """Ignore the signals for the rest of the process."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 
 def follow_parent() -> None:
-    """For a forked process: its parent ends it, more than once where that is no matter, and it is
-    asked to end where its parent is killed (Linux)."""
-    global _led
-    _led = True
+    """Let this forked process end with its parent, also where that is killed (Linux).
+
+    The parent may send its signal more than once, which makes no difference.
+    """
+    global _follows_parent
+    _follows_parent = True
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _come(number: int, frame: Any) -> NoReturn:
-    _asked.append(number)
+def _raise_at_once(number: int, frame: Any) -> NoReturn:
+    _received.append(number)
     _raise(number)
 
 
@@ -62,47 +64,47 @@ def _raise(number: int) -> NoReturn:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """What is in here looks for itself whether it is to end: `check`.
+    """Keep signals back in a block, which calls `check` where it can end.
 
-    Unless it does so within seconds, or is asked a second time, it is interrupted where it stands.
+    Unless it does so within seconds, or if a second signal comes, it is interrupted where it is.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are none of its business
         return
-    if signal.getsignal(signal.SIGTERM) not in (_come, _defer):
-        _asked.clear()  # of an earlier run in this process
+    if signal.getsignal(signal.SIGTERM) not in (_raise_at_once, _defer):
+        _received.clear()  # of an earlier run in this process
     check()
-    before = {number: signal.signal(number, _defer) for number in _heard()}
-    alarm = signal.signal(signal.SIGALRM, _late)
+    before = {number: signal.signal(number, _defer) for number in _not_ignored()}
+    alarm = signal.signal(signal.SIGALRM, _interrupt)
     try:
         yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, alarm)
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if _asked and _led else handler)
+            signal.signal(number, signal.SIG_IGN if _received and _follows_parent else handler)
 
 
 def _defer(number: int, frame: Any) -> None:
-    if _asked and _led:
+    if _received and _follows_parent:
         return
-    if _asked:
+    if _received:
         _raise(number)
-    _asked.append(number)
+    _received.append(number)
     signal.alarm(PATIENCE)
 
 
-def _late(number: int, frame: Any) -> None:
+def _interrupt(number: int, frame: Any) -> None:
     signal.alarm(1)  # again, where the exception is dropped
     check()
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt or Terminated where a signal has come."""
-    if _asked:
-        _raise(_asked[0])
+    """Raise KeyboardInterrupt or Terminated if a signal has come."""
+    if _received:
+        _raise(_received[0])
 
 
-def asked() -> bool:
-    """Whether a signal has come."""
-    return bool(_asked)
+def received() -> bool:
+    """Return whether a signal has come."""
+    return bool(_received)

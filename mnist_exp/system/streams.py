@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Output(io.FileIO):
-    """A descriptor. What a full disk, or a terminal that is gone, does not take is dropped.
+    """A descriptor that drops what a full disk, or a terminal that is gone, does not take.
 
     That nobody reads, as after `| head`, is an error all the same: other programs end there too.
     """
@@ -19,6 +19,7 @@ class Output(io.FileIO):
     problem = ""  # why something was dropped
 
     def write(self, data: "ReadableBuffer") -> int | None:  # type: ignore[override]
+        """Write bytes, and return how many were taken, be they written or dropped."""
         try:
             while (count := super().write(data)) is None:  # whoever shares it has made it so
                 select.select([], [self], [])
@@ -31,9 +32,9 @@ class Output(io.FileIO):
 
 
 def replace_standard_streams() -> Output:
-    """Gives this process such streams, and returns what is under standard output.
+    """Give this process streams onto Output, and return the one of standard output.
 
-    One that is not Python's own, as in a notebook, stays.
+    A stream that is not Python's own, as in a notebook, stays.
     """
     for number in range(3):
         try:
@@ -49,17 +50,17 @@ def replace_standard_streams() -> Output:
 
 
 def _text(output: Output, before: TextIO | None) -> io.TextIOWrapper:
-    """As Python has made it; None: it was closed."""
-    own: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
-    at_once = True
+    """Return a text stream like the one that it replaces, which is None if it was closed."""
+    settings: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
+    is_line_buffered = True
     if isinstance(before, io.TextIOWrapper):
-        own = {"encoding": before.encoding, "errors": before.errors}
-        at_once = before.line_buffering or before.write_through  # PYTHONUNBUFFERED
-    return io.TextIOWrapper(io.BufferedWriter(output), line_buffering=at_once, **own)
+        settings = {"encoding": before.encoding, "errors": before.errors}
+        is_line_buffered = before.line_buffering or before.write_through  # PYTHONUNBUFFERED
+    return io.TextIOWrapper(io.BufferedWriter(output), line_buffering=is_line_buffered, **settings)
 
 
 def flush() -> bool:
-    """Writes what is left to be written. False: nobody reads standard output, and it is dropped."""
+    """Write what is left; return False if it is dropped, as nobody reads standard output."""
     is_read = True
     for stream in (sys.stdout, sys.stderr):
         try:

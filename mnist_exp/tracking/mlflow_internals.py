@@ -50,14 +50,9 @@ def schema_version() -> str:
 
 
 def inspect_database(path: Path, experiment: str | None) -> tuple[str, str | None]:
-    """Return why MLflow could not use a database, or "", and the id of a deleted experiment.
+    """Return why MLflow could not use a database, or "", and the id of `experiment` if deleted.
 
-    Args:
-        path: An SQLite database that is there.
-        experiment: The name to look for among the experiments that were deleted.
-
-    Raises:
-        sqlite3.DatabaseError: The file is no database, or it is damaged.
+    Raises sqlite3.DatabaseError where the file is no database, or damaged.
     """
     query = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'deleted'"
     with closing(_open_to_read(path)) as database:
@@ -77,12 +72,7 @@ def inspect_database(path: Path, experiment: str | None) -> tuple[str, str | Non
 
 
 def runs_in_database(path: Path, sweep: bool | None) -> list[tuple[str, str]]:
-    """Return the id and the name of each run in a database, the newest first.
-
-    Args:
-        path: The file of the SQLite database.
-        sweep: Only the parent runs of sweeps, or only the others; None: all.
-    """
+    """Return id and name of each run in a database, the newest first; sweep: as Store.of_kind."""
     query = """
         SELECT runs.run_uuid, runs.name FROM runs JOIN experiments USING (experiment_id)
         LEFT JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = 'sweep'

@@ -16,7 +16,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -61,47 +61,34 @@ class OpenRuns:
         self.folder = folder
 
     def add(self, key: str, folder: Path, owner: Mapping[str, Any], kind: str) -> None:
-        """Add a run, or replace it. A reader finds all of it or nothing. Raises OSError.
-
-        Args:
-            key: Of the run.
-            folder: Where its journal is.
-            owner: The identity of the process that records it.
-            kind: One of KINDS.
-        """
+        """Add a run of this key, or replace it; for the rest see OpenRun. Raises OSError."""
         assert kind in KINDS, kind
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"folder": str(folder.resolve()), "owner": dict(owner), "kind": kind}
-        files.write(self._path(key), json.dumps(content))
+        files.write(self.folder / f"{key}.json", json.dumps(content))
 
     def remove(self, key: str) -> None:
         """Take out a run, if it is there. Raises OSError."""
-        self._path(key).unlink(missing_ok=True)
+        (self.folder / f"{key}.json").unlink(missing_ok=True)
 
     def entries(self) -> list[OpenRun]:
         """Return all runs by their key, but for those that, with a warning each, are unreadable."""
-        runs = [self._read(path.stem) for path in sorted(self.folder.glob("*.json"))]
-        return [run for run in runs if run is not None]
-
-    def _read(self, key: str) -> OpenRun | None:
-        """Return the run of this key; None if it is not there, or, with a warning, unreadable."""
-        path = self._path(key)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            folder, owner, kind = content["folder"], content["owner"], content["kind"]
-            types = [type(owner[name]) for name in ("host", "pid", "born")]
-            if kind not in KINDS or types != [str, int, str]:
-                raise ValueError(f"a {kind} of {owner}")
-            return OpenRun(key, Path(folder), owner, kind)
-        except FileNotFoundError:
-            return None
-        # whatever a file can hold that is not an entry
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
-            log.warning("%s: passed over, as it is not readable: %s: %s", path, type(e).__name__, e)
-            return None
-
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.json"
+        runs = []
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                folder, owner, kind = content["folder"], content["owner"], content["kind"]
+                types = [type(owner[name]) for name in ("host", "pid", "born")]
+                if kind not in KINDS or types != [str, int, str]:
+                    raise ValueError(f"a {kind} of {owner}")
+                runs.append(OpenRun(path.stem, Path(folder), owner, kind))
+            except FileNotFoundError:  # removed by another process
+                continue
+            # whatever a file can hold that is not an entry
+            except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                log.warning("%s: passed over, as it is not readable: %s", path, reason)
+        return runs
 
 
 class RunWriter:
@@ -143,8 +130,8 @@ class RunWriter:
         owner = process_identity()
         with journal.lock(folder):
             history = RunHistory.of(folder)
-            is_open = history.key and not history.status and history.owner != owner
-            if is_open and is_running(history.owner) is not False:
+            is_open = history.key and not history.status
+            if is_open and history.owner != owner and is_running(history.owner) is not False:
                 raise ConfigError(
                     f"{folder}: this run is not over: process {history.owner['pid']} on "
                     f"{history.owner['host']} trains it"
@@ -180,32 +167,13 @@ class RunWriter:
         """Record the parameters of the run, as text."""
         self.journal.write("params", values={key: str(value) for key, value in params.items()})
 
-    def dataset(
-        self,
-        *,
-        name: str,
-        source: str,
-        digest: str,
-        shape: Sequence[int],
-        sizes: Mapping[str, int],
-    ) -> None:
-        """Record the data set, which becomes MLflow's dataset input of the run.
+    def dataset(self, description: Mapping[str, Any]) -> None:
+        """Record the data set, as MLflow's dataset input of the run.
 
         Args:
-            name: Of the data set.
-            source: Where it comes from.
-            digest: The SHA-256 of its files.
-            shape: Of an image.
-            sizes: The number of images in each split.
+            description: Its name, source, digest, shape (of an image) and sizes (of the splits).
         """
-        self.journal.write(
-            "dataset",
-            name=name,
-            source=source,
-            digest=digest,
-            shape=list(shape),
-            sizes=dict(sizes),
-        )
+        self.journal.write("dataset", **description)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record points of metrics. One that was there before the run was resumed stays."""
@@ -218,12 +186,7 @@ class RunWriter:
         """Record an image. One key and several steps give a slider in the UI.
 
         Its files have MLflow's own names for images, as its `log_image` would make a second image
-        where an answer was lost on the way.
-
-        Args:
-            key: As of a metric.
-            pixels: uint8 [H, W, 3].
-            step: Of the slider.
+        where an answer was lost on the way. pixels: uint8 [H, W, 3].
         """
         from PIL import Image
 
@@ -242,11 +205,9 @@ class RunWriter:
         self.tags(LOGGED_IMAGES)
 
     def artifact(self, path: Path, to: str = "") -> None:
-        """Record a file in the run's folder, which is uploaded as it is then.
+        """Record a file in the run's folder, as an artifact in the folder `to`, or at the top.
 
-        Args:
-            path: The file.
-            to: The folder of the artifacts that it is put into, if not their top.
+        It is uploaded as it is then.
         """
         self.journal.write("artifact", path=self._relative(path), to=to)
 
@@ -298,12 +259,7 @@ def mark_killed(folder: Path, owner: Mapping[str, Any], reason: str) -> bool:
     """End the journal of a run whose process died without a word: KILLED, with the reason.
 
     Returns whether this call did it: not where the process may be alive, the run has ended, or the
-    journal has another owner. Raises OSError.
-
-    Args:
-        folder: Of the run.
-        owner: Who began or last resumed the run, as far as the caller knows.
-        reason: Why it ended.
+    journal has another owner than the caller believes. Raises OSError.
     """
     # asked before reading: what a process that is dead by now has written is all there
     if is_running(owner) is not False or not (folder / journal.NAME).exists():

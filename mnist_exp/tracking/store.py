@@ -221,8 +221,7 @@ class StoredRun:
     def parsed_tag(self, name: str, parse: Callable[[str], T], default: T) -> T:
         """Return the parsed value of a tag, or `default` where the run does not have it.
 
-        Raises:
-            ConfigError: `parse` raised ValueError or TypeError.
+        Raises ConfigError where `parse` raises ValueError or TypeError.
         """
         text = self.tags.get(name)
         if text is None:
@@ -258,11 +257,7 @@ class Store:
     """An MLflow store that is open."""
 
     def __init__(self, uri: str) -> None:
-        """Open a store, and make it if it is an SQLite database that is not there.
-
-        Raises:
-            ConfigError: It cannot be opened.
-        """
+        """Open a store; an SQLite database that is not there is made. Raises ConfigError."""
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
         import mlflow
@@ -296,8 +291,7 @@ class Store:
     def experiment(self, name: str) -> str:
         """Return the id of the experiment of this name, which is made if it is not there.
 
-        Raises:
-            ConfigError: It was deleted.
+        Raises ConfigError where it was deleted.
         """
         if name not in self._experiments:
             self._experiments[name] = self._find_or_create_experiment(name)
@@ -362,22 +356,18 @@ class Store:
         return [(m.step, m.value) for m in self.client.get_metric_history(run_id, key)]
 
     def of_kind(self, sweep: bool | None, newest: bool = False) -> list[StoredRun]:
-        """Return the runs of a kind, the newest first.
+        """Return the runs, the newest first; `newest`: only the newest page of them.
 
-        Args:
-            sweep: Only the parent runs of sweeps, or only the others; None: all.
-            newest: Only the newest page of them.
+        sweep: only the parent runs of sweeps, or only the others; None: all.
         """
         runs = self._search("tags.sweep = 'true'" if sweep else "", newest)
         return [run for run in runs if sweep is not False or "sweep" not in run.tags]
 
     def find(self, word: str, sweep: bool | None = False) -> StoredRun:
-        """Return the run that a person means, or raise ConfigError.
+        """Return the run that a person means by `last`, an id, or the beginning of just one.
 
-        Args:
-            word: `last`, a run id, or the beginning of just one.
-            sweep: It is the parent run of a sweep, or one that trains; None: either, and the last
-                one is then no job of a sweep.
+        Raises ConfigError. sweep: it has to be the parent run of a sweep, or one that trains; None:
+        either, and the last one is then no job of a sweep.
         """
         kind = "sweep" if sweep else "run"
         if not isinstance(word, str):
@@ -424,10 +414,9 @@ class Store:
         raise ConfigError(f"{word}: {text}")
 
     def page(self, word: str | None) -> str:
-        """Return the page of MLflow's UI that shows a run, behind the UI's address.
+        """Return the page of MLflow's UI that shows a run, or the newest run's experiment.
 
-        Args:
-            word: A run, as for `find`; None: the list of the newest run's experiment.
+        word: as for `find`; None: the experiment.
         """
         if word is not None:
             run = self.find(word, sweep=None)
@@ -442,11 +431,7 @@ class Store:
         return artifact in (file.path for file in self.client.list_artifacts(run_id))
 
     def fetch(self, run_id: str, artifact: str, folder: Path) -> Path:
-        """Return the path of a copy of a run's artifact, which is made in a folder.
-
-        Raises:
-            ConfigError: The run has no artifact of this name, or it cannot be fetched.
-        """
+        """Return the path of a copy of a run's artifact, made in a folder. Raises ConfigError."""
         from mlflow.exceptions import MlflowException
 
         try:

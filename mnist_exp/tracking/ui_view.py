@@ -1,7 +1,7 @@
-"""What MLflow's UI shows of an experiment: the columns of its list of runs, and its charts.
+"""The view of an experiment in MLflow's UI: the columns of its list of runs, and its charts.
 
-As a saved view, which is a tag of the experiment in the form that the UI itself writes. Without it,
-the list has no metric and no parameter, and the charts come in the order of the alphabet.
+It is a saved view, a tag of the experiment in the form that the UI itself writes. Without it, the
+list has no metric and no parameter, and the charts come in the order of the alphabet.
 """
 
 import json
@@ -28,7 +28,7 @@ _COLUMNS = {  # as MLflow calls them: pixels
 
 
 def tag() -> str:
-    """The value of the tag."""
+    """Return the value of the tag."""
     section = {"uuid": _SECTION, "name": _SECTION, "display": True, "isReordered": True}
     state = {
         "selectedColumns": [c for c in _COLUMNS if c.startswith(("metrics.", "params.", "tags."))],
@@ -42,6 +42,7 @@ def tag() -> str:
 
 
 def _chart(kind: str, key: str) -> dict[str, Any]:
+    """Return what charts of every kind have."""
     return {
         "type": kind,
         "uuid": key,
@@ -63,11 +64,11 @@ def _pictures(key: str) -> dict[str, Any]:
 
 
 def run_page(experiment: str, run_id: str) -> str:
-    """The page of a run, behind the UI's address."""
+    """Return the page of a run, behind the UI's address."""
     return f"#/experiments/{experiment}/runs/{run_id}?{_USUAL}"
 
 
 def list_page(experiment: str, saved: bool) -> str:
-    """The page of an experiment's runs; `saved`: as the tag has it, which is there."""
+    """Return the page of an experiment's runs; `saved`: with the view, whose tag is there."""
     page = f"#/experiments/{experiment}/runs?{_USUAL}"
     return f"{page}&viewStateShareKey={KEY}" if saved else page

@@ -228,9 +228,7 @@ class UploadBatch:
 def waiting_runs(open_runs: OpenRuns, uri: str = "") -> list[tuple[str, Path]]:
     """Return store and folder of the runs that MLflow does not have whole, sweeps before jobs.
 
-    Args:
-        open_runs: The runs to look at.
-        uri: Only the runs of this store, and only those that no process is at work on.
+    With a `uri`, only those of this store that no process is at work on.
     """
     waiting = []
     histories = sorted(open_histories(open_runs), key=lambda pair: pair[0].kind != "sweep")
@@ -261,10 +259,7 @@ def _upload_all(
 ) -> dict[Path, str]:
     """Upload journals, each to its store, and return why not for the folders that failed.
 
-    Args:
-        waiting: The store and the folder of each run.
-        open_runs: The registry that a run leaves once MLflow has all of it.
-        stores: Those that are open already; what is opened is added.
+    waiting: store and folder of each. stores: those that are open; one that is opened is added.
     """
     problems: dict[Path, str] = {}
     closed: dict[str, str] = {}  # stores that cannot be opened, and why
@@ -275,7 +270,12 @@ def _upload_all(
                 raise NotReady(closed[uri])
             # first, and after failures in a row: is it those runs, or the store?
             if uri not in stores or failures[uri] >= MOST_FAILURES:
-                stores[uri] = _open_store(uri, closed)
+                try:
+                    check_store(uri)  # where nobody answers, MLflow need not be imported
+                    stores[uri] = Store(uri)
+                except ConfigError as error:
+                    closed[uri] = first_line(error)
+                    raise
                 failures[uri] = 0
             upload_journal(folder, open_runs, stores[uri])
             failures[uri] = 0
@@ -288,16 +288,6 @@ def _upload_all(
     return problems
 
 
-def _open_store(uri: str, closed: dict[str, str]) -> Store:
-    """Open a store, or note in `closed` why it cannot be opened, and raise ConfigError."""
-    try:
-        check_store(uri)  # where nobody answers, MLflow need not be imported
-        return Store(uri)
-    except ConfigError as error:
-        closed[uri] = first_line(error)
-        raise
-
-
 class Uploader(threading.Thread):
     """A thread that uploads the journals of some runs while they are written.
 
@@ -307,12 +297,9 @@ class Uploader(threading.Thread):
     """
 
     def __init__(self, uri: str, open_runs: OpenRuns, say: Callable[[str], None]) -> None:
-        """Prepare an uploader, which does nothing before it is started.
+        """Prepare an uploader to the store `uri`, which does nothing before it is started.
 
-        Args:
-            uri: The store to upload to.
-            open_runs: The registry that a run leaves once the store has all of it.
-            say: Is told when the server goes, and when it comes back.
+        open_runs: a run leaves it once the store has all of it. say: is told when the server goes.
         """
         super().__init__(daemon=True, name="uploader")
         self.uri, self.open_runs, self.say = uri, open_runs, say
@@ -362,11 +349,7 @@ class Uploader(threading.Thread):
         return [folder for folder in self.folders if _has_news(folder, self.uri)]
 
     def flush(self, seconds: float) -> None:
-        """Return once MLflow has all that is written by now, or does not take it, or it is late.
-
-        Args:
-            seconds: After which it returns in any case.
-        """
+        """Return once MLflow has all that is written by now, or does not take it, or it is late."""
         end = time.monotonic() + seconds
         while self.pending() and time.monotonic() < end:
             self._wake.set()

@@ -35,9 +35,8 @@ def begin(folder: Path, open_runs: OpenRuns, uri: str, parent: Path | None = Non
 
 def first_part(writer: RunWriter) -> None:
     writer.params({f"key{i}": i for i in range(130)})
-    writer.dataset(
-        name="tiny", source="a test", digest="0" * 64, shape=(1, 2, 2), sizes={"train": 3}
-    )
+    description = {"name": "tiny", "source": "a test", "digest": "0" * 64}
+    writer.dataset({**description, "shape": (1, 2, 2), "sizes": {"train": 3}})
     writer.text("a text", "text.txt")
     writer.image("train/first", np.zeros((4, 8, 3), np.uint8), 0)
 

@@ -47,7 +47,7 @@ def test_a_signal_that_python_drops_is_raised_again(
 def test_deferred_waits_for_a_look() -> None:
     with pytest.raises(Terminated) as ended, signals.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.asked()
+        assert signals.received()
         signals.check()
     assert ended.value.code == 128 + signal.SIGTERM
 
@@ -72,7 +72,7 @@ def test_one_that_is_ignored_stays_so() -> None:
     os.kill(os.getpid(), signal.SIGHUP)
     with signals.deferred():
         os.kill(os.getpid(), signal.SIGHUP)
-    assert not signals.asked()
+    assert not signals.received()
 
 
 def test_a_later_run_in_the_same_process_does_not_end_for_an_earlier_signal() -> None:

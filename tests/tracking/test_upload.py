@@ -5,12 +5,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 
 from mnist_exp.system.processes import process_identity
 from mnist_exp.tracking import journal, upload
-from mnist_exp.tracking import store as tracking
 from mnist_exp.tracking.journal import Journal
 from mnist_exp.tracking.run_log import OpenRuns, mark_dead_runs
 from mnist_exp.tracking.store import Store
@@ -192,24 +190,6 @@ def test_an_earlier_run_does_not_hold_up(
     began = time.monotonic()
     assert thread.close(20) == [] and time.monotonic() - began < 10
     assert said == [] and [e.folder.name for e in open_runs.entries()] == ["bad"]
-
-
-def test_a_database_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh_store(tmp_path / "other")  # MLflow warns of itself at first use
-    uri = f"sqlite:///{tmp_path}/new.db"
-
-    def killed(*arguments: Any, **more: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(mlflow.MlflowClient, "search_experiments", killed)
-        Store(uri)
-    assert not (tmp_path / "new.db").exists()
-    tracking.check_store(uri)
-    (tmp_path / "new.db.a.part").write_bytes(b"half of it")
-    (tmp_path / "new.db.a.part-journal").write_bytes(b"half of it")
-    assert Store(uri).client.search_experiments()
-    assert {p.name for p in tmp_path.iterdir()} == {"new.db", "new.db.lock", "other"}
 
 
 def test_a_folder_that_is_away_for_a_while(open_runs: OpenRuns, tmp_path: Path) -> None:

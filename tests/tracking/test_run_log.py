@@ -1,0 +1,184 @@
+"""The registry of open runs, and the runs in it whose process has died."""
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist_exp.system.processes import is_running, process_identity
+from mnist_exp.tracking import journal, run_log
+from mnist_exp.tracking.journal import Journal, read
+from mnist_exp.tracking.run_log import OpenRun, OpenRuns, mark_killed
+from tests.programs import READY, Start, at_once, dead_owner
+
+DEEP = b"[" * 100_000
+
+
+# burying
+
+
+def begun(folder: Path, its_owner: dict[str, Any], kind: str = "begin") -> dict[str, Any]:
+    with Journal(folder) as written:
+        written.write(kind, owner=its_owner)
+        written.write("epoch", i=1)
+    return its_owner
+
+
+def test_bury(tmp_path: Path, start: Start) -> None:
+    dead = begun(tmp_path, dead_owner(start))
+    with (tmp_path / journal.NAME).open("a") as file:
+        file.write('{"time": 1')
+    assert mark_killed(tmp_path, dead, "it died") is True
+    (*_, epoch, end), problems = read(tmp_path)
+    assert (epoch.kind, end.kind, problems) == ("epoch", "end", [])
+    assert end.fields == {"status": "KILLED", "reason": "it died"}
+    assert mark_killed(tmp_path, dead, "it died") is False
+
+
+def test_eight_bury_at_once(tmp_path: Path, start: Start) -> None:
+    dead = begun(tmp_path, dead_owner(start))
+    program = "import json\nprint(mark_killed(Path(sys.argv[1]), json.loads(sys.argv[2]), 'died'))"
+    words = (tmp_path, json.dumps(dead))
+    printed = at_once([start(READY + program, *words) for _ in range(8)])
+    assert sorted(printed) == ["False"] * 7 + ["True"]
+    assert [entry.kind for entry in read(tmp_path)[0]] == ["begin", "epoch", "end"]
+
+
+def test_what_must_not_be_buried(tmp_path: Path, start: Start) -> None:
+    dead, alive = dead_owner(start), process_identity()
+    elsewhere = {**dead, "host": "elsewhere"}
+    for k, (recorded, asked) in enumerate(
+        [(alive, alive), (elsewhere, elsewhere), (alive, dead), (elsewhere, dead), (dead, alive)]
+    ):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        begun(folder, recorded)
+        before = (folder / journal.NAME).read_bytes()
+        assert mark_killed(folder, asked, "it died") is False
+        assert (folder / journal.NAME).read_bytes() == before
+
+
+def test_a_resumed_run_is_its_new_owner_s(tmp_path: Path, start: Start) -> None:
+    first = begun(tmp_path, dead_owner(start))
+    assert mark_killed(tmp_path, first, "it died") is True
+    begun(tmp_path, process_identity(), "resume")
+    assert mark_killed(tmp_path, first, "it died") is False
+    second = begun(tmp_path, dead_owner(start), "resume")
+    assert mark_killed(tmp_path, second, "again") is True
+    assert [entry.kind for entry in read(tmp_path)[0]].count("end") == 2
+
+
+def test_an_end_is_an_end_whatever_it_says(tmp_path: Path, start: Start) -> None:
+    dead = begun(tmp_path, dead_owner(start))
+    with Journal(tmp_path) as written:
+        written.write("end", status="FINISHED", owner=dead)
+        written.write("sent")
+    assert mark_killed(tmp_path, dead, "it died") is False
+
+
+def test_a_run_that_ends_while_it_is_looked_at(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    its_owner = begun(tmp_path, dead_owner(start))
+
+    def ends_and_dies(its_owner: dict[str, Any]) -> bool:
+        with Journal(tmp_path) as written:
+            written.write("end", status="FINISHED")
+        return is_running(its_owner) is True
+
+    monkeypatch.setattr(run_log, "is_running", ends_and_dies)
+    assert mark_killed(tmp_path, its_owner, "it died") is False
+
+
+def test_nothing_to_bury(tmp_path: Path, start: Start) -> None:
+    dead = dead_owner(start)
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert mark_killed(folder, dead, "it died") is False
+    assert [*tmp_path.iterdir()] == []
+    Journal(tmp_path).close()
+    assert mark_killed(tmp_path, dead, "it died") is False
+
+
+# the registry of open runs
+
+
+def test_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    open_runs, here = OpenRuns(tmp_path / "not yet" / "open"), process_identity()
+    assert open_runs.entries() == []
+    open_runs.remove("b")
+    odd = tmp_path / os.fsdecode(b"\xff \xc3\xbc")
+    open_runs.add("b", Path("outputs"), here, "run")
+    open_runs.add("a", odd, here, "sweep")
+    a = OpenRun("a", odd, here, "sweep")
+    b = OpenRun("b", tmp_path / "outputs", here, "run")
+    assert open_runs.entries() == OpenRuns(open_runs.folder).entries() == [a, b]
+    open_runs.add("b", odd, here, "run")
+    assert open_runs.entries() == [a, OpenRun("b", odd, here, "run")]
+    open_runs.remove("a")
+    open_runs.remove("a")
+    assert [entry.key for entry in open_runs.entries()] == ["b"]
+    assert [path.name for path in open_runs.folder.iterdir()] == ["b.json"]
+
+
+def test_what_is_not_an_entry_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_runs = OpenRuns(tmp_path)
+    open_runs.add("whole", tmp_path, process_identity(), "run")
+    content = (tmp_path / "whole.json").read_bytes()
+    fields = json.loads(content)
+    bad = [content[:size] for size in range(0, len(content), 10)]
+    bad += [b"\xff", b"17", b"null", b"[]", b"{}", b"\0" * 50, DEEP]
+    for change in (
+        {"kind": "x"},
+        {"owner": 1},
+        {"owner": {**process_identity(), "pid": "1"}},
+        {"folder": 1},
+    ):
+        bad.append(json.dumps({**fields, **change}).encode())
+    for k, damaged_content in enumerate(bad):
+        (tmp_path / f"bad{k}.json").write_bytes(damaged_content)
+    (tmp_path / "folder.json").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert [entry.key for entry in open_runs.entries()] == ["whole"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (len(bad) + 1)
+    for name in ("folder", *(f"bad{k}" for k in range(len(bad)))):
+        assert sum(f"{tmp_path / name}.json: " in message for message in caplog.messages) == 1
+
+
+def test_processes_add_at_once(
+    tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = """
+open_runs = OpenRuns(Path(sys.argv[1]))
+for i in range(20):
+    open_runs.add(f"{sys.argv[2]}-{i:02}", Path("x"), process_identity(), "run")
+    open_runs.add("same", Path("x"), process_identity(), "run")
+    if i % 2:
+        open_runs.remove(f"{sys.argv[2]}-{i:02}")
+"""
+    open_runs = OpenRuns(tmp_path)
+    processes = [start(READY + program, tmp_path, who) for who in range(4)]
+    finished = threading.Event()
+
+    def look() -> None:
+        while not finished.is_set():
+            open_runs.entries()
+
+    looking = threading.Thread(target=look)
+    with caplog.at_level(logging.WARNING):
+        looking.start()
+        try:
+            at_once(processes)
+        finally:
+            finished.set()
+            looking.join()
+    assert caplog.messages == []
+    wanted = [f"{who}-{i:02}" for who in range(4) for i in range(0, 20, 2)]
+    assert [entry.key for entry in open_runs.entries()] == [*wanted, "same"]
+    assert len([*tmp_path.iterdir()]) == len(wanted) + 1
