@@ -396,8 +396,8 @@ def _report(asked: argparse.Namespace) -> int:
     from mnist_exp.runs.console import Terminal
     from mnist_exp.sweeps import finish
 
-    files = finish.report_again(store, parent, asked.output, asked.format, Terminal())
-    print(f"on the parent run {parent.id}: {', '.join(files)}")
+    report = finish.report_again(store, parent, asked.output, asked.format, Terminal())
+    print(f"on the parent run {parent.id}: {', '.join(report.files)}")
     if asked.output is not None:
         print(f"output {asked.output.resolve()}")
     return 0

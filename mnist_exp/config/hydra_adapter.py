@@ -12,9 +12,12 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import get_overrides_dirname
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from hydra.utils import get_object, instantiate
@@ -140,3 +143,17 @@ def instantiate_target(node: Any, **arguments: Any) -> Any:
         return instantiate(node, **arguments, _convert_="all")
     except HydraException as error:
         raise (error.__cause__ or error) from None
+
+
+def combinations(overrides: Sequence[Override]) -> list[list[str]]:
+    """Return every combination of what is swept, as the words that give it to one job."""
+    (jobs,) = BasicSweeper.split_arguments(list(overrides), None)
+    return [list(words) for words in jobs]
+
+
+def set_overrides(config: DictConfig, overrides: Sequence[Override]) -> None:
+    """Write a job's overrides into Hydra's part of its config, as Hydra does when it composes."""
+    task_overrides = [override for override in overrides if not override.is_hydra_override()]
+    job = config.hydra.job
+    config.hydra.overrides.task = [override.input_line for override in task_overrides]
+    job.override_dirname = get_overrides_dirname(task_overrides, **job.config.override_dirname)

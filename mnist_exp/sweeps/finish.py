@@ -14,8 +14,6 @@ from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import Config, leaves
 from mnist_exp.errors import ConfigError, reason_of
 from mnist_exp.figures import style
-from mnist_exp.figures.curves import sweep_curves
-from mnist_exp.figures.matrices import heat_map
 from mnist_exp.runs import saved_model as saved
 from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter
@@ -132,7 +130,7 @@ def _write_to_parent(parent: RunWriter, manifest: Manifest, summary: Report) -> 
         choices = json.loads(RunHistory.of(best).tags["choices"])
         name = UploadState.of(folder).run_id or folder.name
         recipe = _recipe(saved.load_config(best / "config.yaml"), choices, name, summary.chosen)
-    figures = draw(summary)
+    figures = summary.draw()
     for path in write(summary, figures, recipe, folder):
         parent.artifact(path)
     for name, figure in figures.items():
@@ -156,7 +154,7 @@ def _record_numbers(parent: RunWriter, summary: Report) -> None:
                 values[f"{key}_n"] = accuracy.n
                 if accuracy.std is not None:
                     values[f"{key}_std"] = accuracy.std
-        header, rows = report.leaderboard(summary.ranked, chosen)
+        header, rows = summary.table()
         table = report.markdown(header, rows[:DESCRIBED])
         recipe = f"experiments={parent.folder / BEST}"
         description = described(f"{table}\nTo train the best again:", recipe)
@@ -168,10 +166,10 @@ def _record_numbers(parent: RunWriter, summary: Report) -> None:
 
 def report_again(
     store: Store, parent: StoredRun, output: Path | None, suffix: str, reporter: Reporter
-) -> list[str]:
-    """Report on a sweep from the store alone, and return the names of the files on its run.
+) -> Report:
+    """Report on a sweep from the store alone, and put the report onto its parent run.
 
-    The files are written to the folder `output` as well, with figures of the kind `suffix`.
+    It is written to the folder `output` as well, with figures of the kind `suffix`.
     """
     run_id = parent.id
     summary, recipe = summarise(load_from_store(store, run_id)), ""
@@ -180,7 +178,7 @@ def report_again(
             best = summary.chosen.finished[0].run_id
             config = saved.fetch_config(store, best, Path(temporary))
             recipe = _recipe(config, store.get(best).choices(), run_id, summary.chosen)
-        figures = draw(summary)
+        figures = summary.draw()
         if output is not None:
             with files.reporting_write_errors("--output", output):
                 output.mkdir(parents=True, exist_ok=True)
@@ -189,13 +187,13 @@ def report_again(
         for file in written:
             store.put(run_id, file)
     show(summary, reporter)
-    return [file.name for file in written]
+    return replace(summary, run_id=run_id, files=tuple(file.name for file in written))
 
 
 def show(summary: Report, reporter: Reporter) -> None:
     """Show every job, the leaderboard, and the choice."""
     reporter.table("jobs", *report.job_table(summary.jobs))
-    reporter.table("leaderboard", *report.leaderboard(summary.ranked, summary.chosen))
+    reporter.table("leaderboard", *summary.table())
     chosen = summary.chosen
     if chosen is None:
         if sum(bool(cell.finished) for cell in summary.ranked) > 1:
@@ -218,7 +216,7 @@ def write(
 ) -> list[Path]:
     """Write the report into a folder, with the recipe if there is one, and return its files."""
     texts = {
-        "leaderboard.md": report.markdown(*report.leaderboard(summary.ranked, summary.chosen)),
+        "leaderboard.md": report.markdown(*summary.table()),
         "leaderboard.csv": report.csv_text(summary.ranked, summary.chosen),
     }
     if recipe:
@@ -229,32 +227,6 @@ def write(
     for path, figure in drawn.items():
         style.save(figure, path)
     return [*(folder / name for name in texts), *drawn]
-
-
-def draw(summary: Report) -> dict[str, Any]:
-    """Return heat maps of the swept numbers, and the curves of all jobs, by name."""
-    short = report.short_names([key for job in summary.jobs[:1] for key in job.values])
-    figures = {}
-    for data in report.heat_maps(summary.ranked, summary.chosen):
-        over = ", ".join(short.get(key, key) for key in data.over)
-        x, y = short.get(data.x_key, data.x_key), short.get(data.y_key, data.y_key)
-        figures[f"heat_map_{x}_{y}"] = heat_map(
-            (data.x_key, data.x_values),
-            (data.y_key, data.y_values),
-            data.mean,
-            data.std,
-            data.chosen,
-            "validation accuracy",
-            f"each the best over {over}" if over else "",
-        )
-    drawn = {}
-    for cell in summary.ranked:
-        if histories := [job.history for job in cell.jobs if job.history]:
-            drawn[cell.label] = histories
-    if drawn:
-        label = summary.chosen.label if summary.chosen else None
-        figures["learning_curves"] = sweep_curves(drawn, label, "learning curves")
-    return figures
 
 
 def _recipe(config: DictConfig, choices: Mapping[str, str | None], sweep: str, chosen: Cell) -> str:

@@ -4,8 +4,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from hydra._internal.config_loader_impl import get_overrides_dirname
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -13,7 +11,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mnist_exp.config.explain import explain
-from mnist_exp.config.hydra_adapter import COMPOSITION_ERRORS
+from mnist_exp.config.hydra_adapter import COMPOSITION_ERRORS, combinations, set_overrides
 from mnist_exp.config.schema import SweepConfig, task_config
 from mnist_exp.config.validate import validate, validate_sweep
 from mnist_exp.errors import ConfigError
@@ -49,49 +47,51 @@ def jobs(
     parser = OverridesParser.create(config_loader=context.config_loader)
     overrides = parser.parse_overrides(words)
     _check_unique(overrides[len(params) :])
-    planned = expand(overrides, settings)
-    seconds = CHECK_SECONDS * len(planned)
+    jobs = expand(overrides, settings)
+    seconds = CHECK_SECONDS * len(jobs)
     if seconds > 5:
         wait = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-        say(f"checking {len(planned):,} jobs before the first one starts: about {wait}")
-    for p in compose(context.config_loader, master, overrides, planned):
-        if not p.problem:
-            with open_dict(p.config):
-                p.config.hydra.job.num = p.config.hydra.job.id = p.number
+        say(f"checking {len(jobs):,} jobs before the first one starts: about {wait}")
+    for job in compose(context.config_loader, master, overrides, jobs):
+        if not job.problem:
+            with open_dict(job.config):
+                job.config.hydra.job.num = job.config.hydra.job.id = job.number
             try:
-                _validate(p.config, params)
+                _validate(job.config, params)
             except ConfigError as error:
-                p.problem = str(error)
-        raise_if_invalid(p, settings)
-    return planned
+                job.problem = str(error)
+        raise_if_invalid(job, settings)
+    return jobs
 
 
-def _check_unique(typed: Sequence[Override]) -> None:
+def _check_unique(overrides: Sequence[Override]) -> None:
     """Raise ConfigError for a key that is swept twice; a recipe's may be swept otherwise."""
     swept: dict[str, Override] = {}
-    for o in typed:
-        if o.is_sweep_override() and swept.setdefault(o.get_key_element(), o) is not o:
+    for override in filter(Override.is_sweep_override, overrides):
+        first = swept.setdefault(override.get_key_element(), override)
+        if first is not override:
             raise ConfigError(
-                f"{swept[o.get_key_element()].input_line} {o.input_line}: it is swept twice. Give "
-                f"all of its values at once"
+                f"{first.input_line} {override.input_line}: it is swept twice. Give all of its "
+                f"values at once"
             )
 
 
-def _validate(composed: DictConfig, params: Mapping[str, Any]) -> None:
-    own = composed.hydra.sweeper.params or {}
-    if own != params:
+def _validate(config: DictConfig, params: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the composed config of a job is wrong, or sweeps something itself."""
+    own_params = config.hydra.sweeper.params or {}
+    if own_params != params:
         raise ConfigError(
-            f"{' '.join(f'{key}={value}' for key, value in own.items())}: this recipe is a sweep "
-            f"of its own, which cannot be a job of another"
+            f"{' '.join(f'{key}={value}' for key, value in own_params.items())}: this recipe is a "
+            f"sweep of its own, which cannot be a job of another"
         )
-    validate(task_config(composed))
+    validate(task_config(config))
 
 
-def raise_if_invalid(planned: SweepJob, settings: SweepConfig) -> None:
+def raise_if_invalid(job: SweepJob, settings: SweepConfig) -> None:
     """Raise ConfigError for a job that cannot be run, unless those are to be skipped."""
-    if planned.problem and not settings.skip_invalid:
+    if job.problem and not settings.skip_invalid:
         raise ConfigError(
-            f"{planned.describe()}: {planned.problem}\n"
+            f"{job.describe()}: {job.problem}\n"
             f"Nothing was started. To leave such jobs out: sweep.skip_invalid=true"
         )
 
@@ -107,35 +107,34 @@ def expand(overrides: Sequence[Override], settings: SweepConfig) -> list[SweepJo
             "nothing is swept. Give a key several values, as in optimizer.lr=0.01,0.1, or leave "
             "out -m"
         )
-    number = 1
+    total = 1
     for key, override in swept.items():
         if not override.is_discrete_sweep():
             raise ConfigError(f"{override.input_line}: give the values, as in {key}=0.01,0.1")
-        here = 0
+        count = 0
         for _ in override.sweep_iterator():
-            here += 1
-            if number * here > settings.max_jobs:
+            count += 1
+            if total * count > settings.max_jobs:
                 raise ConfigError(
                     f"{' '.join(o.input_line or '' for o in swept.values())}: more than "
                     f"{settings.max_jobs:,} jobs. If they are meant: sweep.max_jobs=N"
                 )
-        if here == 0:
+        if count == 0:
             raise ConfigError(f"{override.input_line}: no values, so there is no job")
-        number *= here
-    (jobs,) = BasicSweeper.split_arguments(list(overrides), None)
-    planned = []
-    for number, words in enumerate(jobs):
+        total *= count
+    jobs = []
+    for number, words in enumerate(combinations(overrides)):
         pairs = [word.split("=", 1) for word in words]
         values = {key.lstrip("+"): value for key, value in pairs if key in swept}
-        planned.append(SweepJob(number, words, values))
-    return planned
+        jobs.append(SweepJob(number, words, values))
+    return jobs
 
 
 def compose(
     loader: ConfigLoader,
     master: DictConfig,
     overrides: Sequence[Override],
-    planned: Sequence[SweepJob],
+    jobs: Sequence[SweepJob],
 ) -> Iterator[SweepJob]:
     """Compose the config of each job, and yield the jobs, one after the other.
 
@@ -151,28 +150,21 @@ def compose(
         and not o.key_or_group.startswith("hydra")
     }  # fmt: skip
     parser = OverridesParser.create(config_loader=loader)
-    made: dict[tuple[str, ...], DictConfig] = {}
-    for p in planned:
-        rest = tuple(word for word in p.overrides if word.split("=", 1)[0] not in plain)
+    composed: dict[tuple[str, ...], DictConfig] = {}  # by the overrides that are not plain
+    for job in jobs:
+        words = list(job.overrides)
+        others = tuple(word for word in words if word.split("=", 1)[0] not in plain)
         try:
-            if rest not in made:
-                made[rest] = loader.load_sweep_config(master, list(p.overrides))
-                p.config = copy.deepcopy(made[rest])
+            if others not in composed:
+                composed[others] = loader.load_sweep_config(master, words)
+                job.config = copy.deepcopy(composed[others])
             else:
-                p.config = copy.deepcopy(made[rest])
-                parsed = parser.parse_overrides(list(p.overrides))
+                job.config = copy.deepcopy(composed[others])
+                parsed = parser.parse_overrides(words)
                 for override in parsed:
                     if override.get_key_element() in plain:
-                        OmegaConf.update(p.config, override.key_or_group, override.value())
-                _set_overrides(p.config, parsed)
+                        OmegaConf.update(job.config, override.key_or_group, override.value())
+                set_overrides(job.config, parsed)
         except COMPOSITION_ERRORS as error:
-            p.problem = str(explain(error, p.overrides))
-        yield p
-
-
-def _set_overrides(composed: DictConfig, overrides: Sequence[Override]) -> None:
-    """Write the overrides into Hydra's part of a config, as Hydra does when it composes."""
-    own = [o for o in overrides if not o.is_hydra_override()]
-    job = composed.hydra.job
-    composed.hydra.overrides.task = [o.input_line for o in own]
-    job.override_dirname = get_overrides_dirname(own, **job.config.override_dirname)
+            job.problem = str(explain(error, words))
+        yield job

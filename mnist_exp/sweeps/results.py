@@ -4,7 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+from mnist_exp.figures.curves import sweep_curves
+from mnist_exp.figures.matrices import heat_map
+from mnist_exp.formatting import Table
 from mnist_exp.sweeps import report
 from mnist_exp.sweeps.manifest import MANIFEST, Manifest, SweepJob
 from mnist_exp.sweeps.report import Cell, JobResult
@@ -24,11 +28,42 @@ class Report:
     ranked: list[Cell]
     chosen: Cell | None
     failure: str = ""  # what went wrong, if anything
+    run_id: str = ""  # of the parent run that the report was put onto again
+    files: tuple[str, ...] = ()  # their names there
 
     @property
     def failed(self) -> list[JobResult]:
         """The jobs that were to run and did not reach their end."""
         return [job for job in self.jobs if job.status not in ("FINISHED", "INVALID")]
+
+    def table(self) -> Table:
+        """Return the leaderboard: a row a cell."""
+        return report.leaderboard(self.ranked, self.chosen)
+
+    def draw(self) -> dict[str, Any]:
+        """Return heat maps of the swept numbers, and the curves of all jobs, by name."""
+        short = report.short_names([key for job in self.jobs[:1] for key in job.values])
+        figures = {}
+        for data in report.heat_maps(self.ranked, self.chosen):
+            over = ", ".join(short.get(key, key) for key in data.over)
+            x, y = short.get(data.x_key, data.x_key), short.get(data.y_key, data.y_key)
+            figures[f"heat_map_{x}_{y}"] = heat_map(
+                (data.x_key, data.x_values),
+                (data.y_key, data.y_values),
+                data.mean,
+                data.std,
+                data.chosen,
+                "validation accuracy",
+                f"each the best over {over}" if over else "",
+            )
+        curves = {}
+        for cell in self.ranked:
+            if histories := [job.history for job in cell.jobs if job.history]:
+                curves[cell.label] = histories
+        if curves:
+            label = None if self.chosen is None else self.chosen.label
+            figures["learning_curves"] = sweep_curves(curves, label, "learning curves")
+        return figures
 
 
 def summarise(jobs: Sequence[JobResult]) -> Report:

@@ -23,7 +23,7 @@ from mnist_exp.formatting import Table, count_of
 from mnist_exp.runs.folder import check_output_folder, check_vacant
 from mnist_exp.runs.job import check_unchanged
 from mnist_exp.runs.train import INTERRUPTED_SECONDS, run_id_of
-from mnist_exp.sweeps import finish, report
+from mnist_exp.sweeps import finish
 from mnist_exp.sweeps.grid import raise_if_invalid
 from mnist_exp.sweeps.launcher import (
     STOP,
@@ -57,11 +57,11 @@ class SweepResult:
 
     def draw(self) -> dict[str, Any]:
         """Return the report's figures, by name: heat maps, learning curves."""
-        return finish.draw(self.report)
+        return self.report.draw()
 
     def table(self) -> Table:
         """Return the leaderboard: a row a cell."""
-        return report.leaderboard(self.report.ranked, self.report.chosen)
+        return self.report.table()
 
 
 def run_sweep(

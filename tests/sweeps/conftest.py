@@ -22,8 +22,8 @@ from tests.sweeps.helpers import SMALL, Done, train_all
 def traces() -> Iterator[None]:
     """Commands in this process leave handlers and a number of threads behind: all are put back.
 
-    What takes long and is read in tests of single runs is left out: pictures of single runs are blank, and
-    no model is exported.
+    What takes long and is read in the tests of single runs is left out: their pictures are blank,
+    and no model is exported.
     """
     handlers, threads = logging.root.handlers[:], torch.get_num_threads()
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
