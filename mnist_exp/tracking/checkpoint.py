@@ -40,14 +40,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path, name: str = "") -> dict[str, Any]:
-    """Return the state of a checkpoint, on the CPU.
+    """Return the state of a checkpoint, on the CPU; `name` is that of the file, for messages.
 
-    Args:
-        path: The file, beside its sidecar.
-        name: Of the file, in the messages, if a person does not know it by its path.
-
-    Raises:
-        ConfigError: The file is not what was written.
+    Raises ConfigError where the file is not what was written.
     """
     name = name or str(path)
     if not path.exists():
@@ -77,17 +72,11 @@ def load(path: Path, name: str = "") -> dict[str, Any]:
 
 
 def save_numbered(folder: Path, number: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Save a state as `folder`/state-`number`.pt, and return that path.
+    """Save `folder`/state-`number`.pt, and remove all but the `keep` (at least 1) newest.
 
-    Only the `keep` newest stay. Only numbers up to `number` count: a higher one, which `newest`
-    passed over, neither displaces what is saved now nor is removed. Raises OSError as `save` does;
-    the earlier checkpoints are removed only once the new one is on the disk.
-
-    Args:
-        folder: Is made, if its parent is there.
-        number: Orders the checkpoints of a folder.
-        state: Tensors and plain values.
-        keep: At least 1.
+    Returns the path. Only numbers up to `number` count: a higher one, which `newest` passed over,
+    neither displaces what is saved now nor is removed. Makes `folder`, not its parents. Raises
+    OSError as `save` does; earlier checkpoints are removed only once the new one is on the disk.
     """
     if not folder.exists():
         folder.mkdir()
@@ -110,11 +99,8 @@ def newest(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the state of the newest whole checkpoint of `save_numbered` that fits, or None.
 
-    With it comes a message for each newer checkpoint that was passed over.
-
-    Args:
-        folder: Need not be there.
-        fits: Returns why a state is not usable, or "".
+    With it comes a message for each newer checkpoint that was passed over. `fits` returns why a
+    state is not usable, or "".
     """
     messages = []
     for path in _numbered(folder):

@@ -56,13 +56,9 @@ def _sealed(body: bytes) -> bytes:
 def read(folder: Path, start: int = 0) -> tuple[list[Entry], list[str]]:
     """Return the entries from byte `start` on, and a message for each damaged line among them.
 
-    A last line without its newline is still being written, and is neither. The message of a line is
-    the same in each call. Raises OSError where the file cannot be read, and nothing for what is in
-    it.
-
-    Args:
-        folder: Of the run; without a journal in it, there are no entries and no messages.
-        start: 0, or the `end` of an entry.
+    A last line without its newline is still being written, and is neither. Without a journal there
+    are none. Raises OSError where the file cannot be read, and nothing for what is in it. start: 0,
+    or the `end` of an entry.
     """
     path = folder / NAME
     try:
@@ -91,11 +87,9 @@ def size(folder: Path) -> int:
 
 
 def _parse(line: bytes, end: int) -> Entry:
-    """Return the entry of a line, or raise ValueError or RecursionError if `_line` did not make it.
+    """Return the entry of a line without its newline, and `end`, the byte behind it.
 
-    Args:
-        line: Without its newline.
-        end: The byte behind it.
+    Raises ValueError or RecursionError for what `_line` has not made.
     """
     crc = _CRC.fullmatch(line[-20:])
     if crc is None:
@@ -131,16 +125,10 @@ class Journal:
             raise
 
     def write(self, kind: str, /, **fields: Any) -> None:
-        """Append an entry, whole or not at all.
+        """Append an entry, whole or not at all; its fields are whatever JSON has.
 
-        Args:
-            kind: Of the entry, see run_log.py.
-            **fields: Whatever JSON has; a tuple is read as a list, and a key as a string.
-
-        Raises:
-            TypeError: A field is something else.
-            ValueError: A field is called time, kind or crc, or the journal is closed.
-            OSError: The disk does not take it.
+        A tuple is read as a list, and a key as a string. Raises TypeError or ValueError for another
+        field, for the names time, kind and crc, and once closed; OSError where the disk fails.
         """
         if reserved := _RESERVED & fields.keys():
             raise ValueError(f"no field can be called {', '.join(sorted(reserved))}")

@@ -124,8 +124,7 @@ class RunWriter:
             parent: The folder of the sweep that it belongs to.
             kind: One of KINDS.
 
-        Raises:
-            ConfigError: Another process is recording this run.
+        Raises ConfigError where another process is recording this run.
         """
         owner = process_identity()
         with journal.lock(folder):
@@ -168,11 +167,7 @@ class RunWriter:
         self.journal.write("params", values={key: str(value) for key, value in params.items()})
 
     def dataset(self, description: Mapping[str, Any]) -> None:
-        """Record the data set, as MLflow's dataset input of the run.
-
-        Args:
-            description: Its name, source, digest, shape (of an image) and sizes (of the splits).
-        """
+        """Record a data set by its name, source, digest, shape of an image, and sizes of splits."""
         self.journal.write("dataset", **description)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:

@@ -19,14 +19,8 @@ from filelock import FileLock
 
 from mnist_exp.errors import ConfigError, first_line
 from mnist_exp.system import files
-from mnist_exp.tracking import ui_view as view
-from mnist_exp.tracking.mlflow_internals import (
-    PARENT,
-    SQLITE,
-    inspect_database,
-    make_database,
-    runs_in_database,
-)
+from mnist_exp.tracking import mlflow_internals, ui_view
+from mnist_exp.tracking.mlflow_internals import PARENT, SQLITE
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -62,19 +56,17 @@ def check_store(
 ) -> None:
     """Raise ConfigError for a store that cannot be opened, as far as a look can tell.
 
-    Needs no import of mlflow, unless the store is a server of databases, and creates nothing.
-
     Args:
-        uri: The address of the store.
+        uri: Of the store; creates nothing there, nor imports mlflow unless it is a database server.
         experiment: The name of the one that runs are to be recorded in.
         required: A server has to answer now.
         option: What has named the store, if that is not tracking.uri or the environment.
     """
-    if uri.startswith("sqlite:") and (not uri.removeprefix(SQLITE) or "?" in uri or
-                                      not uri.startswith(SQLITE)):  # fmt: skip
+    path = _database_file(uri)
+    if uri.startswith("sqlite:") and (path in (None, Path()) or "?" in uri):
         raise ConfigError(f"{_named(uri, option)}: must name a file, sqlite:////ABSOLUTE/PATH.db")
-    if uri.startswith(SQLITE):
-        _check_database(uri, experiment, option)
+    if path is not None:
+        _check_database(uri, path, experiment, option)
     elif uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=3).close()
@@ -98,13 +90,17 @@ def check_store(
         Store(uri)
 
 
-def _check_database(uri: str, experiment: str | None, option: str) -> None:
+def _database_file(uri: str) -> Path | None:
+    """Return the file of a store that is an SQLite database, or None."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+
+
+def _check_database(uri: str, path: Path, experiment: str | None, option: str) -> None:
     """Do what `check_store` does for an SQLite database that is a file."""
-    path = Path(uri.removeprefix(SQLITE))
-    problem, deleted = _database_problem(path), None
+    problem, deleted = _file_problem(path), None
     if not problem and path.exists():
         try:
-            problem, deleted = inspect_database(path, experiment)
+            problem, deleted = mlflow_internals.inspect_database(path, experiment)
         except sqlite3.DatabaseError as error:
             problem = str(error)
     if problem:
@@ -116,7 +112,7 @@ def _check_database(uri: str, experiment: str | None, option: str) -> None:
         raise _deleted(uri, str(experiment), deleted)
 
 
-def _database_problem(path: Path) -> str:
+def _file_problem(path: Path) -> str:
     """Return why the file of a database could not be written, or ""."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent}"
@@ -135,7 +131,7 @@ def _deleted(uri: str, experiment: str, number: object) -> ConfigError:
     """Return the error of an experiment that was deleted."""
     return ConfigError(
         f"tracking.experiment={experiment}: it was deleted. Choose another name, or restore it: "
-        f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore -x {number}"
+        f"{ENVIRONMENT}={uri} mlflow experiments restore -x {number}"
     )
 
 
@@ -157,19 +153,17 @@ def _how_to_choose(uri: str, option: str) -> str:
 
 def has_runs(uri: str) -> bool:
     """Return whether the store may hold a run; a database that was never made does not."""
-    return not uri.startswith(SQLITE) or Path(uri.removeprefix(SQLITE)).exists()
+    path = _database_file(uri)
+    return path is None or path.exists()
 
 
 def list_runs(uri: str, sweep: bool | None) -> list[tuple[str, str]]:
-    """Return the id and name of the runs that `Store.find` chooses from, the newest first.
+    """Return id and name of the runs that `Store.find` chooses from, or of the newest page of them.
 
-    Of a database that is a file, they are read without mlflow, whose import takes longer than a
-    person waits for a completion. Of another store, they are the newest page.
+    From a database that is a file they come at once, as mlflow's import would hold up a completion.
     """
-    if not has_runs(uri):
-        return []
-    if uri.startswith(SQLITE):
-        return runs_in_database(Path(uri.removeprefix(SQLITE)), sweep)
+    if path := _database_file(uri):
+        return mlflow_internals.runs_in_database(path, sweep) if path.exists() else []
     return [(run.id, run.name) for run in Store(uri).of_kind(sweep, newest=True)]
 
 
@@ -219,10 +213,7 @@ class StoredRun:
         return int(number) if number.isdecimal() else None
 
     def parsed_tag(self, name: str, parse: Callable[[str], T], default: T) -> T:
-        """Return the parsed value of a tag, or `default` where the run does not have it.
-
-        Raises ConfigError where `parse` raises ValueError or TypeError.
-        """
+        """Return the parsed value of a tag, or `default`, or raise ConfigError if it is damaged."""
         text = self.tags.get(name)
         if text is None:
             return default
@@ -243,12 +234,8 @@ class StoredRun:
         if self.status == "RUNNING":
             text += f". Its record grows in {self.tags.get('output_dir', '?')}: wait for its end"
         elif self.status == "KILLED":
-            words = [
-                "mnist-exp",
-                "resume",
-                self.parent or self.id,
-                f"tracking.uri={self.store_uri}",
-            ]
+            uri = f"tracking.uri={self.store_uri}"
+            words = ["mnist-exp", "resume", self.parent or self.id, uri]
             text += f". To go on with it: {shlex.join(words)}"
         return text
 
@@ -264,19 +251,18 @@ class Store:
 
         for name in ("mlflow", "alembic"):  # its import sets them up
             logging.getLogger(name).setLevel(logging.ERROR)
-        self.uri = uri
+        self.uri, self.database = uri, _database_file(uri)
         self._experiments: dict[str, str] = {}  # name -> id
         before = os.environ.get(ENVIRONMENT)
         mlflow.set_tracking_uri(uri)
         # which also sets the variable, and store_uri() would take this store for the next run's
-        if before is None:
-            os.environ.pop(ENVIRONMENT, None)
-        else:
+        os.environ.pop(ENVIRONMENT, None)
+        if before is not None:
             os.environ[ENVIRONMENT] = before
         try:
             with self.lock():
-                if uri.startswith(SQLITE):
-                    make_database(Path(uri.removeprefix(SQLITE)))
+                if self.database is not None:
+                    mlflow_internals.make_database(self.database)
                 self.client = mlflow.MlflowClient(uri)
                 self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever the driver of this kind of store raises
@@ -284,9 +270,9 @@ class Store:
 
     def lock(self) -> AbstractContextManager[object]:
         """Return a lock of one process, where MLflow has none: in a database that is a file."""
-        if not self.uri.startswith(SQLITE):
+        if self.database is None:
             return nullcontext()
-        return FileLock(self.uri.removeprefix(SQLITE) + ".lock", timeout=_LOCK_SECONDS)
+        return FileLock(f"{self.database}.lock", timeout=_LOCK_SECONDS)
 
     def experiment(self, name: str) -> str:
         """Return the id of the experiment of this name, which is made if it is not there.
@@ -303,10 +289,9 @@ class Store:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
             location = None  # a server keeps artifacts where it was told to
-            if self.uri.startswith(SQLITE):
-                folder = Path(self.uri.removeprefix(SQLITE)).resolve().parent / "mlruns"
-                location = folder.as_uri()
-            tags = {"mlflow.experimentKind": "custom_model_development", view.TAG: view.tag()}
+            if self.database is not None:
+                location = (self.database.resolve().parent / "mlruns").as_uri()
+            tags = {"mlflow.experimentKind": "custom_model_development", ui_view.TAG: ui_view.tag()}
             try:
                 return str(self.client.create_experiment(name, location, tags))
             except MlflowException:
@@ -315,8 +300,8 @@ class Store:
                     raise
         if experiment.lifecycle_stage == "deleted":
             raise _deleted(self.uri, name, experiment.experiment_id)
-        if view.TAG not in experiment.tags:
-            self.client.set_experiment_tag(experiment.experiment_id, view.TAG, view.tag())
+        if ui_view.TAG not in experiment.tags:
+            self.client.set_experiment_tag(experiment.experiment_id, ui_view.TAG, ui_view.tag())
         return str(experiment.experiment_id)
 
     def forget(self) -> None:
@@ -364,10 +349,10 @@ class Store:
         return [run for run in runs if sweep is not False or "sweep" not in run.tags]
 
     def find(self, word: str, sweep: bool | None = False) -> StoredRun:
-        """Return the run that a person means by `last`, an id, or the beginning of just one.
+        """Return the run that is `last`, or has this id or beginning of one, or raise ConfigError.
 
-        Raises ConfigError. sweep: it has to be the parent run of a sweep, or one that trains; None:
-        either, and the last one is then no job of a sweep.
+        sweep: it has to be the parent run of a sweep, or one that trains; None: either, and the
+        last one is then no job of a sweep.
         """
         kind = "sweep" if sweep else "run"
         if not isinstance(word, str):
@@ -414,17 +399,15 @@ class Store:
         raise ConfigError(f"{word}: {text}")
 
     def page(self, word: str | None) -> str:
-        """Return the page of MLflow's UI that shows a run, or the newest run's experiment.
-
-        word: as for `find`; None: the experiment.
-        """
+        """Return the UI's page of a run, as for `find`, or, for None, of the newest experiment."""
         if word is not None:
             run = self.find(word, sweep=None)
-            return view.run_page(run.experiment_id, run.id)
-        if not (runs := self._search(newest=True)):
+            return ui_view.run_page(run.experiment_id, run.id)
+        runs = self._search(newest=True)
+        if not runs:
             return ""
         experiment = self.client.get_experiment(runs[0].experiment_id)
-        return view.list_page(experiment.experiment_id, saved=view.TAG in experiment.tags)
+        return ui_view.list_page(experiment.experiment_id, saved=ui_view.TAG in experiment.tags)
 
     def has(self, run_id: str, artifact: str) -> bool:
         """Return whether a run has an artifact of this name, at the top."""
