@@ -145,10 +145,8 @@ def _record_numbers(parent: RunWriter, summary: Report) -> None:
         "jobs/not_finished": len(summary.jobs) - finished,
     }
     if (chosen := summary.chosen) is not None:
-        accuracies = {
-            "best/val_accuracy": chosen.val_accuracy, "test/accuracy": chosen.test_accuracy
-        }  # fmt: skip
-        for key, accuracy in accuracies.items():
+        val, test = chosen.val_accuracy, chosen.test_accuracy
+        for key, accuracy in (("best/val_accuracy", val), ("test/accuracy", test)):
             if accuracy is not None:
                 values[key] = round(accuracy.mean, 10)  # 0.918, and not 0.9179999999999999
                 values[f"{key}_n"] = accuracy.n
@@ -251,8 +249,8 @@ def _options(choices: Mapping[str, str | None], config: DictConfig) -> dict[str,
     except ConfigError:  # of a --config-dir, or of other code than today's
         return dict.fromkeys(options)
 
-    def keeps_deleted(group: str) -> bool:
+    def adds_no_key(group: str) -> bool:
         keys, run_keys = ({key for key, _ in leaves(c[group])} for c in (composed, config))
         return keys <= run_keys
 
-    return {g: option if option and keeps_deleted(g) else None for g, option in options.items()}
+    return {g: option if option and adds_no_key(g) else None for g, option in options.items()}

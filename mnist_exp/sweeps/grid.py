@@ -99,7 +99,7 @@ def raise_if_invalid(job: SweepJob, settings: SweepConfig) -> None:
 def expand(overrides: Sequence[Override], settings: SweepConfig) -> list[SweepJob]:
     """Return every combination of what is swept, as jobs that are not composed yet.
 
-    Raises ConfigError if there is none, or there are too many.
+    Raise ConfigError if there is none, or there are too many.
     """
     swept = {o.get_key_element(): o for o in overrides if o.is_sweep_override()}
     if not swept:

@@ -76,7 +76,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """Return the list that a folder holds. Raises ConfigError if it is missing or damaged."""
+        """Return the list that a folder holds. Raise ConfigError if it is missing or damaged."""
         try:
             saved = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             jobs, ended = [], {}
@@ -105,7 +105,7 @@ class Manifest:
 
     @staticmethod
     def load_configs(folder: Path) -> list[SweepJob]:
-        """Return the jobs that `save_configs` wrote. Raises ConfigError if that cannot be read."""
+        """Return the jobs that `save_configs` wrote. Raise ConfigError if that cannot be read."""
         try:
             saved = json.loads((folder / CONFIGS).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

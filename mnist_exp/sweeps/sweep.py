@@ -243,30 +243,26 @@ def _check_launcher_options(launcher: DictConfig) -> None:
 def check(jobs: Sequence[SweepJob], settings: SweepConfig) -> None:
     """Build what every job asks for, and note the problem of those that cannot be run.
 
-    Raises ConfigError for the first of those, unless they are to be skipped.
+    Raise ConfigError for the first of those, unless they are to be skipped.
     """
     first_with: dict[str, SweepJob] = {}  # identity of a config -> job
     places = set()
     for job in jobs:
+        try:
+            job.checked = None if job.problem else check_job(job)
+        except ConfigError as error:
+            job.problem = str(error)
         if not job.problem:
-            try:
-                job.checked = check_job(job)
-            except ConfigError as error:
-                job.problem = str(error)
-            else:
-                tracking = job.run.config.tracking
-                uri = store_uri(tracking.uri, paths.output_root())
-                places.add((uri, tracking.experiment))
-                if len(places) > 1:
-                    raise ConfigError(
-                        f"{job.describe()}: tracking.uri and tracking.experiment cannot be swept: "
-                        f"a sweep is one object, in one experiment"
-                    )
-                twin = first_with.setdefault(identity(job.run.task_config), job)
-                if twin is not job:
-                    job.problem = (
-                        f"the same as {twin.describe()}; its result would be the same as well"
-                    )
+            tracking = job.run.config.tracking
+            places.add((store_uri(tracking.uri, paths.output_root()), tracking.experiment))
+            if len(places) > 1:
+                raise ConfigError(
+                    f"{job.describe()}: tracking.uri and tracking.experiment cannot be swept: "
+                    f"a sweep is one object, in one experiment"
+                )
+            twin = first_with.setdefault(identity(job.run.task_config), job)
+            if twin is not job:
+                job.problem = f"the same as {twin.describe()}; its result would be the same as well"
         raise_if_invalid(job, settings)
 
 
@@ -288,7 +284,7 @@ def _check_unchanged(jobs: Sequence[SweepJob], setup: SweepSetup) -> None:
 def _choose_folders(master: DictConfig, jobs: Sequence[SweepJob]) -> Path:
     """Return the sweep's folder, and give each job its own in there; create none.
 
-    Raises ConfigError for a folder that cannot be made, and for one that two jobs would share.
+    Raise ConfigError for a folder that cannot be made, and for one that two jobs would share.
     """
     name = str(master.hydra.sweep.dir)
     if not name.strip():
@@ -324,7 +320,7 @@ def _choose_folder(sweep: Path, job: SweepJob) -> Path:
 
 
 def _make_folder(master: DictConfig, folder: Path, manifest: Manifest) -> None:
-    """Create the sweep's folder, with the files that list its jobs. Raises ConfigError."""
+    """Create the sweep's folder, with the files that list its jobs. Raise ConfigError."""
     was_there = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
