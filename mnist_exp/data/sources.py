@@ -65,71 +65,51 @@ class DatasetSpec:
         return ("gzip.zip",) if self.kind == "EMNIST" else self.files
 
 
+def _spec(kind: str, classes: Sequence[str], files: tuple[str, ...], **more: Any) -> DatasetSpec:
+    """Return a data set with its digests from sha256.txt.
+
+    Those of MNIST's unpacked files are published with its canonical distribution
+    (mnist/README.md), those of the archives by tensorflow/datasets in
+    tensorflow_datasets/url_checksums/*.txt.
+    """
+    lines = Path(__file__).with_name("sha256.txt").read_text().splitlines()
+    digests = tuple(line.split()[0] for line in lines if line.split()[1].startswith(f"{kind}/"))
+    return DatasetSpec(kind, tuple(classes), files, digests, **more)
+
+
 def _files(train: str, test: str, labels: str = "labels-idx1-ubyte") -> tuple[str, ...]:
     contents = ("images-idx3-ubyte", labels)
     return tuple(f"{part}-{content}.gz" for part in (train, test) for content in contents)
 
 
-def _emnist(part: str, classes: str, first_label: int = 0) -> DatasetSpec:
+def _emnist(part: str, classes: str, **more: Any) -> DatasetSpec:
     files = _files(f"gzip/emnist-{part}-train", f"gzip/emnist-{part}-test")
-    sha256 = ("fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",)
-    return DatasetSpec("EMNIST", tuple(classes), files, sha256, first_label=first_label)
+    return _spec("EMNIST", classes, files, **more)
 
 
-# The digests of MNIST are published with its canonical distribution (mnist/README.md), those of the
-# archives by tensorflow/datasets in tensorflow_datasets/url_checksums/*.txt.
+_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
+            "Bag", "Ankle boot")  # fmt: skip
 DATASETS = {
-    "mnist": DatasetSpec(
+    "mnist": _spec(
         "MNIST",
-        tuple(string.digits),
+        string.digits,
         _files("train", "t10k"),
-        (
-            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-        ),
         digest="b2d8f5bf39174ee5ffeefa97e42d673c35432b411bb5d1f74fbbeddae7f1690a",
     ),
-    "fashion_mnist": DatasetSpec(
-        "FashionMNIST",
-        (
-            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-        ),
-        _files("train", "t10k"),
-        (
-            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-        ),
-    ),
-    "kmnist": DatasetSpec(
+    "fashion_mnist": _spec("FashionMNIST", _FASHION, _files("train", "t10k")),
+    "kmnist": _spec(
         "KMNIST",
-        ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+        ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"],
         _files("train", "t10k"),
-        (
-            "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
-            "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
-            "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
-            "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c",
-        ),
     ),
-    "qmnist": DatasetSpec(
+    "qmnist": _spec(
         "QMNIST",
-        tuple(string.digits),
+        string.digits,
         _files("qmnist-train", "qmnist-test", "labels-idx2-int"),
-        (
-            "9e26a7bf1683614e065d7b76460ccd52807165b3f22561fb782bd9f38c52b51d",
-            "2c05dc77f6b916b38e455e97ab129a42a444f3dbef09b278a366f82904e0dd9f",
-            "43fc22bf7498b8fc98de98369d72f752d0deabc280a43a7bcc364ab19e57b375",
-            "9fbcbe594c3766fdf4f0b15c5165dc0d1e57ac604e01422608bb72c906030d06",
-        ),
         labels=QMNIST_LABELS,
     ),
     "emnist_letters": _emnist("letters", string.ascii_uppercase, first_label=1),
-    # Lower-case letters that look like their capitals are one class with them.
+    # lower-case letters that look like their capitals are one class with them
     "emnist_balanced": _emnist("balanced", string.digits + string.ascii_uppercase + "abdefghnqrt"),
     "emnist_digits": _emnist("digits", string.digits),
 }
