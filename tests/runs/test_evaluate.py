@@ -1,6 +1,5 @@
 """Saved models on the official test set: exact numbers, their figures, and ensembles."""
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,56 +25,12 @@ from mnist_exp.runs.recorder import Result
 from mnist_exp.runs.train import train
 from mnist_exp.sweeps.ensemble import Ensemble
 from mnist_exp.sweeps.sweep import SweepResult
-from mnist_exp.training import metrics
 from tests.helpers import Interrupting, config_on_record, write_idx
 
 SMALL = [
     *("debug=fast", "training.compile=never", "training.threads=1", "training.device=cpu"),
     "tracking.image_every=100",
 ]
-
-
-# metrics
-
-
-@pytest.mark.parametrize(
-    "correct, seen, low, high",
-    [  # Newcombe, "Two-sided confidence intervals for the single proportion" (1998), table I
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson(correct: int, seen: int, low: float, high: float) -> None:
-    assert metrics.wilson(correct, seen) == pytest.approx((low, high), abs=5e-5)
-    assert metrics.wilson(seen - correct, seen) == pytest.approx((1 - high, 1 - low), abs=5e-5)
-
-
-def test_class_scores() -> None:
-    counts = np.array([[8, 2, 0, 0], [1, 4, 0, 0], [5, 0, 0, 0], [0, 0, 0, 0]])
-    first, second, missed, absent = metrics.class_scores(counts)
-    assert (first.precision, first.recall, first.images) == (8 / 14, 0.8, 10)
-    assert first.f1 == pytest.approx(2 / (14 / 8 + 1 / 0.8))
-    assert (second.precision, second.recall) == (4 / 6, 0.8)
-    assert math.isnan(missed.precision) and (missed.recall, missed.f1) == (0, 0)
-    assert math.isnan(absent.recall) and math.isnan(absent.f1) and absent.images == 0
-
-
-def test_calibration() -> None:
-    confidence = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
-    correct = torch.tensor([True, True, True, False, True, False])
-    found = metrics.calibration(confidence, correct, bins=10)
-    assert found.counts.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 4]
-    assert found.accuracy[[5, 9]].tolist() == [0.5, 0.75]
-    assert found.confidence[[5, 9]] == pytest.approx([0.55, 0.95], abs=1e-6)
-    assert np.isnan(found.accuracy[0])
-    assert found.error == pytest.approx((2 * 0.05 + 4 * 0.2) / 6, abs=1e-6)
-
-
-def test_calibration_at_the_edges() -> None:
-    found = metrics.calibration(torch.tensor([0.0, 0.5, 1.0]), torch.ones(3) > 0, bins=2)
-    assert found.counts.tolist() == [2, 1]
 
 
 # of a run

@@ -1,0 +1,165 @@
+"""What the tests of the core share: small models, a short way to train them, a plain loop."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from mnist_exp.data.dataset import Dataset
+from mnist_exp.training import loop as training
+from mnist_exp.training.events import Epoch, Message, Progress, RunSpec
+from mnist_exp.training.models import CNN, MLP
+from mnist_exp.training.schedules import Constant, Schedule
+from mnist_exp.training.stack import Stack
+
+CPU = torch.device("cpu")
+SHAPE, CLASSES = (1, 8, 8), 4
+BATCH = 32
+Build = Callable[[], nn.Module]
+MakeDataset = Callable[..., Dataset]
+Optimizer = type[torch.optim.Optimizer]
+
+
+@dataclass
+class Trained:
+    stack: Stack
+    epochs: list[Epoch]
+    losses: np.ndarray  # [all steps, K]
+    notices: list[str]
+    after: list[dict[str, Tensor]]  # the stack's tensors when each epoch was yielded
+
+
+def fit(
+    build: Build,
+    data: Dataset,
+    runs: Sequence[RunSpec],
+    optimizer: Optimizer = SGD,
+    *,
+    epochs: int = 1,
+    batch_size: int = BATCH,
+    compiled: bool = False,
+) -> Trained:
+    stack = Stack(build, [run.seed for run in runs], CPU)
+    trained = Trained(stack, [], np.zeros((0, len(runs))), [], [])
+    for record in training.fit(
+        stack, data, runs, optimizer, epochs=epochs, batch_size=batch_size, compiled=compiled
+    ):
+        if isinstance(record, Progress):
+            losses = np.full((len(record.losses), len(runs)), np.nan)
+            losses[:, record.active] = record.losses
+            trained.losses = np.concatenate([trained.losses, losses])
+        elif isinstance(record, Message):
+            trained.notices.append(record.text)
+        else:
+            trained.epochs.append(record)
+            trained.after.append(stack.snapshot())
+    return trained
+
+
+def run(
+    seed: int = 0, schedule: Schedule | None = None, smoothing: float = 0.0, **kw: Any
+) -> RunSpec:
+    return RunSpec(seed, {"lr": 0.1, **kw}, schedule or Constant(), smoothing)
+
+
+def plain(
+    module: nn.Module,
+    data: Dataset,
+    run: RunSpec,
+    optimizer: Optimizer,
+    steps: int,
+    *,
+    batch_size: int = BATCH,
+    schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+) -> list[float]:
+    """The same run as anyone would write it; batches are taken in the order of the core's."""
+    updates = optimizer([p for p in module.parameters() if p.requires_grad], **run.optimizer)
+    scheduler = schedule(updates) if schedule else None
+    images = (data.train.images / 255 - data.mean) / data.std
+    count = len(data.train)
+    losses: list[float] = []
+    for epoch in range(steps):
+        order = training._order(run.seed, epoch, count)
+        for start in range(0, count, batch_size):
+            if len(losses) == steps:
+                return losses
+            chosen = order[start : start + batch_size]
+            updates.zero_grad()
+            logits = module(images[chosen])
+            loss = F.cross_entropy(
+                logits, data.train.labels[chosen], label_smoothing=run.label_smoothing
+            )
+            loss.backward()
+            updates.step()
+            if scheduler is not None:
+                scheduler.step()
+            losses.append(loss.item())
+    return losses
+
+
+def seeded(build: Build, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def assert_weights(
+    stack: Stack, k: int, expected: nn.Module | Stack, rtol: float = 1e-4, atol: float = 1e-5
+) -> None:
+    """Parameters and buffers of run k are those of `expected` (a stack: its only run)."""
+    module = expected if isinstance(expected, nn.Module) else expected.model(0)
+    torch.testing.assert_close(
+        stack.model(k).state_dict(), dict(module.state_dict()), rtol=rtol, atol=atol
+    )
+
+
+def assert_equals_alone(
+    together: Trained, k: int, alone: Trained, rtol: float = 1e-4, atol: float = 1e-5
+) -> None:
+    """Losses, metrics (what takes time apart), weights and buffers."""
+    steps = len(alone.losses)
+    np.testing.assert_allclose(together.losses[:steps, k], alone.losses[:, 0], rtol=rtol, atol=atol)
+    for ours, its in zip(together.epochs, alone.epochs, strict=False):
+        assert ours.improved[k] == its.improved[0]
+        assert ours.metrics[k].keys() == its.metrics[0].keys()
+        for name, value in its.metrics[0].items():
+            if name not in ("epoch_seconds", "images_per_second"):
+                assert ours.metrics[k][name] == pytest.approx(value, rel=rtol, abs=atol), name
+    assert_weights(together.stack, k, alone.stack, rtol, atol)
+
+
+def assert_scaled(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Close as measured by a tensor's largest value: what remains where values are huge."""
+    assert tensors.keys() == expected.keys()
+    for name, t in expected.items():
+        scale = t.abs().max().double()
+        torch.testing.assert_close(tensors[name] / scale, t / scale, rtol=1e-3, atol=1e-3)
+
+
+def mlp() -> nn.Module:
+    return MLP(SHAPE, CLASSES, hidden=(16, 8))
+
+
+def dropping_mlp() -> nn.Module:
+    return MLP(SHAPE, CLASSES, hidden=(16, 8), dropout=0.2)
+
+
+def cnn() -> nn.Module:
+    return CNN(SHAPE, CLASSES, channels=(4, 6), hidden=8, dropout=0.25)
+
+
+def batch(size: int, count: int = 24) -> tuple[Tensor, Tensor]:
+    """Images [K, B, 1, 8, 8], labels [K, B]."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, count, *SHAPE, generator=generator)
+    return x, torch.randint(CLASSES, (size, count), generator=generator)
+
+
+def keys(size: int) -> Tensor:
+    return torch.arange(size) + 1

@@ -1,0 +1,91 @@
+"""Metrics: exact over uneven batches, and against published or hand-made numbers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mnist_exp.training import metrics
+from mnist_exp.training.metrics import MetricSums
+from tests.training.helpers import MakeDataset, fit, mlp, run, seeded
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("size", [1, 3])
+def test_metrics_are_exact_over_uneven_batches(
+    size: int, smoothing: float, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of models that stand still: 257 training images in batches of 64, the last of one."""
+    monkeypatch.setattr(metrics, "EVALUATION_BATCH", 32)  # for 70 images 32, 32 and 6
+    data = make_dataset(train=257, val=70)
+    runs = [run(seed, lr=0.0, smoothing=smoothing) for seed in range(size)]
+    trained = fit(mlp, data, runs, batch_size=64)
+    assert trained.losses.shape == (5, size)
+    for k in range(size):
+        module = seeded(mlp, k)
+        found = trained.epochs[0].metrics[k]
+        for split, name, smooth in ((data.train, "train", smoothing), (data.val, "val", 0.0)):
+            assert split is not None
+            logits = module((split.images / 255 - data.mean) / data.std).detach().double()
+            loss = F.cross_entropy(logits, split.labels, label_smoothing=smooth).item()
+            correct = int((logits.argmax(1) == split.labels).sum())
+            assert found[f"{name}/loss"] == pytest.approx(loss, rel=1e-6)
+            assert found[f"{name}/accuracy"] == correct / len(split)
+        # what the mean over batches would have been is another number
+        assert abs(trained.losses[:, k].mean() / found["train/loss"] - 1) > 1e-4
+
+
+def test_sums_keep_what_float32_would_lose() -> None:
+    sums = MetricSums(2)
+    small = np.array([0.1, 0.2], dtype=np.float32)
+    sums.add(np.array([2.0**24, 2.0**24], dtype=np.float32), np.array([1, 2]), 3)
+    for _ in range(1000):
+        sums.add(small, np.array([0, 1]), 1)
+    total = [2**24 + 1000 * float(v) for v in small]
+    means = sums.means("x")
+    assert [m["x/loss"] for m in means] == pytest.approx([t / 1003 for t in total], rel=1e-12)
+    assert [m["x/accuracy"] for m in means] == [1 / 1003, 1002 / 1003]
+
+
+@pytest.mark.parametrize(
+    "correct, seen, low, high",
+    [  # Newcombe, "Two-sided confidence intervals for the single proportion" (1998), table I
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson(correct: int, seen: int, low: float, high: float) -> None:
+    assert metrics.wilson(correct, seen) == pytest.approx((low, high), abs=5e-5)
+    assert metrics.wilson(seen - correct, seen) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_class_scores() -> None:
+    counts = np.array([[8, 2, 0, 0], [1, 4, 0, 0], [5, 0, 0, 0], [0, 0, 0, 0]])
+    first, second, missed, absent = metrics.class_scores(counts)
+    assert (first.precision, first.recall, first.images) == (8 / 14, 0.8, 10)
+    assert first.f1 == pytest.approx(2 / (14 / 8 + 1 / 0.8))
+    assert (second.precision, second.recall) == (4 / 6, 0.8)
+    assert math.isnan(missed.precision) and (missed.recall, missed.f1) == (0, 0)
+    assert math.isnan(absent.recall) and math.isnan(absent.f1) and absent.images == 0
+
+
+def test_calibration() -> None:
+    confidence = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
+    correct = torch.tensor([True, True, True, False, True, False])
+    found = metrics.calibration(confidence, correct, bins=10)
+    assert found.counts.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 4]
+    assert found.accuracy[[5, 9]].tolist() == [0.5, 0.75]
+    assert found.confidence[[5, 9]] == pytest.approx([0.55, 0.95], abs=1e-6)
+    assert np.isnan(found.accuracy[0])
+    assert found.error == pytest.approx((2 * 0.05 + 4 * 0.2) / 6, abs=1e-6)
+
+
+def test_calibration_at_the_edges() -> None:
+    found = metrics.calibration(torch.tensor([0.0, 0.5, 1.0]), torch.ones(3) > 0, bins=2)
+    assert found.counts.tolist() == [2, 1]
