@@ -24,14 +24,8 @@ from typing import TYPE_CHECKING, Any, Self
 from mnist_exp.errors import ConfigError
 from mnist_exp.system import files
 from mnist_exp.system.processes import is_running, process_identity
-from mnist_exp.tracking import journal
+from mnist_exp.tracking import journal, mlflow_internals
 from mnist_exp.tracking.journal import Journal, RunHistory
-from mnist_exp.tracking.mlflow_internals import (
-    LOGGED_IMAGES,
-    THUMBNAIL_PIXELS,
-    image_files,
-    image_stem,
-)
 
 if TYPE_CHECKING:  # every verb looks for runs that were killed, and most have no other use for it
     import numpy as np
@@ -187,17 +181,17 @@ class RunWriter:
 
         folder = self.folder / "images"
         folder.mkdir(exist_ok=True)
-        start = image_stem(key, step)
+        start = mlflow_internals.image_stem(key, step)
         # a resumed run draws what it has drawn before: under the same name it is the same image
         before = [path.stem for path in folder.glob(f"{start}*.png")]
         stem = before[0] if before else f"{start}{time.time_ns() // 1_000_000}+{uuid.uuid4()}"
         image = Image.fromarray(pixels)
-        scale = THUMBNAIL_PIXELS / max(image.size)
+        scale = mlflow_internals.THUMBNAIL_PIXELS / max(image.size)
         small = image.resize((int(image.width * scale), int(image.height * scale)))
-        for name, picture in zip(image_files(stem), (image, small), strict=True):
+        for name, picture in zip(mlflow_internals.image_files(stem), (image, small), strict=True):
             picture.save(folder / name)
             self.artifact(folder / name, "images")
-        self.tags(LOGGED_IMAGES)
+        self.tags(mlflow_internals.LOGGED_IMAGES)
 
     def artifact(self, path: Path, to: str = "") -> None:
         """Record a file in the run's folder, as an artifact in the folder `to`, or at the top.

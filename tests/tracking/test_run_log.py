@@ -18,7 +18,7 @@ from tests.programs import READY, Start, at_once, dead_owner
 DEEP = b"[" * 100_000
 
 
-# burying
+# marking as killed
 
 
 def begun(folder: Path, its_owner: dict[str, Any], kind: str = "begin") -> dict[str, Any]:
@@ -28,7 +28,7 @@ def begun(folder: Path, its_owner: dict[str, Any], kind: str = "begin") -> dict[
     return its_owner
 
 
-def test_bury(tmp_path: Path, start: Start) -> None:
+def test_a_dead_run_is_marked_killed(tmp_path: Path, start: Start) -> None:
     dead = begun(tmp_path, dead_owner(start))
     with (tmp_path / journal.NAME).open("a") as file:
         file.write('{"time": 1')
@@ -39,7 +39,7 @@ def test_bury(tmp_path: Path, start: Start) -> None:
     assert mark_killed(tmp_path, dead, "it died") is False
 
 
-def test_eight_bury_at_once(tmp_path: Path, start: Start) -> None:
+def test_eight_mark_it_at_once(tmp_path: Path, start: Start) -> None:
     dead = begun(tmp_path, dead_owner(start))
     program = "import json\nprint(mark_killed(Path(sys.argv[1]), json.loads(sys.argv[2]), 'died'))"
     words = (tmp_path, json.dumps(dead))
@@ -48,7 +48,7 @@ def test_eight_bury_at_once(tmp_path: Path, start: Start) -> None:
     assert [entry.kind for entry in read(tmp_path)[0]] == ["begin", "epoch", "end"]
 
 
-def test_what_must_not_be_buried(tmp_path: Path, start: Start) -> None:
+def test_what_must_not_be_marked_killed(tmp_path: Path, start: Start) -> None:
     dead, alive = dead_owner(start), process_identity()
     elsewhere = {**dead, "host": "elsewhere"}
     for k, (recorded, asked) in enumerate(
@@ -94,7 +94,7 @@ def test_a_run_that_ends_while_it_is_looked_at(
     assert mark_killed(tmp_path, its_owner, "it died") is False
 
 
-def test_nothing_to_bury(tmp_path: Path, start: Start) -> None:
+def test_nothing_to_mark(tmp_path: Path, start: Start) -> None:
     dead = dead_owner(start)
     for folder in (tmp_path, tmp_path / "nowhere"):
         assert mark_killed(folder, dead, "it died") is False
@@ -106,7 +106,7 @@ def test_nothing_to_bury(tmp_path: Path, start: Start) -> None:
 # the registry of open runs
 
 
-def test_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     open_runs, here = OpenRuns(tmp_path / "not yet" / "open"), process_identity()
     assert open_runs.entries() == []

@@ -107,11 +107,11 @@ def test_delivered_at_every_line(open_runs: OpenRuns, tmp_path: Path) -> None:
     writer = begin(folder, open_runs, store.uri)
     first_part(writer)
     upload_journal(folder, open_runs, store)
-    told = UploadState.of(folder)
+    state = UploadState.of(folder)
     for number in range(1, EPOCHS + 1):
         epoch(writer, number)
         upload_journal(folder, open_runs, store)
-        told.save(folder)  # as it was before
+        state.save(folder)  # as it was before
     last_part(writer)
     UploadState(store.uri, creating=True).save(folder)  # and nothing is known but that it was made
     upload_journal(folder, open_runs, store)
@@ -161,8 +161,8 @@ def test_a_run_that_was_deleted_in_mlflow(open_runs: OpenRuns, tmp_path: Path) -
     store = Store(fresh_store(tmp_path))
     writer = begin(folder, open_runs, store.uri)
     first_part(writer)
-    told = upload_journal(folder, open_runs, store)
-    store.client.delete_run(told.run_id)
+    state = upload_journal(folder, open_runs, store)
+    store.client.delete_run(state.run_id)
     last_part(writer)
     assert upload.sync(open_runs) == (1, {}) and open_runs.entries() == []
 
@@ -240,7 +240,7 @@ def test_eight_writers_on_one_fresh_store(tmp_path: Path) -> None:
     assert eight_writers(tmp_path, f"sqlite:///{tmp_path / 'fresh.db'}") == []
 
 
-def test_the_dead_are_buried_once_and_delivered(open_runs: OpenRuns, tmp_path: Path) -> None:
+def test_the_dead_are_marked_once_and_uploaded(open_runs: OpenRuns, tmp_path: Path) -> None:
     store = Store(fresh_store(tmp_path))
     folder = tmp_path / "run"
     writer = begin(folder, open_runs, store.uri)
@@ -254,15 +254,15 @@ def test_the_dead_are_buried_once_and_delivered(open_runs: OpenRuns, tmp_path: P
             fields = entry.fields | ({"owner": dead} if entry.kind == "begin" else {})
             again.write(entry.kind, **fields)
     open_runs.add(lines[0].fields["key"], folder, dead, "run")
-    buried: list[Any] = []
+    killed: list[Any] = []
     threads = [
-        threading.Thread(target=lambda: buried.extend(mark_dead_runs(open_runs))) for _ in range(4)
+        threading.Thread(target=lambda: killed.extend(mark_dead_runs(open_runs))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(buried) == 1
+    assert len(killed) == 1
     assert upload.sync(open_runs) == (1, {})
     run = store.get(UploadState.of(folder).run_id)
     assert run.status == "KILLED" and "without a word" in run.tags["reason"]
