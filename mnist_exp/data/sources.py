@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from mnist_exp.errors import ConfigError
+from mnist_exp.system.files import replace
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +247,8 @@ def _download(name: str, spec: DatasetSpec, archive: str, sha256: str, folder: P
                     if _sha256(file) != sha256:
                         raise OSError(f"incomplete or altered: its SHA-256 is not {sha256}")
                     os.fsync(file.fileno())  # a power cut must not leave the name without content
-                return Path(partial, archive).replace(path)
+                replace(Path(partial, archive), path)
+                return path
     except (OSError, http.client.HTTPException) as error:
         raise ConfigError(
             f"dataset.name={name}: {archive} is missing and cannot be downloaded from"
