@@ -1,245 +1,221 @@
 """Figures of images: a grid of samples, the weights of a first layer, photos and predictions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mnist_exp.figures.style import (
-    BLUE,
-    DISCREET,
-    INK,
-    ORANGE,
-    SMALL,
-    TEXT,
-    TITLE,
-    Floats,
-    Pixels,
-    _resampled,
-    _scale,
-    canvas,
-    shorten,
-    styled,
-    text_width,
-)
+from mnist_exp.figures import style
+from mnist_exp.figures.style import INK, ORANGE, TEXT, Bytes, Floats, PixelFigure, text_width
 from mnist_exp.formatting import rounded_percent
 
-ROWS, COLUMNS = 5, 6  # of a grid
-PAIRS = 60  # pictures beside what is seen of them
+ROWS, COLUMNS = 5, 6  # of a sample grid
+PAIRS = 60  # photos in a figure of predictions
 UNITS = 64  # of a first layer
 
-# Of a number its sign is a hue and its magnitude a shade.
-BELOW, ABOVE = ("#003350", BLUE), (ORANGE, "#6b2a00")
+# The sign of a number is a hue and its magnitude a shade.
+BELOW, ABOVE = ("#003350", style.BLUE), (ORANGE, "#6b2a00")
 SIGNED = LinearSegmentedColormap.from_list("signed", [*BELOW, "#f5f5f5", *ABOVE])
 
 
+class PredictedPhoto(NamedTuple):
+    """A photo, what the network gets of it, and what it takes it for."""
+
+    name: str
+    original: Bytes  # [H, W, 3]
+    preprocessed: Bytes  # [h, w]
+    ranking: Sequence[tuple[str, float]]  # up to three classes and probabilities, the best first
+
+
+@style.styled()
 def sample_grid(
-    images: npt.NDArray[np.uint8],
+    images: Bytes,
     labels: Sequence[str],
     predicted: Sequence[str] | None = None,
     confidence: Sequence[float] | None = None,
     *,
     title: str,
 ) -> Figure:
-    """Images in reading order, up to 5 rows of 6, each under its label.
+    """Return a figure of images in reading order, up to 5 rows of 6, each under its label.
 
-    images [N, H, W] with N from 1 to 30; labels, predicted and confidence (0 to 1) have N entries.
-    An image whose prediction differs from its label is framed and titled "✗ label → predicted".
-    Raises ValueError for other shapes. Painted as one mosaic, many times faster than an axes for
-    each image: it is wanted after every epoch.
+    Args:
+        images: grey [N, H, W] with N from 1 to 30.
+        labels: the true class of each image.
+        predicted: the predicted class of each; a wrong one is framed and says "✗ true → predicted".
+        confidence: the probability of each prediction, 0 to 1.
+        title: the title of the figure.
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
     count, limit = len(images), ROWS * COLUMNS
     if images.ndim != 3 or images.dtype != np.uint8 or not images.size or count > limit:
         raise ValueError(f"images: {images.dtype} {images.shape}, not uint8 [1..{limit}, H, W]")
-    for name, given in (("labels", labels), ("predicted", predicted), ("confidence", confidence)):
-        if given is not None and len(given) != count:
-            raise ValueError(f"{name}: {len(given)} for {count} images")
-
-    texts = [[shorten(label)] for label in labels]  # the lines over each image
-    wrong, caption, names = [False] * count, "", [*labels]
+    for name, values in (("labels", labels), ("predicted", predicted), ("confidence", confidence)):
+        if values is not None and len(values) != count:
+            raise ValueError(f"{name}: {len(values)} for {count} images")
+    wrong = [a != b for a, b in zip(labels, predicted or labels, strict=True)]
+    texts = _sample_texts(labels, predicted or labels, confidence)
+    notes = []
     if predicted is not None:
-        wrong = [a != b for a, b in zip(labels, predicted, strict=True)]
-        names += predicted
-        caption = f"{count - sum(wrong)} of {count} right" + "; ✗ true → predicted" * any(wrong)
-        for lines, name, is_wrong in zip(texts, predicted, wrong, strict=True):
-            if is_wrong:
-                lines[:] = [f"✗ {lines[0]}", f"→ {shorten(name)}"]
+        notes.append(f"{count - sum(wrong)} of {count} right")
+    if any(wrong):
+        notes[0] += "; ✗ true → predicted"
     if confidence is not None:
-        caption = f"{caption}, confidence" if caption else "confidence"
-        for lines, value in zip(texts, confidence, strict=True):
-            lines.append(f"{lines.pop()}  {value:.0%}" if len(lines) > 1 else f"{value:.0%}")
-    if max(map(len, names)) <= 3:  # short enough for one line
-        texts = [["  ".join(lines).replace("  →", " →")] for lines in texts]
+        notes.append("confidence")
 
     # About 140 pixels wide, each pixel of the image a whole number of the figure's if it can be.
-    tiles = _resampled(images, _scale(images.shape[2], 140))
-    _, high, wide = tiles.shape
-    strip = 14 + 20 * max(map(len, texts))
-    top = 56 if caption else 32
-    across = min(COLUMNS, count)
-    title = shorten(title, 72)
-    needed = (across * (wide + 10) - 10, text_width(title, TITLE), text_width(caption, SMALL))
-    width = 16 + math.ceil(max(needed))
-    height = top + math.ceil(count / across) * (strip + high) + 10
-    widest = max(text_width(line, TEXT) for line in {line for lines in texts for line in lines})
+    tiles = style.resample(images, _scale(images.shape[2], 140))
+    high, wide = tiles.shape[1:3]
+    strip = 14 + 20 * max(1 + text.count("\n") for text in texts)
+    widest = max(text_width(line, TEXT) for line in {*"\n".join(texts).split("\n")})
     size = TEXT * min(1.0, (wide + 4) / max(widest, 1.0))
-    mosaic = np.full((height, width, 4), 255, np.uint8)
-    frame = np.round(np.array(to_rgb(ORANGE)) * 255)
-    with styled():
-        figure = canvas(width, height, title, caption)
-        figure.add_artist(Pixels(mosaic))
-        for i, tile in enumerate(tiles):
-            y, x = top + i // across * (strip + high) + strip, 8 + i % across * (wide + 10)
-            colour = ORANGE if wrong[i] else INK if predicted is None else DISCREET
-            if wrong[i]:
-                mosaic[y - 4 : y + high + 4, x - 4 : x + wide + 4, :3] = frame
-            mosaic[y : y + high, x : x + wide, :3] = tile[..., None]
-            place = ((x + wide / 2) / width, 1 - (y - 10) / height)
-            figure.text(*place, "\n".join(texts[i]), fontsize=size, color=colour, ha="center")
+    across, pitch = min(COLUMNS, count), (wide + 10, strip + high)
+    content = across * pitch[0] - 10, math.ceil(count / across) * pitch[1] + 10
+    figure = PixelFigure(content, title, ", ".join(notes))
+    for i, (x, y) in enumerate(_corners(count, across, pitch, figure.top)):
+        colour = ORANGE if wrong[i] else INK if predicted is None else style.DISCREET
+        figure.paste(tiles[i], x, y + strip, ORANGE if wrong[i] else "", border=4)
+        figure.write(x + wide / 2, y + strip - 10, texts[i], size, colour, ha="center")
     return figure
 
 
-def weights_figure(images: Floats, title: str) -> Figure:
-    """The weights of a first layer, an image for each unit or filter, in reading order.
+def _sample_texts(
+    labels: Sequence[str], predicted: Sequence[str], confidence: Sequence[float] | None
+) -> list[str]:
+    """Return what stands over each image: one line where all names are short enough."""
+    separator = " " if max(map(len, [*labels, *predicted])) <= 3 else "\n"
+    texts = []
+    for i, (label, prediction) in enumerate(zip(labels, predicted, strict=True)):
+        text, is_wrong = style.shorten(label), label != prediction
+        if is_wrong:
+            text = f"✗ {text}{separator}→ {style.shorten(prediction)}"
+        if confidence is not None:
+            text += "  " if is_wrong or separator == " " else "\n"
+            text += f"{confidence[i]:.0%}"
+        texts.append(text)
+    return texts
 
-    images [N, H, W] with N from 1 on, of which the first 64 are shown, 8 in a row at most. A colour
-    means the same weight in all of them: 0 is nearly white, and the scale ends at the greatest
-    magnitude shown. A weight that isn't finite is black. Raises ValueError for other shapes.
+
+@style.styled()
+def weights_figure(weights: Floats, title: str) -> Figure:
+    """Return a figure of the weights of a first layer, an image for each unit or filter.
+
+    Of weights [N, H, W] the first 64 images are shown, 8 in a row at most. A colour means the same
+    weight in all of them: 0 is nearly white, and the scale ends at the greatest magnitude shown. A
+    weight that isn't finite is black. Raises ValueError for another shape.
     """
-    if images.ndim != 3 or not np.issubdtype(images.dtype, np.floating) or not images.size:
-        raise ValueError(f"images: {images.dtype} {images.shape}, not float [1.., H, W]")
-    shown = images[:UNITS]
-    caption = f"the first {UNITS} of {len(images)}" * (len(images) > UNITS)
-    title = shorten(title, 72)
+    if weights.ndim != 3 or not np.issubdtype(weights.dtype, np.floating) or not weights.size:
+        raise ValueError(f"weights: {weights.dtype} {weights.shape}, not float [1.., H, W]")
+    shown = weights[:UNITS]
+    caption = f"the first {UNITS} of {len(weights)}" if len(weights) > UNITS else ""
     most = float(np.abs(shown[np.isfinite(shown)]).max(initial=0.0)) or 1.0
-
-    # In pixels. As square as goes with the fewest gaps in the last row.
-    count = len(shown)
-    fewest = math.ceil(math.sqrt(count))
-    across = min(range(fewest, 9), key=lambda columns: -count % columns)
-    scale = _scale(max(shown.shape[1:]), min(168, max(1, 900 // across)))
-    tiles = _resampled(np.ma.masked_invalid(shown.astype(np.float64)), scale)
-    _, high, wide = tiles.shape
-    top, down = 68 if caption else 44, math.ceil(count / across)
-    side = max(down * (high + 6) - 6, 96)  # of the colour bar too
-    left = 8 + across * (wide + 6)
-    needed = (
-        left + 76 + text_width(f"{-most:.2g}", TEXT),
-        16 + text_width(title, TITLE),
-        16 + text_width(caption, SMALL),
-    )
-    width, height = math.ceil(max(needed)), top + side + 14
-    mosaic = np.full((height, width, 4), 255, np.uint8)
     shades = ScalarMappable(Normalize(-most, most), SIGNED.with_extremes(bad="black"))
-    for i, tile in enumerate(tiles):
-        y, x = top + i // across * (high + 6), 8 + i % across * (wide + 6)
-        mosaic[y : y + high, x : x + wide] = shades.to_rgba(tile, bytes=True)
-    with styled():
-        figure = canvas(width, height, title, caption)
-        figure.add_artist(Pixels(mosaic))
-        long = min(side, 240) / height
-        bar = figure.add_axes(((left + 10) / width, 1 - top / height - long, 14 / width, long))
-        figure.colorbar(shades, bar, ticks=[-most, 0, most], format=lambda at, _: f"{at:.2g}")
-        bar.set_ylabel("weight", labelpad=0)
+
+    # As square as goes with the fewest gaps in the last row.
+    count = len(shown)
+    across = min(range(math.ceil(math.sqrt(count)), 9), key=lambda columns: -count % columns)
+    scale = _scale(max(shown.shape[1:]), min(168, max(1, 900 // across)))
+    tiles = style.resample(np.ma.masked_invalid(shown.astype(np.float64)), scale)
+    pitch = tiles.shape[2] + 6, tiles.shape[1] + 6
+    side = max(math.ceil(count / across) * pitch[1] - 6, 96)  # of the colour bar too
+    width = across * pitch[0] + 68 + text_width(f"{-most:.2g}", TEXT)
+    figure = PixelFigure((width, side + 26), title, caption)
+    for tile, place in zip(tiles, _corners(count, across, pitch, figure.top + 12), strict=True):
+        figure.paste(shades.to_rgba(tile, bytes=True), *place)
+    left = style.EDGE + across * pitch[0] + 10
+    bar = figure.place_axes(left, figure.top + 12, 14, min(side, 240))
+    figure.colorbar(shades, bar, ticks=[-most, 0, most], format=lambda value, _: f"{value:.2g}")
+    bar.set_ylabel("weight", labelpad=0)
     return figure
 
 
-def predictions_figure(
-    given: Sequence[npt.NDArray[np.uint8]],
-    seen: npt.NDArray[np.uint8],
-    texts: Sequence[Sequence[tuple[str, float]]],
-    title: str,
-    names: Sequence[str],
-    of: int = 0,
-) -> Figure:
-    """Pictures beside what the network saw of them, and what it takes them for.
+@style.styled()
+def predictions_figure(photos: Sequence[PredictedPhoto], title: str, total: int = 0) -> Figure:
+    """Return a figure of photos beside what the network sees of them, and what it takes them for.
 
-    given: N pictures [H, W, 3] of any size; seen [N, h, w]; texts: for each picture its most
-    probable classes, up to three, as (class, probability), the best first: that one is large, and
-    orange with a question mark where its probability is below 50 %; names: of the pictures. The
-    first 60 are shown; `of`: how many there are, if these are not all. Raises ValueError for other
-    shapes, and without a picture.
+    The most probable class is large, and orange with a question mark where its probability is below
+    50 %. The first 60 photos are shown; `total` is how many there are, if these are not all. Raises
+    ValueError for other shapes, and without a photo.
     """
-    total = len(given)
-    if seen.ndim != 3 or seen.dtype != np.uint8 or not seen.size or len(seen) != total:
-        raise ValueError(f"seen: {seen.dtype} {seen.shape}, not uint8 [{total}, h, w]")
-    for i, picture in enumerate(given):
-        if picture.dtype != np.uint8 or picture.shape[2:] != (3,) or not picture.size:
-            raise ValueError(f"given[{i}]: {picture.dtype} {picture.shape}, not uint8 [H, W, 3]")
-    for name, own in (("texts", texts), ("names", names)):
-        if len(own) != total:
-            raise ValueError(f"{name}: {len(own)} for {total} pictures")
-    for i, ranked in enumerate(texts):
-        if not 1 <= len(ranked) <= 3:
-            raise ValueError(f"texts[{i}]: {len(ranked)} classes, not 1 to 3")
-    count, title, of = min(total, PAIRS), shorten(title, 72), max(of, total)
-    doubtful = [ranked[0][1] < 0.5 for ranked in texts[:count]]
-    caption = "given → as the network sees it" + "; ?: below 50%" * any(doubtful)
-    caption += f"; the first {count} of {of}" * (count < of)
-    # Of each picture the class, large, and under it its probability and the next classes.
+    _check_photos(photos)
+    shown, total = photos[:PAIRS], max(total, len(photos))
+    doubtful = [photo.ranking[0][1] < 0.5 for photo in shown]
+    notes = ["given → as the network sees it"]
+    if any(doubtful):
+        notes.append("?: below 50%")
+    if len(shown) < total:
+        notes.append(f"the first {len(shown)} of {total}")
+    classes = [style.shorten(photo.ranking[0][0]) for photo in shown]
     classes = [
-        shorten(ranked[0][0]) + " ?" * is_doubtful
-        for ranked, is_doubtful in zip(texts, doubtful, strict=False)
+        f"{name} ?" if doubt else name for name, doubt in zip(classes, doubtful, strict=True)
     ]
-    below = [
-        [
-            rounded_percent(ranked[0][1]),
-            *(f"{shorten(name)}  {rounded_percent(value)}" for name, value in ranked[1:]),
-        ]
-        for ranked in texts[:count]
-    ]
+    below = []  # of each photo: the probability, and the next classes
+    for (_, share), *others in (photo.ranking for photo in shown):
+        lines = [f"{style.shorten(name)}  {rounded_percent(share)}" for name, share in others]
+        below.append([rounded_percent(share), *lines])
 
-    # In pixels: two boxes and the text beside them, the pairs apart, 3 in a row.
+    # Two boxes and the text beside them; the pairs apart, 3 in a row.
     box, arrow, gap = 112, 26, 10
     large = min(18.0, 18.0 * 150 / max(1.0, *(text_width(name, 18.0) for name in classes)))
-    room = max(text_width(name, large) for name in classes)
-    room = math.ceil(max(room, *(text_width(line, TEXT) for lines in below for line in lines)))
-    step, down = 2 * box + arrow + gap + room + 28, box + 40
-    across, top = min(3, count), 86
-    needed = across * step - 28, text_width(title, TITLE), text_width(caption, SMALL)
-    width = 16 + math.ceil(max(needed))
-    height = top + math.ceil(count / across) * down - 30
-    mosaic = np.full((height, width, 4), 255, np.uint8)
-    with styled():
-        figure = canvas(width, height, title, caption)
-        figure.add_artist(Pixels(mosaic))
-        for i in range(count):
-            y, x = top + i // across * down, 8 + i % across * step
-            _paste(mosaic, _boxed(given[i], box), y, x, box)
-            _paste(mosaic, _boxed(seen[i], box)[..., None], y, x + box + arrow, box)
-            colour = ORANGE if doubtful[i] else INK
-            for text, size, ink, right, lower in (
-                (shorten(names[i], 32), SMALL, DISCREET, 0, -6),
-                ("→", TITLE, DISCREET, box + 5, 64),
-                (classes[i], large, colour, 2 * box + arrow + gap, 34),
-                (below[i][0], TEXT, colour, 2 * box + arrow + gap, 58),
-                ("\n".join(below[i][1:]), SMALL, DISCREET, 2 * box + arrow + gap, 110),
-            ):
-                place = (x + right) / width, 1 - (y + lower) / height
-                figure.text(*place, text, fontsize=size, color=ink)
+    widths = [text_width(line, TEXT) for lines in below for line in lines]
+    widths += [text_width(name, large) for name in classes]
+    across = min(3, len(shown))
+    pitch = 2 * box + arrow + gap + math.ceil(max(widths)) + 28, box + 40
+    content = across * pitch[0] - 28, math.ceil(len(shown) / across) * pitch[1]
+    figure = PixelFigure(content, title, "; ".join(notes))
+    for i, (x, y) in enumerate(_corners(len(shown), across, pitch, figure.top + 30)):
+        _paste_boxed(figure, shown[i].original, x, y, box)
+        _paste_boxed(figure, shown[i].preprocessed, x + box + arrow, y, box)
+        colour, right = ORANGE if doubtful[i] else INK, x + 2 * box + arrow + gap
+        figure.write(x, y - 6, style.shorten(shown[i].name, 32), style.SMALL, style.DISCREET)
+        figure.write(x + box + 5, y + 64, "→", style.TITLE, style.DISCREET)
+        figure.write(right, y + 34, classes[i], large, colour)
+        figure.write(right, y + 58, below[i][0], TEXT, colour)
+        figure.write(right, y + 110, "\n".join(below[i][1:]), style.SMALL, style.DISCREET)
     return figure
 
 
-def _boxed(picture: npt.NDArray[np.uint8], box: int) -> npt.NDArray[np.uint8]:
-    """[H, W, ...] as large as the box allows: pixels repeated, or averaged if it is larger."""
-    scale = box / max(picture.shape[:2])
+def _check_photos(photos: Sequence[PredictedPhoto]) -> None:
+    if not photos:
+        raise ValueError("photos: none, not 1 or more")
+    for i, (_, original, preprocessed, ranking) in enumerate(photos):
+        for name, image, shape, fits in (
+            ("original", original, "[H, W, 3]", original.shape[2:] == (3,)),
+            ("preprocessed", preprocessed, "[h, w]", preprocessed.ndim == 2),
+        ):
+            if image.dtype != np.uint8 or not image.size or not fits:
+                found = f"{image.dtype} {image.shape}"
+                raise ValueError(f"photos[{i}].{name}: {found}, not uint8 {shape}")
+        if not 1 <= len(ranking) <= 3:
+            raise ValueError(f"photos[{i}].ranking: {len(ranking)} classes, not 1 to 3")
+
+
+def _scale(side: int, wanted: int) -> float:
+    """Return the scale that makes a side about as long as wanted: whole if it can be."""
+    return max(1, wanted // side) if side <= 1.43 * wanted else wanted / side
+
+
+def _corners(
+    count: int, across: int, pitch: tuple[int, int], top: int
+) -> Iterator[tuple[int, int]]:
+    """Yield x and y of so many places in reading order, `across` of them in a row."""
+    for i in range(count):
+        yield style.EDGE + i % across * pitch[0], top + i // across * pitch[1]
+
+
+def _paste_boxed(figure: PixelFigure, image: Bytes, x: int, y: int, box: int) -> None:
+    """Paint an image into the middle of a box, as large as goes, in a frame: paper may be white."""
+    scale = box / max(image.shape[:2])
     if scale >= 1:
-        tile: npt.NDArray[np.uint8] = _resampled(picture[None], int(scale))[0]
-        return tile
-    high, wide = (max(1, round(side * scale)) for side in picture.shape[:2])
-    return np.asarray(Image.fromarray(picture).resize((wide, high), Image.Resampling.BOX))
-
-
-def _paste(
-    mosaic: npt.NDArray[np.uint8], tile: npt.NDArray[np.uint8], y: int, x: int, box: int
-) -> None:
-    """Paints a tile [h, w, 1 or 3] into the middle of a box, in a frame: paper may be white."""
+        tile = style.resample(image[None], int(scale))[0]
+    else:  # each pixel is the mean of those it stands for, so that no thin line is lost
+        high, wide = (max(1, round(side * scale)) for side in image.shape[:2])
+        tile = np.asarray(Image.fromarray(image).resize((wide, high), Image.Resampling.BOX))
     high, wide = tile.shape[:2]
-    y, x = y + (box - high) // 2, x + (box - wide) // 2
-    mosaic[y - 1 : y + high + 1, x - 1 : x + wide + 1, :3] = 187
-    mosaic[y : y + high, x : x + wide, :3] = tile
+    figure.paste(tile, x + (box - wide) // 2, y + (box - high) // 2, "#bbbbbb", border=1)

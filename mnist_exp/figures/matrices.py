@@ -6,107 +6,120 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mnist_exp.figures.style import (
-    DISCREET,
-    DPI,
-    INK,
-    ORANGE,
-    RANKED,
-    SMALL,
-    TEXT,
-    TITLE,
-    Floats,
-    canvas,
-    lowest_worth_showing,
-    percent,
-    shorten,
-    styled,
-    text_width,
-)
+from mnist_exp.figures import style
+from mnist_exp.figures.style import INK, ORANGE, TEXT, Floats, PixelFigure, text_width
 from mnist_exp.formatting import rounded_percent, shortest_number
 
 # Errors and hits have a hue each, so that a strong diagonal can't drown the errors.
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#f5f5f5", "#f6b26b", ORANGE, "#7a2e00"])
 HITS = LinearSegmentedColormap.from_list("hits", ["#f5f5f5", "#a6cfe8"])
 
+_Text = tuple[tuple[int, int], float, str, float]  # its cell, off the middle, itself, its points
 
+
+class _Axis:
+    """One axis of a matrix: values at [N] ticks, whose cells are between [N + 1] edges."""
+
+    def __init__(
+        self, label: str, names: Sequence[str], ticks: Floats, edges: Floats, length: float
+    ) -> None:
+        self.label, self.names, self.ticks, self.edges = label, names, ticks, edges
+        self.length, self.unit = length, length / (edges[-1] - edges[0])  # in pixels
+        self.size = min(TEXT, 0.4 * self.unit)  # of the names, in points
+        self.widths = np.array([text_width(name, self.size) for name in names])
+
+
+def _draw_matrix(
+    figure: PixelFigure, x: _Axis, y: _Axis, cells: Floats, texts: Sequence[_Text], **options: Any
+) -> tuple[Axes, QuadMesh]:
+    """Draw a matrix with texts in its cells, light or dark, whichever is easier to read there.
+
+    The cells are numbers [rows, columns], which the options map to colours, or colours themselves.
+    """
+    axes = figure.place_axes(y.widths.max() + 48, figure.top + 28, x.length, y.length)
+    mesh = axes.pcolormesh(x.edges, y.edges, cells, edgecolors="white", linewidth=0.5, **options)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel=x.label, ylabel=y.label)
+    axes.set_xticks(x.ticks, x.names, fontsize=x.size)
+    axes.set_yticks(y.ticks, y.names, fontsize=y.size)
+    axes.tick_params(length=3, labelcolor=INK)
+    luminance = mesh.to_rgba(cells)[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722)
+    for (row, column), shift, text, size in texts:
+        place = x.edges[column : column + 2].mean(), y.edges[row : row + 2].mean() + shift
+        colour = "white" if luminance[row, column] < 0.2 else INK  # at 0.2, both contrast alike
+        va = "center" if options else "center_baseline"
+        axes.text(*place, text, fontsize=size, color=colour, ha="center", va=va)
+    return axes, mesh
+
+
+@style.styled()
 def confusion_matrix(
     counts: npt.NDArray[np.integer[Any]], classes: Sequence[str], title: str
 ) -> Figure:
-    """How often each true class (row) was taken for each class (column): counts [C, C].
+    """Return a figure of how often each true class (row) was taken for each class (column).
 
-    A cell's shade is its share of the row: errors in orange, by the cube root, so that 1 in 1000
-    is seen already; the diagonal in pale blue. Shades mean the same in every figure. Up to 13
-    classes, the share is also written, under the count. A number is left out where it doesn't fit
-    and, from 20 classes on, for errors below 1 % of the row. At the right edge is the row's recall.
-    Raises ValueError if the shapes don't fit.
+    A cell's shade is its share of the row: errors in orange, by the cube root, so that 1 in 1000 is
+    seen already; the diagonal in pale blue. Shades mean the same in every figure. Up to 13 classes,
+    the share is also written, under the count. A number is left out where it doesn't fit and, from
+    20 classes on, for errors below 1 % of the row. At the right edge is the row's recall.
+
+    Raises:
+        ValueError: the counts are not [C, C] for C classes.
     """
     number = len(classes)
     if not number or counts.shape != (number, number):
         raise ValueError(f"counts: {counts.shape} for {number} classes, not [C, C]")
     totals, hits = counts.sum(1), counts.diagonal()
-    share = counts / np.maximum(totals, 1)[:, None]
-    diagonal = np.eye(number, dtype=bool)
-    colours = np.where(diagonal[..., None], HITS(share), ERRORS(np.cbrt(share)))
-    title = shorten(title, 72)
-    caption = f"{hits.sum() / max(1, totals.sum()):.2%} right, {hits.sum()} of {totals.sum()}"
-
-    # In pixels: a cell, then around the matrix what the text needs.
-    cell = min(72, max(22, 800 // number))
+    shares = counts / np.maximum(totals, 1)[:, None]
+    is_hit = np.eye(number, dtype=bool)
+    colours = np.where(is_hit[..., None], HITS(shares), ERRORS(np.cbrt(shares)))
+    cell = min(72, max(22, 800 // number))  # pixels
     has_shares = cell >= 60
-    caption += "; " + "count and " * has_shares + "shade: " * (not has_shares)
-    caption += "share of the true class"
-    size, count_size = min(TEXT, 0.4 * cell), min(TEXT, 0.27 * cell)
-    names = [shorten(name) for name in classes]
-    widest, line = max(text_width(name, size) for name in names), size * DPI / 72
+    caption = f"{hits.sum() / max(1, totals.sum()):.2%} right, {hits.sum()} of {totals.sum()}; "
+    caption += f"{'count and' if has_shares else 'shade:'} share of the true class"
+
+    names, centres = [style.shorten(name) for name in classes], np.arange(number, dtype=float)
+    x, y = (
+        _Axis(label, names, centres, np.arange(number + 1) - 0.5, cell * number)
+        for label in ("predicted", "true")
+    )
+    widest, line = x.widths.max(), x.size * style.DPI / 72
     angle, below = (0, line) if widest < 0.9 * cell else (90, widest)
     if angle and cell >= 40:
         angle, below = 45, 0.71 * (widest + line)
-    left, top, side = widest + 48, 84, cell * number
-    matrix = left + side + text_width(">99.9%", size) + 6
-    width = 16 + math.ceil(max(matrix, text_width(title, TITLE), text_width(caption, SMALL)))
-    height = math.ceil(top + side + below + 46)
-    fits = 0.96 * cell / text_width("0", count_size)  # digits
-    with styled():
-        figure = canvas(width, height, title, caption)
-        bottom = 1 - (top + side) / height
-        axes = figure.add_axes((left / width, bottom, side / width, side / height))
-        centres = np.arange(number)
-        axes.pcolormesh(centres, centres, colours, edgecolors="white", linewidth=0.5)
-        axes.invert_yaxis()
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0, labelsize=size, labelcolor=INK)
-        axes.set(xlabel="predicted", ylabel="true")
-        axes.set_yticks(centres, names)
-        axes.set_xticks(centres, names, rotation=angle, rotation_mode="anchor")
-        for label in axes.get_xticklabels():
-            label.set(ha="right" if angle else "center", va="center" if angle == 90 else "top")
-        middle: Any = {"va": "center_baseline"}
-        worth = (counts > 0) & (diagonal | (share >= 0.01) | (number < 20))
-        for row, column in np.argwhere(worth):
-            text = str(counts[row, column])
-            if len(text) <= fits:
-                colour = "white" if colours[row, column, 2] < 0.25 else INK
-                place: Any = {"fontsize": count_size, "ha": "center", "color": colour}
-                axes.text(column, row - 0.16 * has_shares, text, **place, **middle)
-                if has_shares:
-                    place["fontsize"] = 0.85 * count_size
-                    axes.text(
-                        column, row + 0.2, rounded_percent(share[row, column]), **place, **middle
-                    )
-        edge = number - 0.5 + 10 / cell
-        aside: Any = {"fontsize": size, "color": DISCREET}
-        axes.text(edge, -0.5 - 6 / cell, "recall", **aside)
-        for row in range(number):
-            recall = rounded_percent(share[row, row]) if totals[row] else "-"
-            axes.text(edge, row, recall, **aside, **middle)
+    size = min(TEXT, 0.27 * cell)
+    fits = 0.96 * cell / text_width("0", size)  # digits
+    texts: list[_Text] = []
+    for place in np.argwhere((counts > 0) & (is_hit | (shares >= 0.01) | (number < 20))):
+        row, column = place.tolist()
+        count = str(counts[row, column])
+        if len(count) <= fits:
+            texts.append(((row, column), -0.16 if has_shares else 0, count, size))
+        if len(count) <= fits and has_shares:
+            texts.append(((row, column), 0.2, rounded_percent(shares[row, column]), 0.85 * size))
+    width = widest + 48 + x.length + text_width(">99.9%", x.size) + 6
+    figure = PixelFigure((width, 28 + y.length + below + 46), title, caption)
+    axes, _ = _draw_matrix(figure, x, y, colours, texts)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    across, up = "right" if angle else "center", "center" if angle == 90 else "top"
+    for label in axes.get_xticklabels():
+        label.set(rotation=angle, rotation_mode="anchor", ha=across, va=up)
+    edge, aside = number - 0.5 + 10 / cell, {"size": x.size, "color": style.DISCREET}
+    axes.text(edge, -0.5 - 6 / cell, "recall", fontdict=aside)
+    for row in range(number):
+        recall = rounded_percent(shares[row, row]) if totals[row] else "-"
+        axes.text(edge, row, recall, fontdict=aside, va="center_baseline")
     return figure
 
 
+@style.styled()
 def heat_map(
     x: tuple[str, Sequence[float]],
     y: tuple[str, Sequence[float]],
@@ -116,104 +129,97 @@ def heat_map(
     title: str,
     caption: str = "",
 ) -> Figure:
-    """Validation accuracy over two swept numbers, a cell for each pair of their values.
+    """Return a figure of validation accuracy over two swept numbers, a cell for each pair.
 
-    x and y are (name, values), the values ascending; mean [len(y), len(x)] is from 0 to 1, nan
-    where there is no result; std, of the same shape, is written in percentage points where it is
-    finite. Row 0 is at the bottom. chosen is the (row, column) to outline. An axis is linear or
-    logarithmic, whichever spaces its values more evenly; where neither is legible, the cells are
-    equally wide and its label says "not to scale". Colours span the results, but for those far
-    below the others. Numbers are left out if they don't fit. Raises ValueError for values that
-    don't ascend, and if the shapes don't fit.
+    An axis is linear or logarithmic, whichever spaces its values more evenly; where neither is
+    legible, the cells are equally wide and its label says "not to scale". Colours span the results,
+    but for those far below the others. Numbers are left out if they don't fit. Raises ValueError
+    for values that don't ascend, and for shapes that don't fit.
+
+    Args:
+        x: the name and the ascending values of the columns.
+        y: the same of the rows, of which the first is at the bottom.
+        mean: [rows, columns] from 0 to 1; nan where there is no result.
+        std: of the same shape; written in percentage points where it is finite.
+        chosen: the row and column to outline.
+        title: the title of the figure.
+        caption: what the line under it begins with.
     """
     shape = len(y[1]), len(x[1])
-    for what, given in (("mean", mean), ("std", std)):
-        if given is not None and given.shape != shape:
-            raise ValueError(f"{what}: {given.shape}, not {shape} as the values of y and x")
-    if chosen is not None and not (0 <= chosen[0] < shape[0] and 0 <= chosen[1] < shape[1]):
+    for name, array in (("mean", mean), ("std", std)):
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name}: {array.shape}, not {shape} as the values of y and x")
+    if chosen is not None and chosen not in np.ndindex(shape):
         raise ValueError(f"chosen: {chosen} is no (row, column) of {shape}")
-    x_ticks, x_edges, x_name = _swept(*x)
-    y_ticks, y_edges, y_name = _swept(*y)
-    finite = np.isfinite(mean)
-    texts = {}
-    for row, column in np.argwhere(finite):
-        texts[row, column] = f"{mean[row, column]:.2%}"
-        if std is not None and np.isfinite(std[row, column]):
-            texts[row, column] += f"\n± {100 * std[row, column]:.2f}"
-    results = mean[finite] if texts else np.array([0.0, 1.0])
-    low, high = lowest_worth_showing(results), results.max()
-    caption += "; outlined: chosen" * (chosen is not None)
-    caption += "; hatched: no result" * (not finite.all())
-    title, caption = shorten(title, 72), shorten(caption.removeprefix("; "), 110)
+    columns, rows, missing = _swept_axis(*x, most=88), _swept_axis(*y, most=60), np.isnan(mean)
+    results = np.array([0.0, 1.0]) if missing.all() else mean[~missing]
+    low, high = style.lowest_worth_showing(results), results.max()
+    notes = [caption] if caption else []
+    notes += ["outlined: chosen"] if chosen is not None else []
+    notes += ["hatched: no result"] if missing.any() else []
 
-    # In pixels: the sides of the map and its smallest cell, then around it what the text needs.
-    sides, rooms = [], []
-    for edges, name, most in ((x_edges, x_name, 88), (y_edges, y_name, 60)):
-        span = edges[-1]  # in smallest distances of two values
-        sides.append(max(200.0, span * min(most, max(22, 960 / span)), text_width(name, TEXT) - 40))
-        rooms.append(sides[-1] / span)
-    (across, up), (wide, tall) = sides, rooms
-    lines = {line for text in texts.values() for line in text.split("\n")}
-    widest = max((text_width(line, TEXT) for line in lines), default=1.0)
-    deepest = (2 if any("\n" in text for text in texts.values()) else 1) * 1.25 * TEXT * DPI / 72
-    size = TEXT * min(1.0, 0.92 * wide / widest, 0.92 * tall / deepest)
-    x_names, y_names = ([shortest_number(value) for value in values] for _, values in (x, y))
-    x_size, y_size = (min(TEXT, 0.4 * room) for room in rooms)
-    widths = np.array([text_width(name, x_size) for name in x_names])
-    apart = (widths[1:] + widths[:-1]) / 2 + 8 < np.diff(x_ticks) * wide
-    angle, below = (0, 18) if apart.all() else (90, widths.max())
-    left, top = max(text_width(name, y_size) for name in y_names) + 48, 84 if caption else 60
-    needed = left + across + 150, text_width(title, TITLE), text_width(caption, SMALL)
-    width, height = 16 + math.ceil(max(needed)), math.ceil(top + up + below + 50)
-    with styled():
-        figure = canvas(width, height, title, caption)
-        bottom = 1 - (top + up) / height
-        axes = figure.add_axes((left / width, bottom, across / width, up / height))
-        style: Any = {"cmap": RANKED, "vmin": low, "vmax": high, "edgecolors": "white"}
-        mesh = axes.pcolormesh(x_edges, y_edges, np.ma.masked_invalid(mean), linewidth=0.5, **style)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=3, labelcolor=INK)
-        axes.set_xticks(x_ticks, x_names, rotation=angle, fontsize=x_size)
-        axes.set_yticks(y_ticks, y_names, fontsize=y_size)
-        axes.set(xlabel=x_name, ylabel=y_name)
-        middle: Any = {"ha": "center", "va": "center"}
-        for row, column in np.ndindex(shape):
-            corner = x_edges[column], y_edges[row]
-            extent = x_edges[column + 1] - corner[0], y_edges[row + 1] - corner[1]
-            centre = corner[0] + extent[0] / 2, corner[1] + extent[1] / 2
-            if not finite[row, column]:
-                hatch: Any = {"facecolor": "#f5f5f5", "edgecolor": "#d0d0d0", "hatch": "///"}
-                axes.add_patch(Rectangle(corner, *extent, linewidth=0.5, **hatch))
-                axes.text(*centre, "\N{EN DASH}", fontsize=TITLE, **middle)
-            elif size >= 0.8 * TEXT:
-                rgb = np.array(mesh.to_rgba(mean[row, column]))[:3]
-                luminance = rgb**2.2 @ (0.2126, 0.7152, 0.0722)  # at 0.2, both contrast alike
-                place: Any = {"fontsize": size, "color": "white" if luminance < 0.2 else INK}
-                axes.text(*centre, texts[row, column], **place | middle)
-            if chosen == (row, column):
-                outline: Any = {"fill": False, "edgecolor": ORANGE, "linewidth": 4, "zorder": 3}
-                axes.add_patch(Rectangle(corner, *extent, clip_on=False, **outline))
-        bar = figure.add_axes(((left + across + 28) / width, bottom, 16 / width, up / height))
-        extend = "min" if results.min() < low else "neither"
-        figure.colorbar(mesh, bar, extend=extend, extendfrac=0.05, format=percent)
-        bar.set_ylabel("validation accuracy")
+    apart = (columns.widths[1:] + columns.widths[:-1]) / 2 + 8
+    is_tight = (apart >= np.diff(columns.ticks) * columns.unit).any()
+    left, below = rows.widths.max() + 48, columns.widths.max() if is_tight else 18
+    content = left + columns.length + 150, 28 + rows.length + below + 50
+    figure = PixelFigure(content, title, "; ".join(notes))
+    texts, cells = _accuracies(mean, std, columns, rows), np.ma.masked_invalid(mean)
+    colours: Any = {"cmap": style.RANKED, "vmin": low, "vmax": high}
+    axes, mesh = _draw_matrix(figure, columns, rows, cells, texts, **colours)
+    axes.tick_params(axis="x", labelrotation=90 if is_tight else 0)
+    blank: Any = {"facecolor": "#f5f5f5", "edgecolor": "#d0d0d0", "hatch": "///", "linewidth": 0.5}
+    for row, column in np.argwhere(missing):
+        middle = _mark_cell(axes, columns, rows, row, column, **blank)
+        axes.text(*middle, "\N{EN DASH}", fontsize=style.TITLE, ha="center", va="center")
+    if chosen is not None:
+        frame: Any = {"fill": False, "edgecolor": ORANGE, "linewidth": 4, "clip_on": False}
+        _mark_cell(axes, columns, rows, *chosen, zorder=3, **frame)
+    bar = figure.place_axes(left + columns.length + 28, figure.top + 28, 16, rows.length)
+    extend = "min" if results.min() < low else "neither"
+    figure.colorbar(mesh, bar, extend=extend, extendfrac=0.05, format=style.percent_tick)
+    bar.set_ylabel("validation accuracy")
     return figure
 
 
-def _swept(name: str, values: Sequence[float]) -> tuple[Floats, Floats, str]:
-    """Ticks [N] and edges [N + 1] of the cells of ascending values, and the name of the axis.
+def _accuracies(mean: Floats, std: Floats | None, columns: _Axis, rows: _Axis) -> list[_Text]:
+    """Return the results in percent with their deviations, if they fit into their cells."""
+    texts = {
+        (row, column): f"{mean[row, column]:.2%}" for row, column in np.argwhere(~np.isnan(mean))
+    }
+    for cell in texts:
+        if std is not None and np.isfinite(std[cell]):
+            texts[cell] += f"\n± {100 * std[cell]:.2f}"
+    lines = {line for text in texts.values() for line in text.split("\n")}
+    width = max((text_width(line, TEXT) for line in lines), default=1.0)
+    count = max((1 + text.count("\n") for text in texts.values()), default=1)
+    height = count * 1.25 * TEXT * style.DPI / 72
+    size = TEXT * min(1.0, 0.92 * columns.unit / width, 0.92 * rows.unit / height)
+    return [(cell, 0, text, size) for cell, text in texts.items()] if size >= 0.8 * TEXT else []
 
-    From 0 on, in units of the smallest distance of two ticks.
-    """
+
+def _mark_cell(
+    axes: Axes, x: _Axis, y: _Axis, row: int, column: int, **options: Any
+) -> tuple[float, float]:
+    """Draw a rectangle over a cell, and return its middle."""
+    (left, right), (bottom, top) = x.edges[column : column + 2], y.edges[row : row + 2]
+    axes.add_patch(Rectangle((left, bottom), right - left, top - bottom, **options))
+    return (left + right) / 2, (bottom + top) / 2
+
+
+def _swept_axis(label: str, values: Sequence[float], most: int) -> _Axis:
+    """Return the axis of ascending values; its smallest cell is at most so many pixels long."""
     numbers = np.asarray(values, float)
     if not numbers.size or not np.isfinite(numbers).all() or (np.diff(numbers) <= 0).any():
-        raise ValueError(f"{name}: {values} are no ascending numbers")
-    name, gaps = shorten(name, 40), np.diff(numbers)
+        raise ValueError(f"{label}: {values} are no ascending numbers")
+    label, gaps = style.shorten(label, 40), np.diff(numbers)
     if gaps.size and numbers[0] > 0:
         gaps = max(gaps, np.diff(np.log10(numbers)), key=lambda some: some.min() / some.mean())
     if gaps.size and gaps.min() < 0.4 * gaps.mean():
-        name, gaps = f"{name} (not to scale)", np.ones_like(gaps)
+        label, gaps = f"{label} (not to scale)", np.ones_like(gaps)
     gaps = gaps / gaps.min(initial=math.inf)
     around = np.pad(gaps, 1, "edge") if gaps.size else np.ones(2)
     ticks = around[0] / 2 + np.cumsum(np.r_[0, gaps])
-    return ticks, np.cumsum(np.r_[0, (around[1:] + around[:-1]) / 2]), name
+    edges = np.cumsum(np.r_[0, (around[1:] + around[:-1]) / 2])
+    span = edges[-1]
+    length = max(200.0, span * min(most, max(22, 960 / span)), text_width(label, TEXT) - 40)
+    return _Axis(label, [shortest_number(value) for value in values], ticks, edges, length)

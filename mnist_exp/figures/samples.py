@@ -1,4 +1,4 @@
-"""What is drawn of a data set and a model: the way from tensors to figures."""
+"""Figures of a data set and a model: the way from tensors to figures."""
 
 from typing import Any
 
@@ -12,20 +12,20 @@ from mnist_exp.training import metrics
 
 
 def first_images(dataset: Dataset) -> Any:
-    """The first 30 images of the training file with their labels."""
+    """Return a figure of the first 30 images of the training file with their labels."""
     labels = [dataset.classes[i] for i in dataset.preview.labels.tolist()]
     title = f"{dataset.name}: the first {len(labels)} images"
     return sample_grid(dataset.preview.images[:, 0].cpu().numpy(), labels, title=title)
 
 
 def predictions(
-    dataset: Dataset, images: Tensor, labels: Tensor, shares: Tensor, title: str
+    dataset: Dataset, images: Tensor, labels: Tensor, probabilities: Tensor, title: str
 ) -> Any:
-    """Up to 30 images with their labels, the predictions, and how sure they are.
+    """Return a figure of up to 30 images with labels, predictions, and how sure those are.
 
-    images: uint8 [N, 1, H, W]; labels: [N]; shares: [N, classes], probabilities.
+    The images are uint8 [N, 1, H, W], the labels [N], the probabilities [N, classes].
     """
-    confidence, predicted = shares.max(-1)
+    confidence, predicted = probabilities.max(-1)
     return sample_grid(
         images[:, 0].cpu().numpy(),
         [dataset.classes[i] for i in labels.tolist()],
@@ -35,36 +35,36 @@ def predictions(
     )
 
 
-def test_figures(dataset: Dataset, logits: Tensor) -> dict[str, Any]:
-    """The most confident mistakes on the test set, if there are any, and its confusion matrix.
+def draw_test_results(dataset: Dataset, logits: Tensor) -> dict[str, Any]:
+    """Return the most confident mistakes, if any, and the confusion matrix, as figures by name.
 
-    logits: [N, classes], on the CPU.
+    The logits are those of the test set, [N, classes], on the CPU.
     """
-    shares, true = logits.softmax(-1), dataset.test.labels.cpu()
-    confidence, predicted = shares.max(-1)
+    probabilities, true = logits.softmax(-1), dataset.test.labels.cpu()
+    confidence, predicted = probabilities.max(-1)
     wrong = (predicted != true).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True)][:PREVIEW_IMAGES]
     figures = {}
     if len(worst):
         title = f"most confident of {len(wrong)} mistakes on the test set"
         images = dataset.test.images.cpu()[worst]
-        figures["mistakes"] = predictions(dataset, images, true[worst], shares[worst], title)
+        figures["mistakes"] = predictions(dataset, images, true[worst], probabilities[worst], title)
     counts = metrics.confusion(true, predicted, len(dataset.classes))
     figures["confusion"] = confusion_matrix(counts, dataset.classes, "test set")
     return figures
 
 
 def first_layer(model: nn.Module, shape: tuple[int, int, int]) -> Any | None:
-    """What the first layer looks for: weights of an MLP as images, filters of a CNN.
+    """Return a figure of the weights of an MLP's first layer, or of a CNN's first filters.
 
-    shape: of an image, (C, H, W). None where the model begins otherwise.
+    The shape is that of an image, (C, H, W). Return None where the model begins otherwise.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     weight = layers[0].weight.detach().cpu() if layers else torch.empty(0)
     if weight.dim() == 4 and weight.shape[1] == 1:
         size = " x ".join(map(str, weight.shape[2:]))
         return weights_figure(weight[:, 0].numpy(), f"{len(weight)} filters of {size}, first layer")
-    if weight.dim() == 2 and weight.shape[1] == shape[0] * shape[1] * shape[2] and shape[0] == 1:
+    if weight.dim() == 2 and weight.shape[1] == shape[1] * shape[2] and shape[0] == 1:
         images = weight.view(-1, *shape[1:]).numpy()
         return weights_figure(images, f"weights of the {len(weight)} units of the first layer")
     return None

@@ -70,10 +70,9 @@ class Evaluation:
 
     def draw(self) -> dict[str, Any]:
         """Return figures by name: of the test set, and of one model its curves and first layer."""
-        figures = samples.test_figures(self.dataset, self.logits)
-        c = self.calibration
+        figures = samples.draw_test_results(self.dataset, self.logits)
         figures["calibration"] = curves.reliability_diagram(
-            c.confidence, c.accuracy, c.counts, c.error, "calibration on the test set"
+            self.calibration, "calibration on the test set"
         )
         if self.history:
             test_accuracy = self.recorded.get("test/accuracy")

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mnist_exp.data import photos
@@ -69,13 +68,10 @@ def predict(store: Store, run: StoredRun, files: Sequence[Path], raw: bool) -> l
 
 
 def draw(predictions: Sequence[Prediction], title: str) -> Any:
-    """Return a figure of the original images beside what the network saw; of one file or more."""
-    shown = [(p.file.name, p.photo, p.classes) for p in predictions if p.photo]
-    return images.predictions_figure(
-        [photo.original for _, photo, _ in shown],
-        np.stack([photo.preprocessed for _, photo, _ in shown]),
-        [classes for _, _, classes in shown],
-        title,
-        names=[name for name, _, _ in shown],
-        of=sum(not p.problem for p in predictions),
-    )
+    """Return a figure of the files, one or more of which were read, beside what the network saw."""
+    drawn = [
+        images.PredictedPhoto(p.file.name, p.photo.original, p.photo.preprocessed, p.classes)
+        for p in predictions
+        if p.photo
+    ]
+    return images.predictions_figure(drawn, title, total=sum(not p.problem for p in predictions))

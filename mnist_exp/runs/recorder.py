@@ -297,7 +297,7 @@ def record_test_and_model(
     history = RunHistory.of(writer.folder)
     epoch = last_epoch_of(history)
     logits = metrics.predict(stack, dataset, dataset.test)
-    for name, figure in samples.test_figures(dataset, logits[0]).items():
+    for name, figure in samples.draw_test_results(dataset, logits[0]).items():
         writer.image(f"test/{name}", style.pixels(figure), epoch)
     (test,) = metrics.score(logits, dataset.test, "test")
     record_curves(history, writer, test["test/accuracy"])

@@ -122,7 +122,7 @@ class Calibration:
     def error(self) -> float:
         """The expected calibration error: |accuracy - confidence|, averaged over the images."""
         gaps = np.nan_to_num(np.abs(self.accuracy - self.confidence))
-        return float(gaps @ self.counts / self.counts.sum())
+        return float(gaps @ self.counts / max(1, self.counts.sum()))
 
 
 def calibration(confidence: Tensor, correct: Tensor, bins: int = 15) -> Calibration:

@@ -7,6 +7,7 @@ from matplotlib.transforms import Bbox
 
 from mnist_exp.figures.curves import learning_curves, reliability_diagram, sweep_curves
 from mnist_exp.figures.style import pixels
+from mnist_exp.training.metrics import Calibration
 from tests.figures.drawn import INF, NAN, ODD_NAMES, history, ink_at_edges
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -203,7 +204,7 @@ ACCURACY = np.array([NAN, 0.5, 0.4, 0.99])
 
 
 def test_calibration_draws_what_was_given_but_for_empty_bins() -> None:
-    figure = reliability_diagram(CONFIDENCE, ACCURACY, np.array([0, 2, 30, 9968]), 0.0123, "x")
+    figure = reliability_diagram(Calibration(CONFIDENCE, ACCURACY, np.array([0, 2, 30, 9968])), "x")
     above, below = figure.axes
     uppers: list[Any] = list(above.patches)
     lowers: list[Any] = list(below.patches)
@@ -220,7 +221,7 @@ def test_calibration_draws_what_was_given_but_for_empty_bins() -> None:
     triples = zip(CONFIDENCE[1:], ACCURACY[1:], strict=True)
     assert gaps == [[[x, y], [x, x]] for x, y in triples]
     assert [text.get_text() for text in below.texts] == ["2", "30", "9968"]
-    assert figure.texts[1].get_text() == "expected calibration error 1.23%, 10000 images"
+    assert figure.texts[1].get_text() == "expected calibration error 2.04%, 10000 images"
 
 
 @pytest.mark.parametrize("bins", [1, 2, 10, 15, 30])
@@ -229,7 +230,7 @@ def test_a_bin_of_few_images_is_seen_beside_one_of_nearly_all(bins: int, most: i
     sizes = np.ones(bins, int)
     sizes[-1] = most
     share = (np.arange(bins) + 0.5) / bins
-    figure = reliability_diagram(share, share, sizes, 0.5, "A long title " * 20)
+    figure = reliability_diagram(Calibration(share, share, sizes), "A long title " * 20)
     assert not ink_at_edges(pixels(figure))
     _, below = figure.axes
     for bar in below.patches:
@@ -258,4 +259,4 @@ def test_calibration_refuses(
     confidence: np.ndarray, accuracy: np.ndarray, counts: list[int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        reliability_diagram(confidence, accuracy, np.array(counts, int), 0.1, "x")
+        reliability_diagram(Calibration(confidence, accuracy, np.array(counts, int)), "x")

@@ -1,9 +1,17 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from mnist_exp.figures.images import SIGNED, predictions_figure, sample_grid, weights_figure
+from mnist_exp.figures.images import (
+    SIGNED,
+    PredictedPhoto,
+    predictions_figure,
+    sample_grid,
+    weights_figure,
+)
 from mnist_exp.figures.style import ORANGE, pixels
 from tests.figures.drawn import DIGITS, INF, NAN, ODD_NAMES, find, has_orange, ink_at_edges, noise
 
@@ -149,7 +157,7 @@ def test_weights_that_are_not_finite_are_black() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "message"), [(signed(0), "images"), (signed(2)[0], "images"), (noise(2), "uint8")]
+    ("images", "message"), [(signed(0), "weights"), (signed(2)[0], "weights"), (noise(2), "uint8")]
 )
 def test_weights_refuse(images: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -164,9 +172,20 @@ def photos(*sides: tuple[int, int]) -> list[np.ndarray]:
 RANKING = [("7", 0.9), ("1", 0.07), ("9", 0.02)]
 
 
-def test_seen_shows_pairs_in_reading_order() -> None:
+def figure_of(
+    originals: Sequence[np.ndarray],
+    preprocessed: np.ndarray,
+    rankings: Sequence[Any],
+    names: Sequence[str],
+    title: str = "x",
+) -> Figure:
+    photos = zip(names, originals, preprocessed, rankings, strict=True)
+    return predictions_figure([PredictedPhoto(*photo) for photo in photos], title)
+
+
+def test_predictions_shows_pairs_in_reading_order() -> None:
     given, small = photos(*[(28, 28)] * 7), noise(7)
-    picture = pixels(predictions_figure(given, small, [RANKING] * 7, "x", "abcdefg"))
+    picture = pixels(figure_of(given, small, [RANKING] * 7, "abcdefg"))
     box = np.ones((4, 4), np.uint8)
     for channel in range(3):
         left = [find(picture[..., channel], np.kron(photo[..., channel], box)) for photo in given]
@@ -176,10 +195,10 @@ def test_seen_shows_pairs_in_reading_order() -> None:
     assert len({x for _, x in left}) == len({y for y, _ in left}) == 3
 
 
-def test_seen_shrinks_a_large_picture_without_losing_thin_lines() -> None:
+def test_predictions_shrinks_a_large_picture_without_losing_thin_lines() -> None:
     photo = np.full((512, 448, 3), 255, np.uint8)
     photo[:, 201:203] = 0
-    picture = pixels(predictions_figure([photo], noise(1), [RANKING], "x", ["a"]))
+    picture = pixels(figure_of([photo], noise(1), [RANKING], ["a"]))
     box = picture[86:198, 8:120].astype(int)
     framed = np.argwhere((box == 187).all(-1))
     assert np.array_equal(np.unique(framed[:, 1]), [6, 105])  # 98 pixels between: to scale
@@ -187,9 +206,9 @@ def test_seen_shrinks_a_large_picture_without_losing_thin_lines() -> None:
     assert (line[1:-1] < 200).all()  # nowhere lost between two pixels
 
 
-def test_seen_marks_a_doubtful_class() -> None:
+def test_predictions_marks_a_doubtful_class() -> None:
     texts = [RANKING, [("3", 0.41), ("5", 0.3)], [("8", 0.5)]]
-    figure = predictions_figure(photos(*[(20, 20)] * 3), noise(3), texts, "x", ["a.png", "b", "c"])
+    figure = figure_of(photos(*[(20, 20)] * 3), noise(3), texts, ["a.png", "b", "c"])
     lines = {text.get_text(): text for text in figure.texts}
     doubtful = [text for text, line in lines.items() if line.get_color() == ORANGE]
     assert doubtful == ["3 ?", "41.0%"]
@@ -198,36 +217,43 @@ def test_seen_marks_a_doubtful_class() -> None:
     large, medium, small = sizes
     assert large > medium > small
     assert "below 50%" in figure.texts[1].get_text()
-    sure = predictions_figure(photos((20, 20)), noise(1), [RANKING], "x", ["a"])
+    sure = figure_of(photos((20, 20)), noise(1), [RANKING], ["a"])
     assert not has_orange(pixels(sure)).any()
     assert "?" not in sure.texts[1].get_text()
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 61])
-def test_seen_is_complete(count: int) -> None:
+def test_predictions_is_complete(count: int) -> None:
     sides = [(1, 1), (512, 3), (3, 512), (112, 112), (113, 90), (28, 28), (1000, 800)]
     given = photos(*(sides[i % 7] for i in range(count)))
     texts = [[(ODD_NAMES[(i + j) % 9], 0.4 - j / 9) for j in range(3)] for i in range(count)]
     names = ["a long name " * 20] * count
-    figure = predictions_figure(given, noise(count, 300, 40), texts, "A long title " * 20, names)
+    figure = figure_of(given, noise(count, 300, 40), texts, names, "A long title " * 20)
     assert not ink_at_edges(pixels(figure))
     assert ("the first 60 of 61" in figure.texts[1].get_text()) == (count > 60)
     assert sum(text.get_text() == "→" for text in figure.texts if text.get_fontsize() == 12) <= 60
 
 
 @pytest.mark.parametrize(
-    ("given", "small", "texts", "message"),
+    ("original", "preprocessed", "ranking", "message"),
     [
-        ([], noise(0), [], "seen"),
-        (photos((4, 4)), noise(2), [RANKING], r"seen: .*not uint8 \[1, h, w\]"),
-        (photos((4, 4)), noise(1).astype(float), [RANKING], "float64"),
-        ([noise(1)[0]], noise(1), [RANKING], r"given\[0\]: uint8 \(28, 28\)"),
-        (photos((4, 0)), noise(1), [RANKING], r"given\[0\]"),
-        (photos((4, 4)), noise(1), [], "texts: 0 for 1"),
-        (photos((4, 4)), noise(1), [[]], r"texts\[0\]: 0 classes"),
-        (photos((4, 4)), noise(1), [RANKING * 2], r"texts\[0\]: 6 classes"),
+        (photos((4, 4))[0], noise(2), RANKING, r"preprocessed: uint8 .*not uint8 \[h, w\]"),
+        (photos((4, 4))[0], noise(1)[0].astype(float), RANKING, "preprocessed: float64"),
+        (photos((4, 4))[0], noise(1, 0, 4)[0], RANKING, "preprocessed"),
+        (noise(1)[0], noise(1)[0], RANKING, r"photos\[1\].original: uint8 \(28, 28\)"),
+        (photos((4, 0))[0], noise(1)[0], RANKING, r"photos\[1\].original"),
+        (photos((4, 4))[0], noise(1)[0], [], r"photos\[1\].ranking: 0 classes"),
+        (photos((4, 4))[0], noise(1)[0], RANKING * 2, r"photos\[1\].ranking: 6 classes"),
     ],
 )
-def test_seen_refuses(given: list[Any], small: np.ndarray, texts: list[Any], message: str) -> None:
+def test_predictions_refuse(
+    original: np.ndarray, preprocessed: np.ndarray, ranking: list[Any], message: str
+) -> None:
+    sound = PredictedPhoto("a", photos((4, 4))[0], noise(1)[0], RANKING)
     with pytest.raises(ValueError, match=message):
-        predictions_figure(given, small, texts, "x", [""] * len(given))
+        predictions_figure([sound, PredictedPhoto("b", original, preprocessed, ranking)], "x")
+
+
+def test_predictions_refuse_no_photo() -> None:
+    with pytest.raises(ValueError, match="photos: none"):
+        predictions_figure([], "x")

@@ -29,6 +29,12 @@ def test_confusion_is_complete(table: np.ndarray, classes: list[str]) -> None:
     assert not ink_at_edges(pixels(confusion_matrix(table, classes, "A long title " * 20)))
 
 
+def test_confusion_of_one_class_has_a_cell() -> None:
+    figure = confusion_matrix(np.array([[400]]), ["only"], "x")
+    assert figure.axes[0].get_xlim() == (-0.5, 0.5)
+    assert {text.get_text() for text in figure.axes[0].texts} == {"400", "100.0%", "recall"}
+
+
 def test_confusion_has_true_rows_and_predicted_columns() -> None:
     figure = confusion_matrix(np.array([[8, 2], [0, 5]]), ["cat", "dog"], "x")
     axes = figure.axes[0]
