@@ -1,4 +1,4 @@
-"""A run once more, from its record in the store alone, and how far the two agree.
+"""Training a run again from its record in the store alone, and comparing the two.
 
 With the same code, device, threads, and as many models in its stack, every number is the same to
 the last bit. Otherwise sums are rounded otherwise: by some 1e-7 in the first steps, which training
@@ -64,7 +64,7 @@ TAGS = {  # what numbers can depend on: the tag, and what a person calls it
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of the losses of one kind, as they were recorded and as they are again."""
+    """The comparison of the losses of one kind: as they were recorded, and as they are again."""
 
     name: str
     compared: int  # epochs, or steps
@@ -85,10 +85,21 @@ class Agreement:
         relative, nats = _tolerance(self.name, self.at)
         return f"{100 * relative:g} %" + (f", or {nats:g} nats" if nats else "")
 
+    def row(self) -> list[str]:
+        """Return the row of the table: all is identical, or where it differs, and by how much."""
+        unit = {STEPS: "steps", "test/loss": "at the end"}.get(self.name, "epochs")
+        start = [self.name, f"{self.compared} {unit}"]
+        if self.first is None:
+            return [*start, "none: identical", *[""] * 5]
+        where = f"{self.at} ({'greatest' if self.beyond is None else 'too great'})"
+        losses = [number_or_dash(loss, ".8g") for loss in (self.recorded, self.again)]
+        difference = number_or_dash(100 * self.difference, ".3g") + " %"
+        return [*start, str(self.first), where, *losses, difference, self.allowed]
+
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What has become of a run the second time."""
+    """The comparison of a run with the same run trained again."""
 
     run_id: str
     name: str
@@ -103,38 +114,22 @@ class Reproduction:
 
     @property
     def verdict(self) -> str:
-        """identical, within tolerance, or different."""
-        if all(each.first is None for each in self.agreements):
+        """The result: identical, within tolerance, or different."""
+        if all(agreement.first is None for agreement in self.agreements):
             return "identical"
-        beyond = any(each.beyond is not None for each in self.agreements)
+        beyond = any(agreement.beyond is not None for agreement in self.agreements)
         return "different" if beyond or not self.same_config else "within tolerance"
 
     def table(self) -> Table:
-        """A row for each kind of loss."""
+        """Return a table with a row for each kind of loss."""
         header = ["loss", "compared", "first to differ", "where", "recorded", "again"]
         header += ["difference", "allowed"]
-        rows = []
-        for one in self.agreements:
-            unit = {STEPS: "steps", "test/loss": "at the end"}.get(one.name, "epochs")
-            row = [one.name, f"{one.compared} {unit}"]
-            if one.first is None:
-                row += ["none: identical", *[""] * 5]
-            else:
-                where = f"{one.at} ({'greatest' if one.beyond is None else 'too great'})"
-                row += [
-                    str(one.first),
-                    where,
-                    number_or_dash(one.recorded, ".8g"),
-                    number_or_dash(one.again, ".8g"),
-                ]
-                row += [number_or_dash(100 * one.difference, ".3g") + " %", one.allowed]
-            rows.append(row)
-        return header, rows
+        return header, [agreement.row() for agreement in self.agreements]
 
 
 def reproduce(
     store: Store,
-    stored: StoredRun,
+    run: StoredRun,
     reporter: Reporter,
     *,
     keep: str | None = None,
@@ -146,7 +141,7 @@ def reproduce(
 
     Args:
         store: the store that has the run.
-        stored: the run.
+        run: the run.
         reporter: shows how the second run gets on.
         keep: the store for the second run, which is removed otherwise.
         threads: in place of the recorded number.
@@ -154,36 +149,44 @@ def reproduce(
         root: the folder of its data set, if not the recorded one.
 
     Returns:
-        How far the two agree; that the second run fails is one of the differences.
+        How far the two agree. That the second run fails is one of the differences.
 
     Raises:
         ConfigError: if the record does not tell enough, or the machine lacks something.
     """
     with _temporary_folder() as folder:
-        record = _read_record(store, stored, folder)
-        _apply_recorded_settings(record, threads, device, root)
+        record = _read_record(store, run, folder)
+        config, tracking = record.config, record.config.tracking
+        if root is not None:
+            config.dataset.root = root
+        if threads is not None:
+            config.training.threads = threads
+        if device is not None:
+            config.training.device = device
         if keep is not None:
-            tracking = record.config.tracking
             check_store(keep, tracking.experiment, option="--keep")
-            tracking.tags = {**tracking.tags, "reproduces": stored.id}
+            tracking.tags = {**tracking.tags, "reproduces": run.id}
         try:
             job = _prepare(record, None if keep else folder / "run")
         except ConfigError as error:
-            reason = _refusal(str(error), threads, device)
-            raise ConfigError(f"run {stored.id} cannot be trained here, {reason}") from error
+            typed = {"--threads": threads, "--device": device}
+            options = [f"{name} {value}" for name, value in typed.items() if value is not None]
+            reason = f"{' and '.join(options) or 'as its record says'}: {error}"
+            if str(error).startswith("training.device="):
+                reason += ". To choose another device: --device cpu"
+            raise ConfigError(f"run {run.id} cannot be trained here, {reason}") from error
         outcome = _train(job, record, reporter, keep, folder)
         return _compare(record, job, outcome, keep)
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What a store has of the run that is to be reproduced."""
+    """The record of the run that is to be reproduced, as far as it is needed."""
 
     run: StoredRun
-    config: DictConfig
+    config: DictConfig  # with the threads, the device and the kind of step that were used
     is_unchanged: bool  # the config is what the run began with
-    first_losses: dict[int, float]  # by step
-    losses: dict[str, dict[int, float]]  # of each key of LOSSES, by epoch
+    losses: dict[str, dict[int, float]]  # of STEPS by step, of each key of LOSSES by epoch
     diff: str  # uncommitted changes of its code
 
 
@@ -191,30 +194,20 @@ def _read_record(store: Store, run: StoredRun, folder: Path) -> _Record:
     """Return what is needed of a run's record. `folder`: where files of it are left."""
     if run.status == "RUNNING":
         raise ConfigError(f"run {run.id}: it is still running. To reproduce it, wait for its end")
-    first_losses = run.parsed_tag(FINGERPRINT, _by_step, dict[int, float]())
-    run.choices()  # which may be damaged
-    losses = {key: dict(store.history(run.id, key)) for key in LOSSES}
+    losses = {STEPS: run.parsed_tag(FINGERPRINT, _by_step, dict[int, float]())}
+    run.choices()  # raises ConfigError if they are damaged
+    losses |= {key: dict(store.history(run.id, key)) for key in LOSSES}
     if not losses["train/loss"]:
         raise ConfigError(f"run {run.id}: no epoch of it is recorded; {run.explain_status()}")
     config = fetch_config(store, run.id, folder)
     is_unchanged = run.tags.get("config_hash") in (None, identity(config))
+    training = config.training
+    training.threads = run.parsed_tag("threads", int, training.threads)
+    training.device = run.tags.get("device", training.device)
+    if "compiled" in run.tags:
+        training.compile = "always" if run.tags["compiled"] == "true" else "never"
     diff = _text(store.fetch(run.id, DIFF, folder)) if store.has(run.id, DIFF) else ""
-    return _Record(run, config, is_unchanged, first_losses, losses, diff)
-
-
-def _apply_recorded_settings(
-    record: _Record, threads: int | None, device: str | None, root: str | None
-) -> None:
-    """Set in the config what it leaves to the machine: as recorded, or as asked for."""
-    config, tags = record.config, record.run.tags
-    if root is not None:
-        config.dataset.root = root
-    recorded = record.run.parsed_tag("threads", int, config.training.threads)
-    config.training.threads = recorded if threads is None else threads
-    if device is not None or "device" in tags:
-        config.training.device = tags["device"] if device is None else device
-    if "compiled" in tags:
-        config.training.compile = "always" if tags["compiled"] == "true" else "never"
+    return _Record(run, config, is_unchanged, losses, diff)
 
 
 def _prepare(record: _Record, folder: Path | None) -> Job:
@@ -232,7 +225,15 @@ def _prepare(record: _Record, folder: Path | None) -> Job:
 def _train(
     job: Job, record: _Record, reporter: Reporter, keep: str | None, folder: Path
 ) -> Result | Exception:
-    """Return what the second run has come to, which goes as far as the first one was recorded."""
+    """Train the second run as far as the first one was recorded, and return its outcome.
+
+    Args:
+        job: the second run.
+        record: the record of the first one.
+        reporter: shows how it gets on.
+        keep: the store for it, if it is to be kept.
+        folder: the temporary folder.
+    """
     defer_test = not record.losses["test/loss"]
     last = max(record.losses["train/loss"])
     last_epoch = last if last < job.config.training.epochs else None
@@ -255,22 +256,19 @@ def _compare(
 ) -> Reproduction:
     """Return how far the record and the second run agree, and what differs between them."""
     run, history = record.run, RunHistory.of(job.folder)
-    agreements = [
-        agreement(STEPS, record.first_losses, _by_step(history.tags.get(FINGERPRINT, "[]"))),
-        *(agreement(key, record.losses[key], history.metrics.get(key, {})) for key in LOSSES),
-    ]
+    again = {STEPS: _by_step(history.tags.get(FINGERPRINT, "[]")), **history.metrics}
     differences = []
     if isinstance(outcome, Exception) and not isinstance(outcome, LastEpochReached):
         differences.append(f"the second run failed: {reason_of(outcome)}")
     if not record.is_unchanged:
         differences.append(CHANGED)
-    if not record.first_losses:
+    if not record.losses[STEPS]:
         differences.append(UNKNOWN)
     differences += _differences(record, job, history.tags)
     return Reproduction(
         run.id,
         run.name,
-        [agreement for agreement in agreements if agreement.compared],
+        [agreement(k, losses, again.get(k, {})) for k, losses in record.losses.items() if losses],
         differences,
         same_config=record.is_unchanged,
         kept=job.folder if keep else None,
@@ -286,10 +284,9 @@ def _differences(record: _Record, job: Job, tags: Mapping[str, str]) -> list[str
     digest, present = record.run.dataset_digest, job.load(job.config.dataset).digest
     if digest not in ("", present):
         differences.append(f"data: SHA-256 {digest[:12]}..., now {present[:12]}...")
-    commit = "mlflow.source.git.commit"
-    if recorded.get(commit) != tags.get(commit):
-        before, now = recorded.get(commit, "?")[:8], tags.get(commit, "?")[:8]
-        differences.append(f"code: commit {before}, now {now}")
+    commits = [t.get("mlflow.source.git.commit", "?")[:8] for t in (recorded, tags)]
+    if commits[0] != commits[1]:
+        differences.append(f"code: commit {commits[0]}, now {commits[1]}")
     elif record.diff != _text(job.folder / DIFF):
         differences.append("code: the uncommitted changes (uncommitted.diff)")
     for tag, name in TAGS.items():
@@ -310,20 +307,14 @@ def _temporary_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _refusal(error: str, threads: int | None, device: str | None) -> str:
-    """Return why a run cannot be trained again, and with which options, if any were typed."""
-    options = []
-    if threads is not None:
-        options.append(f"--threads {threads}")
-    if device is not None:
-        options.append(f"--device {device}")
-    is_device = error.startswith("training.device=")
-    hint = ". To choose another device: --device cpu" if is_device else ""
-    return f"{' and '.join(options) or 'as its record says'}: {error}{hint}"
-
-
 def agreement(name: str, recorded: Mapping[int, float], again: Mapping[int, float]) -> Agreement:
-    """Compares losses by epoch, or by step. What was not recorded does not count."""
+    """Compare the losses of one kind. What was not recorded does not count.
+
+    Args:
+        name: a key of TOLERANCES.
+        recorded: the losses of the first run by epoch, or by step.
+        again: those of the second run.
+    """
     first = beyond = None
     at, worst = 0, 0.0
     for number in sorted(recorded):
@@ -331,28 +322,24 @@ def agreement(name: str, recorded: Mapping[int, float], again: Mapping[int, floa
         if before == now or (math.isnan(before) and math.isnan(now)):
             continue
         first = number if first is None else first
-        if beyond is None and not _tolerated(name, number, before, now):
+        difference, (relative, nats) = _relative(before, now), _tolerance(name, number)
+        if beyond is None and not (difference <= relative or abs(before - now) <= nats):
             beyond = number
-        if not _relative(before, now) <= worst:
-            at, worst = number, _relative(before, now)
+        if not difference <= worst:
+            at, worst = number, difference
     at = at if beyond is None else beyond
     values = (recorded[at], again.get(at, math.nan)) if at else (0.0, 0.0)
     return Agreement(name, len(recorded), first, beyond, at, *values)
 
 
 def _tolerance(name: str, number: int) -> tuple[float, float]:
-    """Relative, and in nats, of an epoch or a step."""
+    """Return the tolerance of an epoch or a step: relative, and in nats."""
     is_first = name == "train/loss" and number == 1
     return (FIRST_EPOCH, 0.0) if is_first else TOLERANCES[name]
 
 
-def _tolerated(name: str, number: int, before: float, now: float) -> bool:
-    relative, nats = _tolerance(name, number)
-    return _relative(before, now) <= relative or abs(before - now) <= nats
-
-
 def _relative(before: float, now: float) -> float:
-    """nan where one is missing."""
+    """Return the relative difference; nan where one is missing."""
     return abs(now - before) / max(abs(before), 1e-12)
 
 
