@@ -236,7 +236,8 @@ def _train(
     """
     defer_test = not record.losses["test/loss"]
     last = max(record.losses["train/loss"])
-    last_epoch = last if last < job.config.training.epochs else None
+    # one that was tested has reached its end, by its patience perhaps
+    last_epoch = last if defer_test and last < job.config.training.epochs else None
     if keep is None:
         uri = store_uri(job.config.tracking.uri, paths.output_root())
         plan = StackPlan([job], [job.folder], uri, open_runs_at(folder), defer_test=defer_test)

@@ -404,3 +404,15 @@ def test_the_first_losses_are_on_record(run: Result, store: str) -> None:
     losses = json.loads(tags["first_losses"])
     assert len(losses) == 5  # of an epoch of debug=fast, which has no more
     assert losses[0] == pytest.approx(math.log(10), abs=0.1)  # ten classes, all alike at the start
+
+
+def test_a_run_that_stopped_early_is_compared_to_its_end(store: str, tmp_path: Path) -> None:
+    words = [f"tracking.uri={store}", f"hydra.run.dir={tmp_path}/run", "training.epochs=20"]
+    mnist_exp.train([*SMALL, *words, "training.patience=1", "optimizer.lr=0"])
+    found = mnist_exp.reproduce("last", [f"tracking.uri={store}"])
+    assert found.verdict == "identical" and found.differences == []
+    assert [(each.name, each.compared) for each in found.agreements[1:]] == [
+        ("train/loss", 2),
+        ("val/loss", 2),
+        ("test/loss", 1),
+    ]
