@@ -1,6 +1,7 @@
 """Records of before 0.1.0, with which a person goes on today: resume, evaluate, predict, ..."""
 
 import json
+import os
 import re
 import socket
 from collections.abc import Callable
@@ -105,7 +106,10 @@ def test_a_finished_run(old: Path, typed: Command, digit: Path, name: str) -> No
 def test_the_model_in_mlflow(old: Path, name: str) -> None:
     run = run_in(old / "outputs" / name)
     mlflow.set_tracking_uri(f"sqlite:///{old}/mlflow.db")
-    model: Any = mlflow.pytorch.load_model(f"runs:/{run.info.run_id}/model")
+    try:
+        model: Any = mlflow.pytorch.load_model(f"runs:/{run.info.run_id}/model")
+    finally:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # else the next test would take this store
     with torch.no_grad():
         logits = model(torch.from_numpy(np.zeros((2, 1, 28, 28), np.float32)))
     assert logits.shape == (2, 10) and torch.isfinite(logits).all()
