@@ -1,28 +1,53 @@
-"""What the package offers to Python: the verbs as functions, each importing what is heavy when it
-runs. Overrides are those of the command line; a run is `last`, a run id, or its beginning."""
+"""The package from Python: every command as a function.
 
-from collections.abc import Sequence
+Overrides are those of the command line. A run is named by `last`, its id, or the beginning of it.
+Each function imports what is heavy when it is called, and prints nothing unless it is verbose.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mnist_exp.errors import ConfigError, Terminated
 
 if TYPE_CHECKING:
     import torch
+    from omegaconf import DictConfig
 
     from mnist_exp.config.schema import Config
     from mnist_exp.data.dataset import Dataset
+    from mnist_exp.runs.console import Reporter
     from mnist_exp.runs.evaluate import Evaluation
     from mnist_exp.runs.predict import Prediction
     from mnist_exp.runs.recorder import Result
     from mnist_exp.runs.reproduce import Reproduction
     from mnist_exp.sweeps.ensemble import Ensemble
+    from mnist_exp.sweeps.results import Report
     from mnist_exp.sweeps.sweep import SweepResult
+    from mnist_exp.tracking.run_log import OpenRuns
     from mnist_exp.tracking.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DatasetOverview:
+    """A data set, its facts as text by their names, and a figure of its first 30 images."""
+
+    dataset: "Dataset"
+    facts: Mapping[str, str]
+    figure: Any  # matplotlib's
 
 
 def load(overrides: Sequence[str] = ()) -> "Dataset":
-    """The data set that a run with these overrides would be trained on. Raises ConfigError."""
+    """Return the data set that a run with these overrides would be trained on.
+
+    Raises:
+        ConfigError: An override or the data set is at fault.
+    """
     config = _config(overrides)  # before torch's seconds of import
 
     from mnist_exp.runs.job import load_dataset
@@ -30,16 +55,28 @@ def load(overrides: Sequence[str] = ()) -> "Dataset":
     return load_dataset(config.dataset)
 
 
-def _config(overrides: Sequence[str]) -> "Config":
-    from mnist_exp.config.compose import compose
-    from mnist_exp.config.schema import task_config
-    from mnist_exp.config.validate import validate
+def show(overrides: Sequence[str] = ()) -> DatasetOverview:
+    """Return the facts of a data set and a figure of it. Raise ConfigError as `load` does."""
+    dataset = load(overrides)
 
-    return validate(task_config(compose(overrides)))
+    from mnist_exp.figures import samples
+
+    channels, height, width = dataset.shape
+    images = f"{len(dataset.train):,} training"
+    if dataset.val is not None:
+        images += f", {len(dataset.val):,} validation"
+    facts = {
+        "dataset": f"{dataset.name} ({dataset.source})",
+        "images": f"{images}, {len(dataset.test):,} test",
+        "size": f"{channels} x {height} x {width}, 8 bits a pixel",
+        "classes": f"{len(dataset.classes)}: {', '.join(dataset.classes)}",
+        "pixels": f"mean {dataset.mean:.4f}, std {dataset.std:.4f} (training images, 0 to 1)",
+    }
+    return DatasetOverview(dataset, facts, samples.first_images(dataset))
 
 
 def build(overrides: Sequence[str] = ()) -> "torch.nn.Module":
-    """The model that a run with these overrides would start from. Raises ConfigError."""
+    """Return the model that a run with these overrides would start from. Raise ConfigError."""
     from mnist_exp.config.compose import compose
     from mnist_exp.runs.job import prepare
     from mnist_exp.training.stack import Stack
@@ -48,56 +85,76 @@ def build(overrides: Sequence[str] = ()) -> "torch.nn.Module":
     return Stack(job.build, [job.config.seed], job.device).model(0)
 
 
-def train(overrides: Sequence[str] = (), verbose: bool = False) -> "Result":
-    """Trains one run: `train(["model=cnn", "training.epochs=2"])`.
+def train(
+    overrides: Sequence[str] = (),
+    verbose: bool = False,
+    *,
+    config_name: str = "config",
+    config_dir: str | None = None,
+) -> "Result":
+    """Train one run: `train(["model=cnn", "training.epochs=2"])`.
 
-    `verbose`: a line is printed for every epoch. Raises ConfigError, with nothing created, if the
-    run cannot be what was asked for, and RunFailed if it does not reach its end.
+    Args:
+        overrides: What differs from the config of conf/.
+        verbose: Print a line for every epoch.
+        config_name: The config file to start from, in place of config.yaml.
+        config_dir: One more folder of config groups.
+
+    Raises:
+        ConfigError: The run cannot be what is asked for. Nothing has been created.
+        RunFailed: The run does not reach its end.
     """
     from mnist_exp.config.compose import compose
-    from mnist_exp.runs import train as run
-    from mnist_exp.runs.console import Reporter, Terminal
+
+    return train_composed(compose(overrides, config_name, config_dir), verbose)
+
+
+def train_composed(composed: "DictConfig", verbose: bool = False) -> "Result":
+    """Train one run from its composed config, which has Hydra's own part in it. See `train`."""
+    from mnist_exp.config.schema import task_config
+    from mnist_exp.config.validate import validate
+    from mnist_exp.tracking import store as tracking
+
+    # before torch's seconds of import
+    tracking.warn_if_environment_wins(validate(task_config(composed)).tracking.uri)
+
+    from mnist_exp.runs import train as training
     from mnist_exp.runs.job import prepare
 
-    job = prepare(compose(overrides))
-    return run.train(job, job.folder, Terminal() if verbose else Reporter())
+    job = prepare(composed)
+    return training.train(job, job.folder, _reporter(verbose))
 
 
-def train_sweep(overrides: Sequence[str], verbose: bool = False) -> "SweepResult":
-    """Trains a sweep: `train_sweep(["optimizer.lr=0.01,0.1", "seed=0,1"])`.
+def train_sweep(
+    overrides: Sequence[str],
+    verbose: bool = False,
+    *,
+    config_name: str = "config",
+    config_dir: str | None = None,
+) -> "SweepResult":
+    """Train a sweep: `train_sweep(["optimizer.lr=0.01,0.1", "seed=0,1"])`.
 
-    `verbose`: its progress and its report are printed. Raises ConfigError, with nothing created,
-    if one of its jobs cannot be run. Jobs that fail are in the report.
+    Jobs that fail are in its report. The arguments are those of `train`; a verbose sweep prints its
+    progress and its report.
+
+    Raises:
+        ConfigError: One of the jobs cannot be run. Nothing has been created.
     """
     from mnist_exp.config.compose import compose_sweep
     from mnist_exp.sweeps import grid
+    from mnist_exp.tracking import store as tracking
 
-    context, master = compose_sweep(overrides)
-    jobs = grid.jobs(context, master)
+    def say(text: str) -> None:
+        if verbose:
+            print(text, file=sys.stderr, flush=True)
+
+    context, master = compose_sweep(overrides, config_name, config_dir)
+    jobs = grid.jobs(context, master, say)  # before torch's seconds of import
+    tracking.warn_if_environment_wins(master.tracking.uri)
 
     from mnist_exp.sweeps import sweep
 
     return sweep.run_sweep(context, master, jobs, verbose)
-
-
-def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
-    """The saved model of a run on the official test set. Raises ConfigError."""
-    store, root = open_store(overrides, data=True), moved(overrides)
-    found = store.find(run)
-
-    from mnist_exp.runs import evaluate as evaluation
-
-    return evaluation.evaluate(store, found, root)
-
-
-def ensemble(sweep: str = "last", overrides: Sequence[str] = ()) -> "Ensemble":
-    """A sweep's chosen cell, its seeds together, on the official test set. Raises ConfigError."""
-    store, root = open_store(overrides, data=True), moved(overrides)
-    parent = store.find(sweep, sweep=True)
-
-    from mnist_exp.sweeps import ensemble as ensembles
-
-    return ensembles.ensemble(store, parent, root)
 
 
 def resume(
@@ -109,32 +166,52 @@ def resume(
 ) -> "Result | SweepResult | None":
     """Go on with a run or a sweep that stopped, to the end that it would have had.
 
-    Return what it leaves; None where it had reached its end. Raise ConfigError, with nothing
-    changed, if it cannot go on, and RunFailed if it does not reach its end this time.
+    Return what it leaves; None where it had reached its end.
 
     Args:
-        run: `last`, a run id, its beginning, or the output folder.
+        run: A run, a sweep, or the output folder of one.
         overrides: `tracking.uri=...` alone, the store to look into.
-        verbose: print a line for every epoch.
-        failed: of a sweep, run also the jobs again that failed.
+        verbose: Print a line for every epoch.
+        failed: Of a sweep, run the jobs that failed again.
+
+    Raises:
+        ConfigError: It cannot go on. Nothing has been changed.
+        RunFailed: It does not reach its end this time.
     """
-    uri = store_uri(overrides, required=False)  # before torch's seconds of import
+    uri = _store_uri(overrides, required=False)  # before torch's seconds of import
 
-    from mnist_exp.config.paths import output_root
     from mnist_exp.runs import resume as resuming
-    from mnist_exp.runs.console import Reporter, Terminal
     from mnist_exp.sweeps import sweep
-    from mnist_exp.tracking.run_log import open_runs_at
 
-    folder = resuming.find(run, uri, open_runs_at(output_root()))
+    folder = resuming.find(run, uri, _open_runs())
     try:
         if sweep.is_sweep(folder):
             return sweep.resume_sweep(folder, failed, verbose)
-        return resuming.resume_run(folder, Terminal() if verbose else Reporter())
+        return resuming.resume_run(folder, _reporter(verbose))
     except (KeyboardInterrupt, Terminated) as error:
         if not getattr(error, "__notes__", []):  # it had not begun
             error.add_note(str(folder))
         raise
+
+
+def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
+    """Evaluate the saved model of a run on the official test set. Raise ConfigError."""
+    store, root = open_store(overrides, data=True), _dataset_root(overrides)
+    stored_run = store.find(run)
+
+    from mnist_exp.runs import evaluate as evaluation
+
+    return evaluation.evaluate(store, stored_run, root)
+
+
+def ensemble(sweep: str = "last", overrides: Sequence[str] = ()) -> "Ensemble":
+    """Evaluate the models of a sweep's chosen cell together, over its seeds. Raise ConfigError."""
+    store, root = open_store(overrides, data=True), _dataset_root(overrides)
+    parent = store.find(sweep, sweep=True)
+
+    from mnist_exp.sweeps import ensemble as ensembles
+
+    return ensembles.ensemble(store, parent, root)
 
 
 def predict(
@@ -143,19 +220,61 @@ def predict(
     overrides: Sequence[str] = (),
     raw: bool = False,
 ) -> "list[Prediction]":
-    """What the saved model of a run says of image files. Raises ConfigError.
+    """Return what the saved model of a run says of image files, one prediction a file.
 
-    raw: they are light ink on black, as in MNIST, and not to be inverted, cropped and centred.
+    Args:
+        files: Photographs or scans of ink on paper.
+        run: The run.
+        overrides: `tracking.uri=...` alone, the store to look into.
+        raw: The images are light ink on black, as in MNIST: do not invert, crop and centre them.
+
+    Raises:
+        ConfigError: There is no such run, or it has left no model.
     """
     from mnist_exp.config.compose import check_list
 
     check_list("files", files)
     store = open_store(overrides)
-    found = store.find(run)
+    stored_run = store.find(run)
 
     from mnist_exp.runs import predict as prediction
 
-    return prediction.predict(store, found, [Path(file) for file in files], raw)
+    return prediction.predict(store, stored_run, [Path(file) for file in files], raw)
+
+
+def predictions_figure(predictions: "Sequence[Prediction]") -> Any:
+    """Return a figure of images and predictions, of which one or more could be read."""
+    from mnist_exp.runs import predict as prediction
+
+    return prediction.draw(predictions, predictions[0].run_name)
+
+
+def report(
+    sweep: str = "last",
+    overrides: Sequence[str] = (),
+    verbose: bool = False,
+    *,
+    output: Path | None = None,
+    suffix: str = "png",
+) -> "Report":
+    """Report on a sweep from the store alone, and put the report onto its parent run.
+
+    Args:
+        sweep: The sweep, by its parent run.
+        overrides: `tracking.uri=...` alone, the store to look into.
+        verbose: Print the jobs, the leaderboard and the choice.
+        output: A folder to write the files into, as well.
+        suffix: The format of the figures in that folder: png, svg or pdf.
+
+    Raises:
+        ConfigError: There is no such sweep, or its report cannot be written.
+    """
+    store = open_store(overrides)
+    parent = store.find(sweep, sweep=True)
+
+    from mnist_exp.sweeps import finish
+
+    return finish.report_again(store, parent, output, suffix, _reporter(verbose))
 
 
 def reproduce(
@@ -167,75 +286,176 @@ def reproduce(
     threads: int | None = None,
     device: str | None = None,
 ) -> "Reproduction":
-    """Trains a run again from its record alone, and compares every epoch.
+    """Train a run again from its record alone, and compare every epoch.
 
-    `verbose`: a line is printed for every epoch. keep: the store for the second run, which is gone
-    otherwise. threads, device: in place of the recorded ones. Raises ConfigError.
+    Args:
+        run: The run.
+        overrides: `tracking.uri=...`, the store to look into, and `dataset.root=...`, the folder
+            of the data where that has moved.
+        verbose: Print a line for every epoch.
+        keep: The URI of a store for the second run, which is deleted otherwise.
+        threads: The number of CPU threads, in place of the recorded one.
+        device: The device, in place of the recorded one.
+
+    Raises:
+        ConfigError: There is no such run, or it cannot be trained again here.
     """
-    store, root = open_store(overrides, data=True), moved(overrides)
-    found = store.find(run)
+    store, root = open_store(overrides, data=True), _dataset_root(overrides)
+    stored_run = store.find(run)
 
     from mnist_exp.runs import reproduce as reproduction
-    from mnist_exp.runs.console import Reporter, Terminal
 
-    reporter = Terminal() if verbose else Reporter()
     return reproduction.reproduce(
-        store, found, reporter, keep=keep, threads=threads, device=device, root=root
+        store, stored_run, _reporter(verbose), keep=keep, threads=threads, device=device, root=root
     )
 
 
-def moved(overrides: Sequence[str]) -> str | None:
-    """Where a run's data is by now, if an override says so: dataset.root=FOLDER.
+def sync() -> tuple[int, dict[Path, str]]:
+    """Bring to MLflow what waits to be uploaded, each run to the store it is meant for.
 
-    Raises ConfigError.
+    Return how many runs are there now, and for the others the reason, by the folder of the run.
     """
+    from mnist_exp.tracking import upload
+
+    return upload.sync(_open_runs())
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as a .png, .svg or .pdf file, the same bytes each time. Raise OSError."""
+    from mnist_exp.figures import style
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    style.save(figure, path)
+
+
+def ui_page(run: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, str]:
+    """Return the URI of the store, and the page of MLflow's UI that shows a run or its experiment.
+
+    Raises:
+        ConfigError: There is no such store or run.
+    """
+    store = open_store(overrides)
+    return store.uri, store.page(run)
+
+
+def list_runs(
+    overrides: Sequence[str] = (), *, sweeps: bool | None = None
+) -> list[tuple[str, str]]:
+    """Return the ids and names of the runs in a store, newest first, without importing MLflow.
+
+    Args:
+        overrides: `tracking.uri=...` is the store to look into; other ones do not matter.
+        sweeps: Sweeps alone (True), or runs that are no sweep (False); None is both.
+
+    Raises:
+        ConfigError: The store cannot be opened.
+    """
+    from mnist_exp.config import paths
+    from mnist_exp.config.compose import compose
+    from mnist_exp.tracking import store as tracking
+
+    config = compose([word for word in overrides if word.startswith("tracking.")])
+    uri = tracking.store_uri(config.tracking.uri, paths.output_root())
+    tracking.check_store(uri)
+    return tracking.list_runs(uri, sweeps)
+
+
+def default_store() -> str:
+    """Return the URI of the store that is used where no override names one."""
+    from mnist_exp.config.paths import output_root
+    from mnist_exp.tracking.store import store_uri
+
+    return store_uri(None, output_root())
+
+
+def mark_dead_runs() -> dict[Path, str]:
+    """Give runs and sweeps whose process was killed their true status, and return the reasons.
+
+    They are by the output folder; a job of a sweep is marked, and not in the answer.
+    """
+    from mnist_exp.config.paths import output_root
+
+    if not (output_root() / "outputs" / ".open").is_dir():  # as it is nearly always
+        return {}
+    from mnist_exp.tracking import run_log
+
+    marked = run_log.mark_dead_runs(_open_runs())
+    return {folder: history.reason for folder, history in marked if not history.parent}
+
+
+def open_store(overrides: Sequence[str] = (), *, data: bool = False) -> "Store":
+    """Return the store of `_store_uri`, once what waited for it has been uploaded.
+
+    Raises:
+        ConfigError: As `_store_uri` does, and where there is no such store yet.
+    """
+    from mnist_exp.tracking import store as tracking
+    from mnist_exp.tracking import upload
+
+    uri = _store_uri(overrides, data=data)
+    _, problems = upload.sync(_open_runs(), uri)
+    for folder, reason in problems.items():
+        log.warning("%s: not in MLflow yet: %s", folder, reason)
+    if not tracking.has_runs(uri):
+        raise ConfigError(f"{uri}: there are no runs yet. To make one: mnist-exp train")
+    return tracking.Store(uri)
+
+
+def _reporter(verbose: bool) -> "Reporter":
+    from mnist_exp.runs.console import Reporter, Terminal
+
+    return Terminal() if verbose else Reporter()
+
+
+def _open_runs() -> "OpenRuns":
+    from mnist_exp.config.paths import output_root
+    from mnist_exp.tracking.run_log import open_runs_at
+
+    return open_runs_at(output_root())
+
+
+def _config(overrides: Sequence[str]) -> "Config":
+    from mnist_exp.config.compose import compose
+    from mnist_exp.config.schema import task_config
+    from mnist_exp.config.validate import validate
+
+    return validate(task_config(compose(overrides)))
+
+
+def _dataset_root(overrides: Sequence[str]) -> str | None:
+    """Return the folder that a run's data has moved to, if an override names it."""
     from mnist_exp.config.compose import compose
 
-    named = [o for o in overrides if o.startswith("dataset.root=")]
-    return compose(named).dataset.root if named else None
+    roots = [word for word in overrides if word.startswith("dataset.root=")]
+    return compose(roots).dataset.root if roots else None
 
 
-def store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = True) -> str:
-    """The store to look into, which is nearly all that can be said of a run that is on record.
+def _store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = True) -> str:
+    """Return the URI of the store to look into, which is nearly all that an override can change.
 
-    Raises ConfigError for overrides that say something else; `required`: also where no server
-    answers. `data`: they may say where the run's data is, too.
+    Args:
+        overrides: Overrides of a command that goes by the record of a run.
+        data: They may also name the folder of the run's data.
+        required: A server has to answer.
+
+    Raises:
+        ConfigError: An override would change nothing, or the store cannot be opened.
     """
     from mnist_exp.config import paths
     from mnist_exp.config.compose import check_list
     from mnist_exp.tracking import store as tracking
 
     check_list("overrides", overrides)
+    known = ("tracking.uri=", "dataset.root=") if data else ("tracking.uri=",)
     for override in overrides:
-        if not override.startswith(("tracking.uri=", *["dataset.root="] * data)):
-            more = ", and dataset.root=FOLDER, where its data is" * data
+        if not override.startswith(known):
+            more = ", and dataset.root=FOLDER, where its data is" if data else ""
             raise ConfigError(
                 f"{override}: it would change nothing here, as the run is on record. What can be "
                 f"said is tracking.uri=..., the store{more}"
             )
-    asked = _config(overrides).tracking.uri
-    tracking.warn_if_environment_wins(asked)
-    uri = tracking.store_uri(asked, paths.output_root())
+    asked_uri = _config(overrides).tracking.uri
+    tracking.warn_if_environment_wins(asked_uri)
+    uri = tracking.store_uri(asked_uri, paths.output_root())
     tracking.check_store(uri, required=required)
     return uri
-
-
-def open_store(overrides: Sequence[str] = (), *, data: bool = False) -> "Store":
-    """What `store_uri` names, opened, after what was waiting for it has been brought there.
-
-    Raises ConfigError, also where there is no such store yet.
-    """
-    import logging
-
-    from mnist_exp.config.paths import output_root
-    from mnist_exp.tracking import store as tracking
-    from mnist_exp.tracking import upload
-    from mnist_exp.tracking.run_log import open_runs_at
-
-    uri = store_uri(overrides, data=data)
-    _, problems = upload.sync(open_runs_at(output_root()), uri)
-    for folder, why in problems.items():
-        logging.getLogger(__name__).warning("%s: not in MLflow yet: %s", folder, why)
-    if not tracking.has_runs(uri):
-        raise ConfigError(f"{uri}: there are no runs yet. To make one: mnist-exp train")
-    return tracking.Store(uri)

@@ -1,124 +1,159 @@
 """Completion of what is typed behind `mnist-exp`, in bash, zsh and fish.
 
-A shell's script hands over the line as far as the cursor and gets the candidates, one a line, each
-with its description behind a tab. What can stand where is read from the verbs' own parsers: the
-metavar of an argument says what it is.
+argcomplete speaks with the shells: it has their scripts, divides the line into words and quotes the
+candidates. Which candidates there are is told here, from the parsers of the commands: the metavar
+of an argument tells what it is. argcomplete's own reading of parsers does not know of arguments
+that are left out, nor of options between them.
 """
 
 import argparse
 import contextlib
-import shlex
+import os
+import sys
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
-from mnist_exp.cli.commands import HYDRAS_OWN, VERBS, Verb
+from mnist_exp import api
+from mnist_exp.cli.commands import COMMANDS, HYDRA_FLAGS, Command
 from mnist_exp.errors import ConfigError
 
-FILES = ":files"  # instead of candidates: the shell is to complete the name of a file
-OFFERED = 50  # runs
-# metavar -> is it a sweep
+FILES = ":files"  # the one candidate where the name of a file is to be completed
+MAX_RUNS = 50  # candidates
+# The metavars of runs, with the kind of run: a sweep, none, or either.
 _KINDS = {"RUN": False, "SWEEP": True, "RUN_OR_SWEEP": None, "RUN_OR_FOLDER": None}
 
-Candidates = list[tuple[str, str]]  # with their descriptions
+Candidates = dict[str, str]  # with their descriptions
 
 
-def answer(shell: str, line: str, breaks: str = "") -> list[str]:
-    """What a shell's script is told. `breaks`: where bash divides words (its COMP_WORDBREAKS)."""
-    words, quoted = _split(line)
-    if len(words) < 2:
-        return []
-    found = candidates(words[1:])
-    if shell != "bash" or found == [FILES]:
-        return found
-    # bash replaces only what stands behind the last break, and shows no descriptions
-    cut = 0 if quoted else 1 + max(words[-1].rfind(sign) for sign in breaks or " ")
-    return [text.partition("\t")[0][cut:] for text in found]
+def shell_code(shell: str) -> str:
+    """Return what bash, zsh or fish has to evaluate for completion."""
+    from argcomplete.shell_integration import shellcode
+
+    # without -o default: where there are no candidates, bash would offer files
+    code = shellcode(["mnist-exp"], shell=shell, complete_arguments=["-o nospace", "-o nosort"])
+    if shell == "zsh":
+        code = "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }\n" + code
+    # fish would sort the newest run somewhere else
+    return code.replace("complete --command mnist-exp -f", "complete --command mnist-exp -k -f")
 
 
-def _split(line: str) -> tuple[list[str], bool]:
-    """The words of a line that ends at the cursor; whether the last one stands in quotes."""
-    for quote in ("", "'", '"'):
-        with contextlib.suppress(ValueError):  # a quote is still open
-            *words, last = shlex.split(f"{line}x{quote}")  # x: behind a blank, a word begins
-            return [*words, last[:-1]], bool(quote)
-    return [], False
+def complete(output: TextIO | None = None) -> None:
+    """Answer what argcomplete's script of a shell asks for, into its pipe, and exit."""
+    from argcomplete import autocomplete
+
+    # an option is a word like any other: no word begins with NUL
+    parser = argparse.ArgumentParser(prefix_chars="\0", add_help=False)
+    words: Any = parser.add_argument("words", nargs="*")
+    words.completer = _complete
+    autocomplete(parser, always_complete_options=False, exit_method=sys.exit, output_stream=output)
 
 
-def candidates(words: Sequence[str]) -> list[str]:
-    """For the last one of the words, which may be empty, behind those before it."""
+def _complete(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Candidates:
+    """Return the candidates for a word that begins with `prefix`, as argcomplete asks for them."""
+    words = [*_behind_the_program(parsed_args.words or []), prefix]
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # somebody is typing
+        warnings.simplefilter("ignore")
+        answer = candidates(words)
+        return dict.fromkeys(_files(prefix), "") if FILES in answer else answer
+    return {}
+
+
+def _behind_the_program(words: Sequence[str]) -> Sequence[str]:
+    """Return the words of the last command of a line, as zsh hands over all commands on it."""
+    for i in reversed(range(len(words))):
+        begins = i == 0 or words[i - 1].endswith((";", "&", "|"))
+        if begins and Path(words[i]).name == "mnist-exp":
+            return words[i + 1 :]
+    return words
+
+
+def _files(word: str) -> Iterator[str]:
+    """Yield the files that a word can become, which may begin with KEY= or --OPTION=."""
+    key, equals, text = word.rpartition("=")
+    folder, name = os.path.split(text)
+    for entry in sorted(os.scandir(os.path.expanduser(folder) or "."), key=lambda e: e.name):
+        if entry.name.startswith(name) and (name or not entry.name.startswith(".")):
+            end = "/" if entry.is_dir() else ""
+            yield f"{key}{equals}{os.path.join(folder, entry.name)}{end}"
+
+
+def candidates(words: Sequence[str]) -> Candidates:
+    """Return the candidates for the last of the words, which may be empty."""
     *before, word = words
-    found: Candidates = []
-    files = False
+    answer: Candidates = {}
+    takes_files = False
     if not before:
-        found = [(verb.name, verb.summary) for verb in VERBS.values()]
-        found += [("--help", ""), ("--version", "")] if word.startswith("-") else []
-    elif before[0] in VERBS:
-        found, files = _arguments(VERBS[before[0]], before[1:], word)
-    fitting = [f"{text}\t{said}" if said else text for text, said in found if text.startswith(word)]
-    return fitting or [FILES] * files
+        answer = {command.name: command.summary for command in COMMANDS.values()}
+        if word.startswith("-"):
+            answer |= {"--help": "", "--version": ""}
+    elif before[0] in COMMANDS:
+        answer, takes_files = _arguments(COMMANDS[before[0]], before[1:], word)
+    answer = {text: help for text, help in answer.items() if text.startswith(word)}
+    return answer or ({FILES: ""} if takes_files else {})
 
 
-def _arguments(verb: Verb, before: Sequence[str], word: str) -> tuple[Candidates, bool]:
-    """What can stand there, and whether it can be a file."""
-    actions = _actions(verb)
+def _arguments(command: Command, before: Sequence[str], word: str) -> tuple[Candidates, bool]:
+    """Return what can stand there, and whether it can be a file."""
+    actions = _actions(command)
     options = {name: action for action in actions for name in action.option_strings}
     values: dict[str, str] = {}  # of the options
-    places: list[str] = []  # the other words
-    waits: argparse.Action | None = None  # an option whose value comes next
+    others: list[str] = []
+    option: argparse.Action | None = None  # whose value comes next
     for typed in before:
-        if waits is not None:
-            values[waits.dest], waits = typed, None
+        if option is not None:
+            values[option.dest], option = typed, None
         elif not typed.startswith("-"):
-            places.append(typed)
+            others.append(typed)
         elif typed in options and options[typed].nargs is None:
-            waits = options[typed]
-    if waits is not None:
-        return _choices(waits), _takes_files(waits, word)
+            option = options[typed]
+    if option is not None:
+        return _choices(option), _takes_files(option, word)
     name, equals, _ = word.partition("=")
     if equals and name in options:
-        choices = [(f"{name}={value}", "") for value, _ in _choices(options[name])]
+        choices = {f"{name}={value}": "" for value in _choices(options[name])}
         return choices, _takes_files(options[name], word)
     if word.startswith("-"):
-        shown = [a for a in actions if a.help != argparse.SUPPRESS]
-        return [(o, _line(a.help)) for a in shown for o in a.option_strings if o[:2] == "--"], False
-    return _positional([a for a in actions if not a.option_strings], places, values, word)
+        flags = [(flag, action.help) for flag, action in options.items() if flag[:2] == "--"]
+        return {flag: " ".join((text or "").split()) for flag, text in flags}, False
+    return _positional([a for a in actions if not a.option_strings], others, values, word)
 
 
 def _positional(
     arguments: Sequence[argparse.Action], before: Sequence[str], values: dict[str, str], word: str
 ) -> tuple[Candidates, bool]:
+    """Return the same for a word that belongs to no option, behind the `values` of options."""
     if not arguments:
-        return [], False
+        return {}, False
     place = min(sum("=" not in typed for typed in before), len(arguments) - 1)
     if arguments[place].nargs == "?" and ("=" in word or "." in word):  # it was left out
         place += 1
     argument = arguments[place]
     overrides = [typed for typed in before if "=" in typed or typed.startswith("~")]
     if argument.metavar == "OVERRIDE":
-        found = _overrides(word, overrides, values)
+        answer = _overrides(word, overrides, values)
     elif argument.metavar in _KINDS:
-        found = _runs(_KINDS[argument.metavar], overrides)
+        answer = _runs(_KINDS[argument.metavar], overrides)
     else:
-        found = _choices(argument)
-    return found, _takes_files(argument, word)
+        answer = _choices(argument)
+    return answer, _takes_files(argument, word)
 
 
 def _choices(action: argparse.Action) -> Candidates:
-    return [(value, "") for value in action.choices or ()]
+    return dict.fromkeys(action.choices or (), "")
 
 
-def _line(text: str | None) -> str:
-    return " ".join((text or "").split())
-
-
-def _actions(verb: Verb) -> list[argparse.Action]:
-    actions = verb.parser()._actions
-    if verb.name != "train":
+def _actions(command: Command) -> list[argparse.Action]:
+    """Return the arguments of a command, and for `train` also Hydra's flags."""
+    actions = command.parser()._actions
+    if command.name != "train":
         return actions
     from mnist_exp.config.hydra_adapter import hydra_flags
 
     # -h is known already; Hydra's own completion knows nothing of what is above
-    more = {*HYDRAS_OWN} - {"--help", "-h", "--shell-completion", "-sc"}
+    more = {*HYDRA_FLAGS} - {"--help", "-h", "--shell-completion", "-sc"}
     return actions + [a for a in hydra_flags()._actions if more & {*a.option_strings}]
 
 
@@ -133,84 +168,14 @@ def _overrides(word: str, others: Sequence[str], values: dict[str, str]) -> Cand
     from mnist_exp.config.candidates import candidates as override_candidates
 
     config_name, config_dir = values.get("config_name", "config"), values.get("config_dir")
-    return [(text, "") for text in override_candidates(word, others, config_name, config_dir)]
+    return dict.fromkeys(override_candidates(word, others, config_name, config_dir), "")
 
 
-def _runs(sweep: bool | None, overrides: Sequence[str]) -> Candidates:
-    from mnist_exp.config import paths
-    from mnist_exp.config.compose import compose
-    from mnist_exp.tracking import store as tracking
-
+def _runs(sweeps: bool | None, overrides: Sequence[str]) -> Candidates:
     try:
-        asked = compose([o for o in overrides if o.startswith("tracking.")])
-        uri = tracking.store_uri(asked.tracking.uri, paths.output_root())
-        tracking.check_store(uri)
+        runs = api.list_runs(overrides, sweeps=sweeps)
     except ConfigError:
-        return []
-    runs = tracking.list_runs(uri, sweep)
-    alike = Counter(run_id[:8] for run_id, _ in runs)
-    short = [(r[:8] if alike[r[:8]] == 1 else r, name) for r, name in runs[:OFFERED]]
-    return [("last", "the newest"), *short] if short else []
-
-
-# The line is what all three can tell; what one of them says goes nowhere, as somebody is typing.
-SCRIPTS = {
-    "bash": r"""
-_mnist_exp() {
-    local candidate
-    COMPREPLY=()
-    while IFS= read -r candidate; do
-        COMPREPLY+=("$candidate")
-    done < <("${1/#\~/$HOME}" completion bash --breaks "$COMP_WORDBREAKS" \
-        --line "${COMP_LINE:0:COMP_POINT}" 2>/dev/null </dev/null)
-    case ${COMPREPLY[0]-} in
-        :files) COMPREPLY=(); compopt -o default ;;
-        *[=./]) compopt -o nospace ;;
-    esac
-}
-complete -o nosort -F _mnist_exp mnist-exp
-""",
-    "zsh": r"""
-_mnist_exp() {
-    local line text
-    local -a found texts shown how
-    found=(${(f)"$(${~${(Q)words[1]}} completion zsh \
-        --line "${(j: :)words[1,CURRENT-1]} $PREFIX" 2>/dev/null </dev/null)"})
-    if [[ $found == :files ]]; then
-        compset -P '*='
-        _files
-        return
-    fi
-    texts=(${found%%$'\t'*})
-    local -i width=${#${(O@)texts//?/x}[1]}
-    for line in $found; do
-        text=${line%%$'\t'*} how=()
-        if [[ $line == *$'\t'* ]]; then
-            shown=("${(r:width:)text}  -- ${line#*$'\t'}")
-            shown=(${shown[1][1,COLUMNS-1]})
-            how=(-l -d shown)
-        fi
-        [[ $text == *[=./] ]] && how+=(-S '')
-        compadd -V mnist-exp "${how[@]}" -- "$text"
-    done
-}
-(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
-compdef _mnist_exp mnist-exp
-""",
-    "fish": r"""
-function __mnist_exp
-    set -l words (commandline -opc)
-    set -l program (string replace -r '^~' $HOME -- $words[1])
-    set -l found ($program completion fish --line (commandline -cp) 2>/dev/null </dev/null)
-    if test "$found" = :files
-        set -l word (commandline -ct | string unescape)
-        set -l key (string match -r '^[^/]*=' -- $word)
-        set -l path (string replace -- "$key" '' $word)
-        string join \n -- "$key"(__fish_complete_path "$path")
-    else
-        string join \n -- $found
-    end
-end
-complete -c mnist-exp -k -f -a '(__mnist_exp)'
-""",
-}
+        return {}
+    counts = Counter(run_id[:8] for run_id, _ in runs)
+    short = {r[:8] if counts[r[:8]] == 1 else r: name for r, name in runs[:MAX_RUNS]}
+    return {"last": "the newest", **short} if short else {}

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mnist_exp import __version__
-from mnist_exp.cli.commands import VERBS, command
-from mnist_exp.errors import BROKEN_PIPE, ConfigError, RunFailed, Terminated
+from mnist_exp import __version__, api
+from mnist_exp.cli.commands import COMMANDS, command_line
+from mnist_exp.errors import BROKEN_PIPE, ConfigError, RunFailed, Terminated, did_you_mean
 from mnist_exp.system import signals, streams
 
 _HELP = """\
@@ -31,19 +31,19 @@ An OVERRIDE is key=value or group=option.
 
 
 def program() -> NoReturn:
-    """`main` as a process of its own.
+    """Run `main` as a process of its own.
 
-    Once all is written, the process is gone at once: where torch and mlflow are loaded, Python's
+    Once all is written, the process ends at once: where torch and mlflow are loaded, Python's
     clearing up before it ends takes one to three seconds.
     """
     status = 1  # of an exception that main() lets pass, whose traceback Python has printed
     output = streams.replace_standard_streams()
 
-    def vanish() -> None:
+    def exit_now() -> None:
         streams.flush()
         os._exit(status)
 
-    atexit.register(vanish)  # called after all that will be registered from here on
+    atexit.register(exit_now)  # called after all that will be registered from here on
     try:
         main()
     except SystemExit as ended:
@@ -51,22 +51,25 @@ def program() -> NoReturn:
         if not streams.flush() and not status:
             status = BROKEN_PIPE
         if output.problem and not status:
-            _say(f"the output cannot be written: {output.problem}")
+            _print_error(f"the output cannot be written: {output.problem}")
             status = 1
         signals.ignore()  # all is written, and the status is known
         raise
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a verb and exits: 0 well, 1 a run failed, 2 a bad command; 130, 143, 129 interrupted;
-    141 nobody reads the output."""
+    """Run a command and exit.
+
+    The exit status is 0 where all is well, 1 where a run failed, 2 for a bad command, 130, 143 or
+    129 after a signal, and 141 where nobody reads the output.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     signals.handle()
     logging.basicConfig(format="mnist-exp: %(message)s")
     logging.getLogger("mnist_exp").setLevel(logging.INFO)
     try:
-        status = _dispatch(words)
+        status = _run(words)
         sys.stdout.flush()
         sys.exit(status)
     except (ConfigError, RunFailed) as error:
@@ -74,61 +77,49 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             import traceback
 
             traceback.print_exc()
-        _complain(str(error), 2 if isinstance(error, ConfigError) else 1)
+        _print_error(str(error))
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
     except (KeyboardInterrupt, Terminated) as ended:
         status = int(ended.code or 1) if isinstance(ended, Terminated) else 130
         text = "terminated" if isinstance(ended, Terminated) else "interrupted"
         text = "ended, as nobody reads the output" if status == BROKEN_PIPE else text
         if folders := getattr(ended, "__notes__", []):
-            text += f". To go on with it:\n{command('resume', folders[0])}"
+            text += f". To go on with it:\n{command_line('resume', folders[0])}"
         elif status == BROKEN_PIPE:
             sys.exit(status)  # as below: no run was ended by it
-        _complain(text, status)
+        _print_error(text)
+        sys.exit(status)
     except BrokenPipeError:  # nobody reads the last lines, as after `| head`
         sys.exit(BROKEN_PIPE)
 
 
-def _complain(text: str, status: int) -> NoReturn:
-    _say(text)
-    sys.exit(status)
-
-
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     with contextlib.suppress(BrokenPipeError):
         print(f"mnist-exp: {text}", file=sys.stderr)
 
 
-def _dispatch(words: list[str]) -> int:
+def _run(words: Sequence[str]) -> int:
+    """Run what is typed behind `mnist-exp`, and return the exit status."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks while somebody types
+        from mnist_exp.cli.completion import complete
+
+        complete()
     if not words or words[0] in ("-h", "--help", "help"):
-        lines = [f"  {f'{verb.name} {verb.usage}':25} {verb.summary}" for verb in VERBS.values()]
+        verbs = COMMANDS.values()
+        lines = [f"  {f'{verb.name} {verb.usage}':25} {verb.summary}" for verb in verbs]
         print(_HELP.format(verbs="\n".join(lines)), end="")
         return 0 if words else 2
-    if words[0] == "--version":
+    verb, *rest = words
+    if verb == "--version":
         print(f"mnist-exp {__version__}")
         return 0
-    if words[0] not in VERBS:
-        import difflib
-
-        near = difflib.get_close_matches(words[0], VERBS, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"{words[0]}: there is no such verb. {hint}Verbs: {', '.join(VERBS)}")
-    if words[0] != "completion":  # which is asked while somebody types
-        _bury_the_dead()
-    return VERBS[words[0]](words[1:])
-
-
-def _bury_the_dead() -> None:
-    """Runs whose process was killed get their true status, whichever verb comes next."""
-    from mnist_exp.config.paths import output_root
-
-    if not (output_root() / "outputs" / ".open").is_dir():  # as it is nearly always
-        return
-    from mnist_exp.tracking.run_log import mark_dead_runs, open_runs_at
-
-    for folder, story in mark_dead_runs(open_runs_at(output_root())):
-        if not story.parent:
-            print(
-                f"mnist-exp: the run in {folder} is KILLED: {story.reason}. To go on with it: "
-                f"{command('resume', str(folder))}",
-                file=sys.stderr,
+    if verb not in COMMANDS:
+        hint = did_you_mean(verb, COMMANDS)
+        raise ConfigError(f"{verb}: there is no such verb. {hint}Verbs: {', '.join(COMMANDS)}")
+    if verb != "completion":  # which starts with every shell
+        for folder, reason in api.mark_dead_runs().items():
+            _print_error(
+                f"the run in {folder} is KILLED: {reason}. To go on with it: "
+                f"{command_line('resume', str(folder))}"
             )
+    return COMMANDS[verb].run(rest)

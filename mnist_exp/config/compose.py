@@ -1,7 +1,7 @@
 """From the command line's words to a composed config."""
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hydra.types import HydraContext
@@ -13,6 +13,7 @@ from mnist_exp.config.hydra_adapter import (
     compose_raw,
     compose_sweep_raw,
     hydra_words,
+    run_hydra_raw,
 )
 from mnist_exp.errors import ConfigError
 
@@ -52,3 +53,21 @@ def compose_sweep(
         return compose_sweep_raw(words, config_name)
     except COMPOSITION_ERRORS as error:
         raise explain(error, overrides) from error
+
+
+def run_hydra(words: Sequence[str], job: Callable[[DictConfig], object]) -> None:
+    """Run Hydra's own program, for its flags that print something or lead elsewhere.
+
+    Args:
+        words: The words of the command line.
+        job: Called with the composed config, unless a flag asks for something else.
+
+    Raises:
+        ConfigError: An override is at fault.
+    """
+    try:
+        run_hydra_raw(words, job)
+    except ConfigError:
+        raise
+    except COMPOSITION_ERRORS as error:
+        raise explain(error, [word for word in words if not word.startswith("-")]) from error

@@ -5,23 +5,26 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra import main as hydra_main
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.config import paths
@@ -124,9 +127,34 @@ def compose_sweep_raw(words: Sequence[str], config_name: str) -> tuple[HydraCont
         return HydraContext(hydra.config_loader, Callbacks(config)), config
 
 
+def run_hydra_raw(words: Sequence[str], job: Callable[[DictConfig], object]) -> None:
+    """Run Hydra's own program on the words of a command line.
+
+    It prints what a flag asks for, or calls `job` with the composed config. Raise one of
+    COMPOSITION_ERRORS, or what `job` raises.
+    """
+    register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on, instead of printing them
+    argv, sys.argv = sys.argv, ["mnist-exp train", *words]
+
+    def call_job(config: DictConfig) -> None:
+        sys.argv = argv  # for the record of the run
+        with open_dict(config):
+            config.hydra = OmegaConf.create({"hydra": HydraConfig.get()}).hydra
+        job(config)
+
+    conf = str(paths.project_root() / "conf")
+    hydra_main(version_base="1.3", config_path=conf, config_name="config")(call_job)()
+
+
 def hydra_flags() -> argparse.ArgumentParser:
-    """Of Hydra's own flags."""
+    """Return the parser of Hydra's own flags."""
     return get_args_parser()
+
+
+def is_sweep(config: DictConfig) -> bool:
+    """Return whether a composed config asks for several jobs, as a recipe may."""
+    return bool(config.hydra.mode == RunMode.MULTIRUN)
 
 
 def import_target(path: str) -> Any:

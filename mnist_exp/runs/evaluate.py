@@ -3,18 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from mnist_exp.data.dataset import Dataset
-from mnist_exp.figures import curves, samples, style
+from mnist_exp.figures import curves, samples
 from mnist_exp.figures.curves import History
 from mnist_exp.formatting import Table, number_or_dash
 from mnist_exp.runs.recorder import CURVES
 from mnist_exp.runs.saved_model import check_finite, load_run
-from mnist_exp.system import files
 from mnist_exp.tracking.store import Store, StoredRun
 from mnist_exp.training import metrics
 from mnist_exp.training.metrics import Calibration, ClassScore
@@ -112,12 +110,3 @@ def evaluate_stack(run: StoredRun, dataset: Dataset, stack: Stack, **more: Any) 
     check_finite(logits, run)
     recorded = {key: value for key, value in run.metrics.items() if key.startswith("test/")}
     return Evaluation(run.id, run.name, dataset, logits, recorded, **more)
-
-
-def save(figures: Mapping[str, Any], folder: Path, suffix: str) -> list[str]:
-    """Write figures into the folder of --output, and return the names of the files."""
-    with files.reporting_write_errors("--output", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            style.save(figure, folder / f"{name}.{suffix}")
-    return [f"{name}.{suffix}" for name in figures]

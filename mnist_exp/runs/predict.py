@@ -21,6 +21,7 @@ class Prediction:
     """The prediction for one file, or the problem for which there is none."""
 
     file: Path
+    run_name: str  # of the run whose model predicts
     # kept for as many files as a figure shows: the memory would not do for all
     photo: Photo | None = field(default=None, repr=False)
     classes: Sequence[tuple[str, float]] = ()  # the most probable three, with their probabilities
@@ -53,7 +54,7 @@ def predict(store: Store, run: StoredRun, files: Sequence[Path], raw: bool) -> l
         try:
             photo = photos.read(file, info.shape[1:], raw)
         except UnreadableImage as problem:
-            predictions.append(Prediction(file, problem=str(problem)))
+            predictions.append(Prediction(file, run.name, problem=str(problem)))
             continue
         image = torch.from_numpy(photo.preprocessed)[None, None]  # [H, W] -> [1, 1, H, W]
         logits = stack.logits(info.normalise(image))[0, 0]  # [1, 1, classes] -> [classes]
@@ -62,7 +63,8 @@ def predict(store: Store, run: StoredRun, files: Sequence[Path], raw: bool) -> l
         best = probabilities.topk(min(CLASSES, len(probabilities)))
         names = [info.classes[i] for i in best.indices.tolist()]
         classes = list(zip(names, best.values.tolist(), strict=True))
-        predictions.append(Prediction(file, photo if shown < images.PAIRS else None, classes))
+        kept = photo if shown < images.PAIRS else None
+        predictions.append(Prediction(file, run.name, kept, classes))
         shown += 1
     return predictions
 

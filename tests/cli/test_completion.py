@@ -1,6 +1,7 @@
 """Completion: what is offered, what it costs, and what the real shells make of it."""
 
 import argparse
+import io
 import os
 import shutil
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 import mlflow
 import pexpect
 import pytest
+from argcomplete.finders import CompletionFinder
 
-from mnist_exp.cli.commands import VERBS
-from mnist_exp.cli.completion import FILES, SCRIPTS, answer, candidates
+from mnist_exp.cli.commands import COMMANDS
+from mnist_exp.cli.completion import FILES, candidates, complete, shell_code
 from mnist_exp.tracking import store as tracking
 from tests.helpers import ROOT, command, fresh_store
 
@@ -21,7 +23,28 @@ BREAKS = " \t\n\"'><=;|&(:"  # bash's COMP_WORDBREAKS, unless somebody has chang
 
 def offered(words: str) -> list[str]:
     """Without the descriptions; the last word begins behind the last blank."""
-    return [line.partition("\t")[0] for line in candidates(words.split(" "))]
+    return list(candidates(words.split(" ")))
+
+
+def asking(shell: str, line: str, breaks: str = "") -> dict[str, str]:
+    """The variables that a shell asks with, where the cursor is at the end of a line."""
+    variables = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE": "1"}
+    variables |= {"_ARGCOMPLETE_SHELL": shell, "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    return variables | {"_ARGCOMPLETE_COMP_WORDBREAKS": breaks}
+
+
+def answer(shell: str, line: str, breaks: str = "") -> list[str]:
+    """What a shell gets."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in asking(shell, line, breaks).items():
+            patch.setenv(name, value)
+        # which would take what is file 9 here, and close it
+        patch.setattr(CompletionFinder, "_init_debug_stream", lambda self: None)
+        with pytest.raises(SystemExit) as ended:
+            complete(output)
+    assert not ended.value.code
+    return output.getvalue().split("\013") if output.getvalue() else []
 
 
 @pytest.mark.parametrize(
@@ -68,8 +91,8 @@ def test_candidates(words: str, expected: list[str]) -> None:
 
 
 def test_every_verb_and_flag_is_offered() -> None:
-    assert offered("") == list(VERBS)
-    for verb in VERBS.values():
+    assert offered("") == list(COMMANDS)
+    for verb in COMMANDS.values():
         flags = {
             name
             for action in verb.parser()._actions
@@ -95,15 +118,35 @@ def test_folder_of_ones_own_groups(tmp_path: Path) -> None:
         ('mnist-exp train "model=c', ["model=cnn"]),
         ("mnist-exp train 'seed=1' optimizer.l", ["optimizer.lr="]),
         ("mnist-exp tr", ["train"]),
-        ("mnist-exp show -o x", [FILES]),
+        ("mnist-exp show -o x", ["x/", "x.png"]),
+        ("mnist-exp show --output=x/", ["x/y\\ z"]),
+        ("mnist-exp train dataset.root=x", ["x/", "x.png"]),
         ("mnist-exp", []),
-        ("", []),
     ],
 )
-def test_bash_replaces_what_stands_behind_a_break(line: str, expected: list[str]) -> None:
+def test_bash_replaces_what_stands_behind_a_break(
+    line: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    for name in ("x.png", "x/y z"):
+        (tmp_path / name).touch()
     assert answer("bash", line, BREAKS) == expected
     whole = answer("bash", line, BREAKS.replace("=", ""))
-    assert whole == [text.partition("\t")[0] for text in answer("fish", line)]
+    assert [text.replace("\\", "") for text in whole] == answer("fish", line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "mnist-exp report last; mnist-exp tra",
+        "cd here && mnist-exp tra",
+        "A=1 mnist-exp tra",
+        "sudo ~/bin/mnist-exp tra",
+    ],
+)
+def test_zsh_hands_over_all_commands_of_a_line(line: str) -> None:
+    assert answer("zsh", line) == [f"train:{COMMANDS['train'].summary}"]
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +187,10 @@ def test_runs(chosen: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
         word = [f"tracking.uri={store}"]
     for verb, sweep in (("predict", False), ("report", True), ("resume", None)):
-        short = [f"{run_id[:8]}\t{name}" for run_id, name in tracking.list_runs(store, sweep)]
-        assert candidates([verb, *word, ""]) == ["last\tthe newest", *short]
-        assert candidates([verb, *word, short[0][:6]]) == short[:1]
+        short = [(run_id[:8], name) for run_id, name in tracking.list_runs(store, sweep)]
+        found = candidates([verb, *word, ""])
+        assert list(found.items()) == [("last", "the newest"), *short]
+        assert candidates([verb, *word, short[0][0][:6]]) == dict(short[:1])
 
 
 def test_ids_that_begin_alike(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,10 +219,11 @@ def test_it_is_light_silent_and_leaves_nothing(
     code += "try: cli.main()\n"
     code += "finally: print('\\n', *sys.modules)"
     answered = subprocess.run(
-        [sys.executable, "-c", code, "completion", "zsh", "--line", line],
+        [sys.executable, "-c", code],
         cwd=tmp_path,
         env={k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-        | {"PYTHONPATH": str(ROOT)},
+        | asking("zsh", line)
+        | {"PYTHONPATH": str(ROOT), "_ARGCOMPLETE_STDOUT_FILENAME": os.devnull},
         capture_output=True,
         text=True,
     )
@@ -254,7 +299,7 @@ def test_bash(line: str, expected: list[str], program: Path, store: str) -> None
         eval "$(mnist-exp completion bash)"
         compopt() {{ :; }}  # which only works while somebody types
         COMP_LINE='{line}' COMP_POINT={len(line)}
-        _mnist_exp {line.split()[0]}
+        _python_argcomplete {line.split()[0]}
         printf '%s\\n' "${{COMPREPLY[@]}}"
     """
     found = typed_in("bash", script, program, MLFLOW_TRACKING_URI=store)
@@ -326,4 +371,7 @@ def test_what_a_person_sees(shell: str, program: Path, store: str) -> None:
 
 
 def test_scripts_are_for_the_shells_that_can_be_asked_for() -> None:
-    assert offered("completion ") == list(SCRIPTS)
+    codes = {shell: shell_code(shell) for shell in offered("completion ")}
+    assert list(codes) == ["bash", "zsh", "fish"]
+    assert all("_ARGCOMPLETE" in code and "mnist-exp" in code for code in codes.values())
+    assert " -k " in codes["fish"] and "-o nosort" in codes["bash"]  # the newest run is first
