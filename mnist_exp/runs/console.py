@@ -1,4 +1,4 @@
-"""What a person sees of a run in the terminal. The base class shows nothing: a null object."""
+"""Showing in a terminal how runs get on."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,14 @@ from rich.text import Text
 from mnist_exp.errors import BROKEN_PIPE, Terminated
 from mnist_exp.training import events
 
-NAMED = 16  # runs of a stack that get a line
+NAMED_RUNS = 16  # of a stack get a line
 
 
 class _Console(Console):
+    """A console that ends the run where nobody reads any more, as after `| head`."""
+
     def on_broken_pipe(self) -> None:
-        """Nobody reads any more, as after `| head`: the run ends, as other programs do."""
+        """Raise Terminated."""
         try:
             super().on_broken_pipe()
         except SystemExit:
@@ -25,34 +27,32 @@ class _Console(Console):
 
 
 class Reporter:
-    """Shows nothing."""
+    """A reporter that shows nothing: the null object."""
 
     def start(self, names: Sequence[str], device: str, epochs: int) -> None:
-        """A stack of runs begins."""
+        """Show that a stack of runs begins."""
 
-    def progress(self, record: events.Progress) -> None:
-        """A part of an epoch is done."""
+    def progress(self, event: events.Progress) -> None:
+        """Show that a part of an epoch is done."""
 
-    def epoch(self, record: events.Epoch) -> None:
-        """An epoch is done."""
+    def epoch(self, event: events.Epoch) -> None:
+        """Show that an epoch is done."""
 
     def line(self, text: str) -> None:
-        """Something worth a line."""
+        """Show a line of text."""
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """What belongs into columns."""
+        """Show a table."""
 
     def stop(self) -> None:
-        """No more of this run: the terminal is given back."""
+        """Give the terminal back: nothing more comes of these runs."""
 
 
 class Terminal(Reporter):
-    """A line an epoch; in a terminal a live bar under them as well.
-
-    With a `prefix` to its lines it is one of several processes, and there is no bar.
-    """
+    """A reporter that prints a line an epoch, in a terminal with a live bar under them."""
 
     def __init__(self, prefix: str = "") -> None:
+        """Print a prefix before each line, without a bar, where there are several processes."""
         self.prefix = prefix
         self.console = _Console(highlight=False, soft_wrap=True, force_jupyter=False)
         # a notebook asks for colours, as if it were a terminal, and cannot draw over a line
@@ -72,51 +72,57 @@ class Terminal(Reporter):
         self.epochs = 0
 
     def start(self, names: Sequence[str], device: str, epochs: int) -> None:
-        for name in names[:NAMED]:
+        """Print the names of the runs, and start the bar."""
+        for name in names[:NAMED_RUNS]:
             self.line(f"{name}  on {device}")
-        if len(names) > NAMED:
-            self.line(f"and {len(names) - NAMED} more runs")
+        if len(names) > NAMED_RUNS:
+            self.line(f"and {len(names) - NAMED_RUNS} more runs")
         self.epochs = epochs
         self.task = self.bar.add_task(
             "", total=epochs, epoch=1, epochs=epochs, loss=0.0, accuracy=0.0, rate=0.0
         )
-        self.began, self.seen, self.right = time.perf_counter(), 0, 0
+        self.began, self.images, self.correct = time.perf_counter(), 0, 0
         if self.live and not self.prefix:
             self.bar.start()
 
-    def progress(self, record: events.Progress) -> None:
+    def progress(self, event: events.Progress) -> None:
+        """Move the bar, five times a second."""
         now = time.perf_counter()
-        self.seen += record.images * len(record.active)
-        self.right += int(record.correct.sum())
-        if now - self.began < 0.2 and record.step < record.steps:
+        self.images += event.images * len(event.active)
+        self.correct += int(event.correct.sum())
+        if now - self.began < 0.2 and event.step < event.steps:
             return
         self.bar.update(
             self.task,
-            completed=record.epoch - 1 + record.step / record.steps,
-            epoch=record.epoch,
-            loss=float(record.losses.mean()),
-            accuracy=self.right / self.seen,
-            rate=self.seen / (now - self.began),
+            completed=event.epoch - 1 + event.step / event.steps,
+            epoch=event.epoch,
+            loss=float(event.losses.mean()),
+            accuracy=self.correct / self.images,
+            rate=self.images / (now - self.began),
         )
-        self.began, self.seen, self.right = now, 0, 0
+        self.began, self.images, self.correct = now, 0, 0
 
-    def epoch(self, record: events.Epoch) -> None:
-        live = [metrics for metrics in record.metrics if metrics]
-        if len(record.metrics) > 1 and live:
+    def epoch(self, event: events.Epoch) -> None:
+        """Print the metrics of the one run, or the range of several."""
+        live = [metrics for metrics in event.metrics if metrics]
+        if len(event.metrics) > 1 and live:
             split = "val" if "val/accuracy" in live[0] else "train"
-            found = [metrics[f"{split}/accuracy"] for metrics in live]
+            accuracies = [metrics[f"{split}/accuracy"] for metrics in live]
             rate = live[0]["images_per_second"] * len(live)
             self.line(
-                f"{_epoch(record.epoch, self.epochs)}  {len(live)} runs  "
-                f"{split} accuracy {min(found):.2%} to {max(found):.2%}  {rate:,.0f} images/s"
+                f"{_epoch(event.epoch, self.epochs)}  {len(live)} runs  "
+                f"{split} accuracy {min(accuracies):.2%} to {max(accuracies):.2%}  "
+                f"{rate:,.0f} images/s"
             )
         elif live:
-            self.line(epoch_line(record.epoch, self.epochs, live[0]))
+            self.line(epoch_line(event.epoch, self.epochs, live[0]))
 
     def line(self, text: str) -> None:
+        """Print a line after the prefix."""
         self.console.print(self.prefix + text, markup=False)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table with its title."""
         table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False)
         for name in header:
             table.add_column(Text(name), overflow="fold")
@@ -125,6 +131,7 @@ class Terminal(Reporter):
         self.console.print(table)
 
     def stop(self) -> None:
+        """Take the bar away."""
         if self.bar.live.is_started:  # else it would print an empty line
             self.bar.stop()
         for task in self.bar.task_ids:
@@ -132,7 +139,7 @@ class Terminal(Reporter):
 
 
 def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
-    """One epoch of one run, to be read by a person."""
+    """Return an epoch of one run as a line to be read by a person."""
     parts = [_epoch(epoch, epochs)]
     for split in ("train", "val"):
         if f"{split}/loss" in metrics:

@@ -12,12 +12,7 @@ from mnist_exp.tracking import journal
 
 
 def check_output_folder(folder: Path, key: str = "hydra.run.dir") -> None:
-    """Raise ConfigError if a folder cannot be made or written, as far as a look can tell.
-
-    Args:
-        folder: an output folder, which may not exist yet.
-        key: the dotted key that names the folder, for the message.
-    """
+    """Raise ConfigError if the folder that `key` names cannot be made or written."""
     try:
         files.check_writable_folder(folder)
     except OSError as error:

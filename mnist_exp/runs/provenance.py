@@ -73,13 +73,7 @@ def stack_tags(job: Job, size: int) -> dict[str, str]:
 
 
 def run_tags(job: Job, folder: Path, common: Mapping[str, str]) -> dict[str, str]:
-    """Return all tags that a run begins with.
-
-    Args:
-        job: the run.
-        folder: its output folder.
-        common: the tags that it shares with others, and those of its sweep.
-    """
+    """Return all tags that a run begins with. `common`: its sweep's, and its stack's."""
     return {
         **common,
         **described("To train it again:", *job.overrides),
@@ -94,11 +88,9 @@ def run_tags(job: Job, folder: Path, common: Mapping[str, str]) -> dict[str, str
 
 
 def described(text: str, *arguments: str) -> dict[str, str]:
-    """Return the tag with the description that MLflow's UI shows of a run.
+    """Return the tag that MLflow's UI shows as a run's description.
 
-    Args:
-        text: Markdown.
-        arguments: of the `mnist-exp train` command that stands under the text.
+    It is a text in Markdown with a `mnist-exp train` command of these arguments under it.
     """
     lines = ["mnist-exp train"]
     for word in map(shlex.quote, arguments):  # a long line would push aside what is beside it

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mnist_exp.config import paths
 from mnist_exp.config.schema import leaves
 from mnist_exp.data import dataset as data
 from mnist_exp.errors import RunFailed, Terminated, reason_of
@@ -19,12 +20,12 @@ from mnist_exp.figures import samples, style
 from mnist_exp.figures.curves import learning_curves
 from mnist_exp.runs import saved_model
 from mnist_exp.runs.console import epoch_line
-from mnist_exp.runs.job import Job
+from mnist_exp.runs.job import Job, Load
 from mnist_exp.runs.provenance import run_tags
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.mlflow_model import save_model
-from mnist_exp.tracking.run_log import OpenRuns, RunWriter
+from mnist_exp.tracking.run_log import OpenRuns, RunWriter, open_runs_at
 from mnist_exp.training import metrics
 from mnist_exp.training.events import Epoch, Message, Progress
 from mnist_exp.training.models import DeployedModel
@@ -188,10 +189,11 @@ class RunRecorder:
         """End the run as FINISHED. `stack`: its trained model alone."""
         path = self._save_checkpoint(stack)
         self.writer.metrics(self.best, len(self.history))
-        test, model = self.best, deployed_model(stack, self.dataset)
+        test = self.best
         if not self.plan.defer_test:
-            test = record_test_and_model(stack, model, self.dataset, self.writer) | self.best
+            test = record_test_and_model(stack, self.dataset, self.writer) | self.best
         self.log.write("  ".join(f"{key} {value:.6g}" for key, value in test.items()) + "\n")
+        model = _deployed(stack, self.dataset)
         self.outcome = Result("", self.history, test, model, path.parent, self.plan.store_uri)
         self.close("FINISHED")
 
@@ -256,7 +258,12 @@ def closing_on_error(recorders: Sequence[RunRecorder], stack_size: int) -> Itera
                 recorder.close("KILLED", "interrupted")
         raise
     except (Exception, SystemExit) as raised:  # a model can raise anything
-        error = raised if isinstance(raised, Exception) else _ended_by_code(raised)
+        if isinstance(raised, SystemExit):
+            text = f"the code of the run ended it: {type(raised).__name__}: {raised}"
+            error: Exception = RunFailed(text)
+            error.__cause__ = raised
+        else:
+            error = raised
         if stack_size > 1 and not isinstance(error, RunFailed):
             for recorder in open_recorders(recorders):
                 recorder.detach()
@@ -267,19 +274,31 @@ def closing_on_error(recorders: Sequence[RunRecorder], stack_size: int) -> Itera
             raise
 
 
-def _ended_by_code(raised: BaseException) -> RunFailed:
-    error = RunFailed(f"the code of the run ended it: {type(raised).__name__}: {raised}")
-    error.__cause__ = raised
-    return error
-
-
-def deployed_model(stack: Stack, dataset: data.Dataset) -> DeployedModel:
+def _deployed(stack: Stack, dataset: data.Dataset) -> DeployedModel:
     """Return the model of a stack of one, with the normalisation of its images inside."""
     return DeployedModel(stack.model(0), dataset.mean, dataset.std).eval()
 
 
+def record_deferred_test(folder: Path, load: Load) -> None:
+    """Record the pictures, the test set and the model that were deferred for the run in a folder.
+
+    Args:
+        folder: of a run that has ended.
+        load: how its data set is loaded.
+    """
+    dataset, stack = saved_model.load_from_folder(folder, load)
+    writer = RunWriter.reopen(folder, open_runs_at(paths.output_root()))
+    history = RunHistory.of(folder)
+    record_preview(dataset, writer)
+    if dataset.val is not None:  # the weights are those of the best epoch
+        epoch = int(history.newest().get("best/epoch") or last_epoch_of(history))
+        record_predictions(stack, dataset, writer, epoch)
+    record_test_and_model(stack, dataset, writer)
+    writer.journal.close()
+
+
 def record_test_and_model(
-    stack: Stack, model: DeployedModel, dataset: data.Dataset, writer: RunWriter
+    stack: Stack, dataset: data.Dataset, writer: RunWriter
 ) -> dict[str, float]:
     """Record a trained run's results on the official test set, its curves and its model.
 
@@ -287,7 +306,6 @@ def record_test_and_model(
 
     Args:
         stack: the trained model, as a stack of one.
-        model: the same model, as it is deployed.
         dataset: the data set it was trained on.
         writer: the writer of the run's journal, which holds its epochs.
 
@@ -301,7 +319,7 @@ def record_test_and_model(
         writer.image(f"test/{name}", style.pixels(figure), epoch)
     (test,) = metrics.score(logits, dataset.test, "test")
     record_curves(history, writer, test["test/accuracy"])
-    record_model(model, dataset, writer, epoch)
+    record_model(_deployed(stack, dataset), dataset, writer, epoch)
     writer.metrics(test, epoch)
     return test
 
@@ -316,12 +334,9 @@ def record_curves(
 ) -> None:
     """Record a figure of loss and accuracy over the epochs."""
     best_epoch = history.newest().get("best/epoch")
-    figure = learning_curves(
-        {key: history.history(key) for key in CURVES},
-        None if best_epoch is None else int(best_epoch),
-        history.name,
-        test_accuracy,
-    )
+    best = None if best_epoch is None else int(best_epoch)
+    curves = {key: history.history(key) for key in CURVES}
+    figure = learning_curves(curves, best, history.name, test_accuracy)
     path = writer.folder / "curves.png"
     style.save(figure, path)
     writer.artifact(path)

@@ -39,11 +39,8 @@ def find(word: str, uri: str, open_runs: OpenRuns) -> Path:
     histories = {entry.folder: history for entry, history in open_histories(open_runs)}
     if word == "last":
         return _find_last(histories, uri, open_runs)
-    matching = [
-        folder
-        for folder, history in histories.items()
-        if any(name.startswith(word) for name in (history.key, UploadState.of(folder).run_id))
-    ]
+    names = {f: (history.key, UploadState.of(f).run_id) for f, history in histories.items()}
+    matching = [f for f, ids in names.items() if any(i.startswith(word) for i in ids)]
     if len(matching) > 1:
         raise ConfigError(f"{word}: {len(matching)} runs begin like this; give more of it")
     if matching:

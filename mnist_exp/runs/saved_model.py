@@ -22,12 +22,7 @@ from mnist_exp.training.stack import Stack
 
 
 def model_state(stack: Stack, info: DatasetInfo) -> dict[str, Any]:
-    """Return what a checkpoint holds of a model (a stack of one) and of its data, as plain values.
-
-    Args:
-        stack: the model.
-        info: what is needed of its data set to use the model.
-    """
+    """Return what a checkpoint holds of a model (a stack of one) and of its data set."""
     plain = {**asdict(info), "classes": list(info.classes), "shape": list(info.shape)}
     return {"model": stack.model(0).state_dict(), "data": plain}
 
@@ -87,29 +82,18 @@ def load_from_folder(folder: Path, load: Load) -> tuple[Dataset, Stack]:
 
 
 def fetch_config(store: Store, run_id: str, folder: Path) -> DictConfig:
-    """Return a stored run's config, checked.
+    """Return a stored run's config, checked. Raise ConfigError if it has none, or a damaged one.
 
-    Args:
-        store: the store that has the run.
-        run_id: the run's id.
-        folder: where a copy of the file is left.
-
-    Raises:
-        ConfigError: if the run has no config, or a damaged one.
+    `folder`: where a copy of the file is left.
     """
     path = store.fetch(run_id, "config.yaml", folder)
     return load_config(path, f"run {run_id}, config.yaml in its record")
 
 
 def load_config(path: Path, name: str = "") -> DictConfig:
-    """Return the resolved config of a run from its file, checked.
+    """Return a run's config from its file, checked. Raise ConfigError if it is damaged.
 
-    Args:
-        path: a run's config.yaml.
-        name: what the messages call it, if not by its path.
-
-    Raises:
-        ConfigError: if the file cannot be read, or holds something else.
+    `name`: what the messages call the file, if not by its path.
     """
     name = name or str(path)
     try:

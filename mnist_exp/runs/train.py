@@ -13,7 +13,7 @@ from mnist_exp.config.validate import checkpoint_every
 from mnist_exp.errors import RunFailed, Terminated
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.folder import check_output_folder, check_vacant, write_configs
-from mnist_exp.runs.job import Job, Load
+from mnist_exp.runs.job import Job
 from mnist_exp.runs.provenance import ask_git, stack_tags
 from mnist_exp.runs.recorder import (
     Event,
@@ -21,18 +21,12 @@ from mnist_exp.runs.recorder import (
     RunRecorder,
     StackPlan,
     closing_on_error,
-    deployed_model,
-    last_epoch_of,
     open_recorders,
-    record_predictions,
-    record_preview,
-    record_test_and_model,
 )
-from mnist_exp.runs.saved_model import load_from_folder
 from mnist_exp.system import signals
 from mnist_exp.tracking import checkpoint, journal
 from mnist_exp.tracking.journal import RunHistory
-from mnist_exp.tracking.run_log import RunWriter, open_runs_at
+from mnist_exp.tracking.run_log import open_runs_at
 from mnist_exp.tracking.store import check_store, store_uri
 from mnist_exp.tracking.upload import Uploader, UploadState
 from mnist_exp.training import loop as training
@@ -205,13 +199,10 @@ def _follow(
             if is_left:  # where all have failed, a later try begins with the epoch they failed in
                 checkpointer.save(event, recorders)
             signals.check()
-        if isinstance(event, Epoch):
-            if not is_left:
-                return
-            if event.epoch == last_epoch:
-                raise LastEpochReached(
-                    f"the first run has recorded no more than {last_epoch} epochs"
-                )
+        if isinstance(event, Epoch) and not is_left:
+            return
+        if isinstance(event, Epoch) and event.epoch == last_epoch:
+            raise LastEpochReached(f"the first run has recorded no more than {last_epoch} epochs")
 
 
 class Checkpointer:
@@ -278,31 +269,9 @@ class Checkpointer:
 
 
 def should_compile(jobs: Sequence[Job], images: int) -> bool:
-    """Return whether a stack is to be trained with a compiled step, if it can be traced.
-
-    Args:
-        jobs: the runs of the stack.
-        images: in an epoch.
-    """
+    """Return whether the step of these jobs is to be compiled. `images`: in an epoch."""
     settings = jobs[0].config.training
     if settings.compile != "auto":
         return settings.compile == "always"
     steps = settings.epochs * -(-images // settings.batch_size)
     return worth_compiling(steps, len(jobs), jobs[0].device)
-
-
-def record_deferred_test(folder: Path, load: Load) -> dict[str, float]:
-    """Do what `train_stack` has deferred for the run in `folder`, and return its test metrics.
-
-    It records the official test set, the pictures, and the model for MLflow.
-    """
-    dataset, stack = load_from_folder(folder, load)
-    writer = RunWriter.reopen(folder, open_runs_at(paths.output_root()))
-    history = RunHistory.of(folder)
-    record_preview(dataset, writer)
-    if dataset.val is not None:  # the weights are those of the best epoch
-        epoch = int(history.newest().get("best/epoch") or last_epoch_of(history))
-        record_predictions(stack, dataset, writer, epoch)
-    test = record_test_and_model(stack, deployed_model(stack, dataset), dataset, writer)
-    writer.journal.close()
-    return test

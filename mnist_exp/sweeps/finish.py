@@ -14,8 +14,8 @@ from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import Config, leaves
 from mnist_exp.errors import ConfigError, reason_of
 from mnist_exp.figures import style
+from mnist_exp.runs import recorder
 from mnist_exp.runs import saved_model as saved
-from mnist_exp.runs import train as run
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.provenance import described, process_tags
 from mnist_exp.sweeps import report
@@ -111,7 +111,7 @@ def _test_cell(chosen: Cell, manifest: Manifest) -> list[str]:
         if job.metric("test/accuracy") is not None:
             continue  # by an earlier try: the test set is read once
         try:
-            run.record_deferred_test(manifest.jobs[job.number].folder, load)
+            recorder.record_deferred_test(manifest.jobs[job.number].folder, load)
         except Exception as error:  # the report is made all the same
             failures.append(f"the test of {chosen.label} failed: {reason_of(error)}")
     return failures

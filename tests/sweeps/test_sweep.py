@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from mnist_exp.data import dataset as data
-from mnist_exp.runs import train as run
+from mnist_exp.runs import recorder
 from mnist_exp.tracking import checkpoint
 from mnist_exp.training import loop as training
 from mnist_exp.training.events import Epoch
@@ -206,7 +206,7 @@ def test_interrupted_sweep(when: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(training, "fit", signalled)
     if when == "test":
-        monkeypatch.setattr(run, "record_deferred_test", late)
+        monkeypatch.setattr(recorder, "record_deferred_test", late)
     done = train_all(tmp_path, *SMALL, "seed=0,1", "training.batch_size=32,64", ONE_AT_A_TIME)
     *_, said, again = done.err.splitlines()
     assert (done.status, said) == (130, "mnist-exp: interrupted. To go on with it:")
