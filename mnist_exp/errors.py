@@ -1,4 +1,4 @@
-"""The ways in which a command can end badly, as exceptions.
+"""The ways in which a command can end badly, as exceptions, and parts of their messages.
 
 Everything else that is raised is a bug, and shows its traceback.
 """

@@ -227,23 +227,18 @@ def predict(args: argparse.Namespace) -> int:
     """Print the classes of image files, and the problem of those that cannot be read."""
     figure: Path | None = args.figure
     _check_figure("--figure", figure)
-    typed = [w for w in args.images if re.match(r"[\w.]+=", w) and not os.path.exists(w)]
-    files = [Path(word) for word in args.images if word not in typed]
-    if not files or "" in args.images:
-        raise ConfigError(
-            "IMAGE: none is given, or an empty name. To predict: mnist-exp predict RUN IMAGE ..."
-        )
+    files, typed = _divide(args.images)
     if figure is not None and figure.resolve() in [file.resolve() for file in files]:
         raise ConfigError(f"--figure {figure}: it is one of the images. Name another file")
     predictions = api.predict(files, args.run, typed, args.raw)
-    readable = [prediction for prediction in predictions if not prediction.problem]
+    readable = [p for p in predictions if not p.problem]
     if figure is not None and readable:
         _save_figures("--figure", figure, {figure: api.predictions_figure(predictions)})
         print(f"figure {figure.resolve()}", file=sys.stderr)
     elif figure is not None:
         print(f"mnist-exp: --figure {figure}: no image, no figure", file=sys.stderr)
     if args.json:
-        print(json.dumps([prediction.as_json() for prediction in predictions], indent=1))
+        print(json.dumps([p.as_json() for p in predictions], indent=1))
     elif readable:
         from mnist_exp.runs.console import Terminal
 
@@ -432,6 +427,17 @@ def _print_next_step(run_id: str, store: str, delivered: bool) -> None:
         print(f"look at it: {command_line('ui', run_id[:8], store=store)}")
     else:
         print(f"MLflow does not have all of it yet. To bring it there: {command_line('sync')}")
+
+
+def _divide(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Return the image files and the overrides among words. Raise ConfigError without a file."""
+    typed = [w for w in words if re.match(r"[\w.]+=", w) and not os.path.exists(w)]
+    files = [Path(word) for word in words if word not in typed]
+    if not files or "" in words:
+        raise ConfigError(
+            "IMAGE: none is given, or an empty name. To predict: mnist-exp predict RUN IMAGE ..."
+        )
+    return files, typed
 
 
 def _check_figure(option: str, file: Path | None) -> None:

@@ -23,26 +23,25 @@ _SETTINGS = {
 }
 
 
-def free_port(asked: int) -> int:
-    """The port that was asked for, or, for 0, one that is free. Raises ConfigError if it is not."""
+def free_port(port: int) -> int:
+    """Return a port if it is free, or, for 0, any that is. Raise ConfigError if it is not."""
     with socket.socket() as probe:
         # what a server that has just ended has left is no obstacle
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, asked))
+            probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or "a port is a number from 0 to 65535"
-            other = min(max(asked, 1024), 65000) + 1
+            other = min(max(port, 1024), 65000) + 1
             raise ConfigError(
-                f"--port {asked}: cannot be used ({reason}). Choose another, --port {other}, or "
+                f"--port {port}: cannot be used ({reason}). Choose another, --port {other}, or "
                 f"any that is free: --port 0"
             ) from error
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 def serve(uri: str, port: int, page: str) -> None:
-    """Serves a store until a signal ends this process, or, with RunFailed, the server ends."""
+    """Serve a store until a signal ends this process. Raise RunFailed if the server ends."""
     server = _start(uri, port)
     try:
         print("starting MLflow's server ...", file=sys.stderr, flush=True)
@@ -58,7 +57,9 @@ def serve(uri: str, port: int, page: str) -> None:
 
 def _start(uri: str, port: int) -> "subprocess.Popen[str]":
     names = (HOST, "localhost")  # a page of elsewhere, whose name leads here, gets nothing
-    hosts = [f"{name}:{port}" for name in names] + list(names) * (port == 80)
+    hosts = [f"{name}:{port}" for name in names]
+    if port == 80:
+        hosts += names
     words = ["--backend-store-uri", uri, "--host", HOST, "--port", str(port), "--workers", "1"]
     words += ["--allowed-hosts", ",".join(hosts), "--uvicorn-opts", "--log-level warning"]
     return subprocess.Popen(
@@ -75,13 +76,13 @@ def _start(uri: str, port: int) -> "subprocess.Popen[str]":
 
 
 def _wait(server: "subprocess.Popen[str]", port: int) -> None:
-    """Until the server answers; what it has said by then is dropped. Raises RunFailed."""
+    """Wait until the server answers, and drop its output by then. Raise RunFailed."""
     assert server.stdout is not None
     late = time.monotonic() + START_SECONDS
     while not _answers(port):
         if server.poll() is not None:
-            said = "".join(server.stdout.readlines()[-20:]).strip()
-            raise RunFailed(f"MLflow's server does not start:\n{said}")
+            output = "".join(server.stdout.readlines()[-20:]).strip()
+            raise RunFailed(f"MLflow's server does not start:\n{output}")
         if time.monotonic() > late:
             raise RunFailed(f"MLflow's server does not answer after {START_SECONDS:.0f} s")
         time.sleep(0.1)
@@ -103,7 +104,7 @@ def _answers(port: int) -> bool:
 
 
 def _end(server: "subprocess.Popen[str]") -> None:
-    """Ends the server, and whatever it has started."""
+    """End the server, and whatever it has started."""
     signals.ignore()  # it does not take long
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):

@@ -1,8 +1,8 @@
-"""What an override that is being typed can become: for completion with TAB."""
+"""The overrides that a word which is being typed can become: for completion with TAB."""
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from hydra.core.object_type import ObjectType
@@ -16,11 +16,11 @@ from mnist_exp.config.schema import ONE_OF, leaves
 def candidates(
     word: str, others: Sequence[str], config_name: str = "config", config_dir: str | None = None
 ) -> list[str]:
-    """What an override that begins with `word` can become, once `others` are there.
+    """Return what an override that begins with `word` can become, once `others` are there.
 
-    Behind the last dot of a key, not all that follow but the next part of each; of a value, all
-    that are known: a group's options, one of a few names, or else the one that the config has.
-    Raises one of COMPOSITION_ERRORS.
+    Of a key, these are not all that follow but the next part of each; of a value, all that are
+    known: a group's options, one of a few names, or else the one that the config has. Raise one
+    of COMPOSITION_ERRORS.
     """
     typed = word.lstrip("+~")
     sign = word.removesuffix(typed)
@@ -34,20 +34,30 @@ def candidates(
         if key in groups:
             loader, words = context.config_loader, hydra_words([], config_dir)
             known = loader.get_group_options(key, ObjectType.CONFIG, config_name, words)
-        return [f"{sign}{key}={swept}{one}" for one in known if one not in swept.split(",")]
+        return [f"{sign}{key}={swept}{v}" for v in known if v not in swept.split(",")]
     end = "" if sign == "~" else "="
-    found = set()
-    for name in [*groups, *keys]:
+    return sorted(sign + name for name in _next_parts([*groups, *keys], typed, end))
+
+
+def _next_parts(names: Sequence[str], typed: str, end: str) -> Collection[str]:
+    """Return the names that begin with what is typed, up to their next part.
+
+    A part that is the only one is gone through, as a shell would put a blank behind it.
+    """
+    parts = set()
+    for name in names:
         if name.startswith(typed):
-            part = re.compile("[./]").search(name, len(typed))
-            found.add(sign + (name[: part.end()] if part else name + end))
-    return sorted(found)
+            separator = re.compile("[./]").search(name, len(typed))
+            parts.add(name[: separator.end()] if separator else name + end)
+    if len(parts) == 1 and (only := next(iter(parts))).endswith((".", "/")):
+        return _next_parts(names, only, end)
+    return parts
 
 
 def _compose_what_composes(
     overrides: Sequence[str], config_name: str, config_dir: str | None
 ) -> tuple[HydraContext, DictConfig]:
-    """One of the overrides may be wrong, or not be finished."""
+    """Compose the overrides as far as it goes: one may be wrong, or not be finished."""
     for words in (overrides, [o for o in overrides if "." not in o]):
         with contextlib.suppress(*COMPOSITION_ERRORS):  # ConfigError is one of them
             return compose_sweep_raw(hydra_words(words, config_dir), config_name)

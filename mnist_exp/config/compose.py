@@ -21,10 +21,15 @@ from mnist_exp.errors import ConfigError
 def compose(
     overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None
 ) -> DictConfig:
-    """The composed config, Hydra's own part included (`cfg.hydra`). Nothing is checked but types.
+    """Return the composed config, with Hydra's own part in it. Nothing is checked but types.
 
-    `config_dir`: one more folder of config groups, as Hydra's `--config-dir`.
-    Raises ConfigError, with the override at fault and the nearest that exists.
+    Args:
+        overrides: What differs from the config.
+        config_name: The config file to start from.
+        config_dir: One more folder of config groups.
+
+    Raises:
+        ConfigError: An override is at fault; the message has the nearest that exists.
     """
     check_list("overrides", overrides)
     try:
@@ -36,17 +41,20 @@ def compose(
 
 
 def check_list(name: str, given: object) -> None:
-    """Raises ConfigError for what is no list of texts or paths; a text is one of its letters."""
+    """Raise ConfigError for what is no list of texts or paths; a text is one of its letters."""
     if isinstance(given, str | Path):
         raise ConfigError(f"{name}: must be a list, as in [{given!r}], and not {given!r} itself")
-    if not isinstance(given, Sequence) or not all(isinstance(one, str | Path) for one in given):
+    if not isinstance(given, Sequence) or not all(isinstance(item, str | Path) for item in given):
         raise ConfigError(f"{name}: must be a list of texts, and is {reprlib.repr(given)}")
 
 
 def compose_sweep(
     overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None
 ) -> tuple[HydraContext, DictConfig]:
-    """What Hydra's launchers need, and the config that the jobs of a sweep have in common."""
+    """Return what Hydra's launchers need, and the config that the jobs of a sweep share.
+
+    The arguments and errors are those of `compose`.
+    """
     check_list("overrides", overrides)
     words = hydra_words(overrides, config_dir)
     try:

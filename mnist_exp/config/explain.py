@@ -4,6 +4,7 @@ import contextlib
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
@@ -20,8 +21,12 @@ from mnist_exp.errors import ConfigError, did_you_mean
 
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
-    """One of Hydra's or OmegaConf's errors, as the one message that a person needs."""
-    message = _explanation(error, overrides)
+    """Return one of Hydra's or OmegaConf's errors as the one message that a person needs."""
+    fault = _fault(error, overrides)
+    messages = filter(None, (explainer(fault) for explainer in _EXPLAINERS))
+    message = next(messages, None) or "\n".join(
+        line for line in fault.text.splitlines() if line and not line.startswith("See https")
+    )
     if file := re.match(r"In '(\S+)/(\S+)': ", str(error)):
         message = f"{RECIPE_FILES.get(file[2], f'{file[1]}/{file[2]}.yaml')}: {message}"
     elif isinstance(error, MissingConfigException):
@@ -33,62 +38,91 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     return ConfigError(message)
 
 
-def _explanation(error: Exception, overrides: Sequence[str]) -> str:
-    text = str(error).replace("Integer", "a whole number").replace("Float", "a number")
-    # what a file leads to is raised in the place of its cause
-    cause = next(
-        (e for e in (error.__cause__, error.__context__) if isinstance(e, OmegaConfBaseException)),
-        error,
+@dataclass(frozen=True)
+class _Fault:
+    """An error, with what it says of itself."""
+
+    error: Exception
+    cause: BaseException  # what a file leads to is raised in the place of its cause
+    text: str
+    key: str  # at fault; '' where that is not known
+    overrides: Sequence[str]
+
+
+def _fault(error: Exception, overrides: Sequence[str]) -> _Fault:
+    causes = (error.__cause__, error.__context__)
+    cause = next((e for e in causes if isinstance(e, OmegaConfBaseException)), error)
+    text = _in_plain_words(str(error))
+    written = re.search(r"^ +full_key: (\S+)$", text, re.MULTILINE)
+    key = getattr(cause, "full_key", None) or (written[1] if written else "")
+    return _Fault(error, cause, text, key, overrides)
+
+
+def _in_plain_words(text: str) -> str:
+    return text.replace("Integer", "a whole number").replace("Float", "a number")
+
+
+def _explain_choice(fault: _Fault) -> str | None:
+    """Explain a group that is given an option which is not there."""
+    if not isinstance(fault.error, MissingConfigException) or fault.error.options is None:
+        return None
+    group, _, option = str(fault.error.missing_cfg_file).rpartition("/")
+    if group.startswith("experiments/"):
+        group = group.removeprefix("experiments/")
+        return f"in its defaults, {group}: {option} has to be: override /{group}: {option}"
+    return (
+        f"{group}={option}: there is no such choice. {did_you_mean(option, fault.error.options)}"
+        f"{group} can be: {', '.join(fault.error.options)}"
     )
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        wanted = str(error.missing_cfg_file)
-        group, _, option = wanted.rpartition("/")
-        if group.startswith("experiments/"):
-            own = group.removeprefix("experiments/")
-            return f"in its defaults, {own}: {option} has to be: override /{own}: {option}"
-        return (
-            f"{group}={option}: there is no such choice. "
-            f"{did_you_mean(option, error.options)}{group} can be: {', '.join(error.options)}"
-        )
-    said = re.search(r"^ +full_key: (\S+)$", text, re.MULTILINE)
-    key = getattr(cause, "full_key", None) or (said[1] if said else "")
-    if key.split(".")[0] in ("experiments", "debug") and "not in" in str(cause):
+
+
+def _explain_recipe(fault: _Fault) -> str | None:
+    """Explain a recipe whose keys have ended up below its group's name."""
+    if fault.key.split(".")[0] in ("experiments", "debug") and "not in" in str(fault.cause):
         return "a recipe has to begin with the line: # @package _global_"
-    if found := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(key or found[1], overrides)
-    if text.startswith("Config group override must be"):
-        groups = [word for word in overrides if "." not in word.split("=")[0]]
+    return None
+
+
+def _explain_override(fault: _Fault) -> str | None:
+    """Explain an override of a key that is not there, or of one that takes no such thing."""
+    if found := re.search(r"Could not override '([^']+)'", fault.text):
+        return _unknown_key(fault.key or found[1], fault.overrides)
+    if fault.text.startswith("Config group override must be"):
+        groups = [word for word in fault.overrides if "." not in word.split("=")[0]]
         return f"{' '.join(groups)}: a group takes the name of one of its choices, as in model=cnn"
-    if found := re.match(r"Ambiguous value for argument '(.+)'", text):
+    if found := re.match(r"Ambiguous value for argument '(.+)'", fault.text):
         name, _, values = found[1].partition("=")
         return f"{found[1]}: several values are a sweep: add -m. As a list: '{name}=[{values}]'"
-    if isinstance(cause, MissingMandatoryValue) and key:
-        return f"{key} has no value: add {key}=VALUE"
-    if key and "not in" in str(cause):
-        return _unknown_key(key, overrides)
-    fault = str(cause).splitlines()[0]
-    fault = fault.replace("Integer", "a whole number").replace("Float", "a number")
-    if fault.startswith("Cannot merge DictConfig with ListConfig"):
+    return None
+
+
+def _explain_value(fault: _Fault) -> str | None:
+    """Explain a value that its key cannot have."""
+    key, reason = fault.key, _in_plain_words(str(fault.cause).splitlines()[0])
+    if reason.startswith("Cannot merge DictConfig with ListConfig"):
         return f"{key or 'the file'}: holds keys with their values, and is given a list"
+    if not key:
+        return None
+    if isinstance(fault.cause, MissingMandatoryValue):
+        return f"{key} has no value: add {key}=VALUE"
+    if "not in" in str(fault.cause):
+        return _unknown_key(key, fault.overrides)
     if key.startswith("tracking.tags."):
         return f"{key}: a tag's value is text. A name with dots: '+tracking.tags={{a.b: TEXT}}'"
-    if key and fault.startswith("Invalid type assigned"):
+    if reason.startswith("Invalid type assigned"):
         return f"{key}: takes no value itself. {_siblings(key, _known([]))}"
-    if key:
-        return f"{key}: {fault}"
-    if isinstance(error, OverrideParseException):
-        return _unreadable(error)
-    if isinstance(error, AssertionError):
-        return f"{' '.join(overrides)}: cannot be composed ({text})"
-    lines = [line for line in text.splitlines() if line and not line.startswith("See https")]
-    return "\n".join(lines)
+    return f"{key}: {reason}"
 
 
-def _unreadable(error: OverrideParseException) -> str:
-    """An override that Hydra's grammar does not allow."""
-    word = str(error.override)
-    if fault := re.search(".* while evaluating .*", str(error)):  # as choice() without a value
-        return f"{word}: {fault[0]}"
+def _explain_grammar(fault: _Fault) -> str | None:
+    """Explain an override that Hydra cannot read, or cannot compose with the others."""
+    if isinstance(fault.error, AssertionError):
+        return f"{' '.join(fault.overrides)}: cannot be composed ({fault.text})"
+    if not isinstance(fault.error, OverrideParseException):
+        return None
+    word = str(fault.error.override)
+    if found := re.search(".* while evaluating .*", str(fault.error)):  # choice() without a value
+        return f"{word}: {found[0]}"
     key, equals, value = word.partition("=")
     if not equals:
         return f"{word}: cannot be read. An override is KEY=VALUE"
@@ -101,7 +135,13 @@ def _unreadable(error: OverrideParseException) -> str:
     )
 
 
+_EXPLAINERS = (  # the first one that has an answer
+    _explain_choice, _explain_recipe, _explain_override, _explain_value, _explain_grammar
+)  # fmt: skip
+
+
 def _unknown_key(key: str, overrides: Sequence[str]) -> str:
+    """Return the message for a key that is not there, with the keys that are."""
     if key.startswith("hydra."):
         siblings = _siblings(key.rpartition(".")[0], _known(overrides, key, hydra=True))
         return f"{key}: Hydra has no such key" + (f". {siblings}" if siblings else "")
@@ -120,9 +160,9 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     return f"{message}The keys and groups are: {', '.join(sorted(top))}"
 
 
-def _known(overrides: Sequence[str], but: str = "", hydra: bool = False) -> list[str]:
-    """The keys that can be set once the overrides are, without what begins with `but`."""
-    others = [o for o in overrides if not but or not o.lstrip("+~").startswith(but)]
+def _known(overrides: Sequence[str], wrong: str = "", hydra: bool = False) -> list[str]:
+    """Return the keys that can be set once the overrides are, those that begin with `wrong` not."""
+    others = [o for o in overrides if not wrong or not o.lstrip("+~").startswith(wrong)]
     choices = [o for o in others if "." not in o and "," not in o]
     for words in (others, choices, []):  # another override may be wrong as well, or swept
         with contextlib.suppress(*COMPOSITION_ERRORS):
@@ -135,7 +175,7 @@ def _known(overrides: Sequence[str], but: str = "", hydra: bool = False) -> list
 
 
 def _siblings(parent: str, known: Sequence[str]) -> str:
-    """As in "optimizer has: lr, momentum"; '' where that is nothing."""
+    """Return the names beside a key, as in "optimizer has: lr, momentum"; '' if there are none."""
     inside = [k.removeprefix(parent + ".") for k in known if parent and k.startswith(parent + ".")]
     names = dict.fromkeys(name.split(".")[0] for name in inside)
     return f"{parent} has: {', '.join(names)}" if names else ""

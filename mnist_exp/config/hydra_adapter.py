@@ -1,12 +1,13 @@
 """Hydra, as this project uses it: the only file that imports `hydra._internal`."""
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ RECIPE_FILES: dict[str, str] = {}  # recipe files by the name that Hydra knows t
 
 
 def register() -> None:
-    """Makes the schema and the resolvers known to Hydra; to be called before Hydra starts."""
+    """Make the schema and the resolvers known to Hydra; to be called before Hydra starts."""
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises
     ConfigStore.instance().store("schema", Schema)
     ConfigStore.instance().store("stacked", StackedLauncher, group="hydra/launcher")
@@ -49,31 +50,31 @@ def register() -> None:
 
 
 def hydra_words(overrides: Sequence[str], config_dir: str | None) -> list[str]:
-    """What Hydra is to be told: recipe files and the folder made known to it."""
+    """Return overrides as Hydra takes them, with recipe files and a folder made known to it."""
     words = [_as_choice(word) for word in overrides]
     if config_dir is None:
         return words
-    here = Path(config_dir).resolve()
-    if not here.is_dir():
+    folder = Path(config_dir).resolve()
+    if not folder.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
-    return [*words, f"hydra.searchpath=['file://{paths.project_root()}','file://{here}']"]
+    return [*words, f"hydra.searchpath=['file://{paths.project_root()}','file://{folder}']"]
 
 
 def _as_choice(word: str) -> str:
-    """experiments=PATH/best.yaml, or several of them, as names of choices that Hydra can find."""
+    """Return experiments=PATH/best.yaml as a choice that Hydra can find, else the word itself."""
     key, _, value = word.partition("=")
     if key.lstrip("+") != "experiments":
         return word
     files = [value] if os.path.exists(_unquoted(value)) else value.split(",")
-    return f"{key}={','.join(map(_recipe_named, files))}"
+    return f"{key}={','.join(map(_recipe_name, files))}"
 
 
 def _unquoted(value: str) -> Path:
     return Path(value.strip("'\"")).expanduser()
 
 
-def _recipe_named(value: str) -> str:
-    """A recipe file, as a choice that is made known to Hydra; anything else as it is."""
+def _recipe_name(value: str) -> str:
+    """Return the name that a recipe file is made known to Hydra by, anything else as it is."""
     path = _unquoted(value)
     if path.suffix not in (".yaml", ".yml"):
         return value
@@ -106,25 +107,34 @@ def _recipe_named(value: str) -> str:
 
 
 def compose_raw(words: Sequence[str], config_name: str = "config") -> DictConfig:
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(
-        str(paths.project_root() / "conf"), job_name="train", version_base="1.3"
-    ):
+    """Compose the config of a run, with Hydra's part in it. Raise one of COMPOSITION_ERRORS."""
+    with _initialized():
         return hydra_compose(config_name, list(words), return_hydra_config=True)
 
 
 def compose_sweep_raw(words: Sequence[str], config_name: str) -> tuple[HydraContext, DictConfig]:
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(
-        str(paths.project_root() / "conf"), job_name="train", version_base="1.3"
-    ):
+    """Compose what the jobs of a sweep have in common. Raise one of COMPOSITION_ERRORS.
+
+    Return also what Hydra's launchers need.
+    """
+    with _initialized():
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         config = hydra.compose_config(config_name, list(words), run_mode=RunMode.MULTIRUN)
         str(config.hydra.sweep.dir)  # an interpolation in it may lead nowhere
         return HydraContext(hydra.config_loader, Callbacks(config)), config
+
+
+def _conf() -> str:
+    return str(paths.project_root() / "conf")
+
+
+@contextlib.contextmanager
+def _initialized() -> Iterator[None]:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(_conf(), job_name="train", version_base="1.3"):
+        yield
 
 
 def run_hydra_raw(words: Sequence[str], job: Callable[[DictConfig], object]) -> None:
@@ -143,8 +153,7 @@ def run_hydra_raw(words: Sequence[str], job: Callable[[DictConfig], object]) -> 
             config.hydra = OmegaConf.create({"hydra": HydraConfig.get()}).hydra
         job(config)
 
-    conf = str(paths.project_root() / "conf")
-    hydra_main(version_base="1.3", config_path=conf, config_name="config")(call_job)()
+    hydra_main(version_base="1.3", config_path=_conf(), config_name="config")(call_job)()
 
 
 def hydra_flags() -> argparse.ArgumentParser:
@@ -158,14 +167,14 @@ def is_sweep(config: DictConfig) -> bool:
 
 
 def import_target(path: str) -> Any:
-    """Import what a dotted path leads to. Raises whatever somebody's module raises."""
+    """Import what a dotted path leads to. Raise whatever somebody's module raises."""
     return get_object(path)
 
 
 def instantiate_target(node: Any, **arguments: Any) -> Any:
     """Build the object that a config node names, and those nested in it.
 
-    Raises whatever a constructor raises, as it raised it.
+    Raise whatever a constructor raises, as it raised it.
     """
     try:
         return instantiate(node, **arguments, _convert_="all")

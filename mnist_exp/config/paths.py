@@ -7,10 +7,10 @@ IS_CHECKOUT = not (_PACKAGE / "conf").exists()
 
 
 def project_root() -> Path:
-    """The folder that holds conf/ and experiments/: the checkout, or the installed package."""
+    """Return the folder of conf/ and experiments/: the checkout, or the installed package."""
     return _PACKAGE.parent if IS_CHECKOUT else _PACKAGE
 
 
 def output_root() -> Path:
-    """Where outputs and the default store go: the checkout, or else the current folder."""
+    """Return where outputs and the default store go: the checkout, or else the current folder."""
     return _PACKAGE.parent if IS_CHECKOUT else Path.cwd()

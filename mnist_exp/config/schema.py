@@ -11,6 +11,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 @dataclass
 class DatasetConfig:
+    """The choice of a data set, and its split."""
+
     name: str = MISSING
     root: str | None = MISSING
     val_size: int | None = MISSING
@@ -21,6 +23,8 @@ class DatasetConfig:
 
 @dataclass
 class TrainingConfig:
+    """The training of a run, beside its model, optimizer and schedule."""
+
     epochs: int = MISSING
     batch_size: int = MISSING
     device: str = MISSING
@@ -33,6 +37,8 @@ class TrainingConfig:
 
 @dataclass
 class TrackingConfig:
+    """The record of a run in MLflow."""
+
     uri: str | None = MISSING
     experiment: str = MISSING
     run_name: str | None = MISSING
@@ -44,6 +50,8 @@ class TrackingConfig:
 
 @dataclass
 class Config:
+    """The config of a run."""
+
     seed: int = MISSING
     trusted_packages: list[str] = MISSING
     dataset: DatasetConfig = MISSING
@@ -56,6 +64,8 @@ class Config:
 
 @dataclass
 class SweepConfig:
+    """The part of a config that concerns its sweep, and no run."""
+
     on_error: str = MISSING
     skip_invalid: bool = MISSING
     test: str = MISSING
@@ -95,7 +105,7 @@ OPEN_PARTS = ("model", "optimizer", "schedule")
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The config as dotted names and plain values: ("optimizer.lr", 0.1). Lists are values."""
+    """Yield a config as dotted names and plain values: ("optimizer.lr", 0.1). Lists are values."""
     if OmegaConf.is_config(node):
         node = OmegaConf.to_container(node, resolve=True)
     for key, value in node.items():
@@ -107,12 +117,12 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def task_config(config: DictConfig) -> DictConfig:
-    """The config of the run itself: without Hydra's own part, and the sweep's."""
+    """Return the config of the run itself, without Hydra's own part, and the sweep's."""
     keys = [str(key) for key in config if key not in ("hydra", "sweep")]
     return OmegaConf.masked_copy(config, keys)
 
 
 def identity(config: DictConfig) -> str:
-    """SHA-256 (hex) of all that a run's numbers depend on: the config less `tracking`."""
-    asked = {name: value for name, value in leaves(config) if not name.startswith("tracking.")}
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 of all that a run's numbers depend on: the config less `tracking`."""
+    values = {name: value for name, value in leaves(config) if not name.startswith("tracking.")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,10 +1,11 @@
 """A typed config from a composed one: values out of range are refused, by their key."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,33 +14,45 @@ from mnist_exp.config.explain import explain
 from mnist_exp.config.schema import ONE_OF, OPEN_PARTS, Config, SweepConfig, leaves
 from mnist_exp.errors import ConfigError
 
-if TYPE_CHECKING:
-    pass
-
 FLOAT32_MAX = 3.4e38
-_EVERY = re.compile(r"[1-9]\d{0,8}( ?steps)?")
+OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")  # where targets may come from
+
+Rule = tuple[str, Callable[[Any], object], str]  # a key, the check of its value, what is allowed
 
 
-OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")
+def _one_of(key: str) -> Rule:
+    *names, last = ONE_OF[key]
+    return key, ONE_OF[key].__contains__, f"{', '.join(names)} or {last}"
 
 
-def validate_sweep(config: DictConfig) -> SweepConfig:
-    """The sweep's part of a composed config. Raises ConfigError."""
-    try:
-        typed = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(SweepConfig), config.sweep)
-        )
-    except OmegaConfBaseException as error:
-        raise explain(error) from error
-    assert isinstance(typed, SweepConfig)
-    _need_one_of("sweep.on_error", typed.on_error)
-    _need_one_of("sweep.test", typed.test)
-    _need(typed.max_jobs >= 1, "sweep.max_jobs", typed.max_jobs, "1 or more")
-    return typed
+RULES: list[Rule] = [
+    ("seed", lambda n: 0 <= n < 2**63, "0 or more, below 2**63"),
+    ("dataset.val_size", lambda n: n is None or n >= 0, "0 or more, or null for a tenth"),
+    ("dataset.train_size", lambda n: n is None or n >= 1, "1 or more, or null for all"),
+    ("dataset.split_seed", lambda n: 0 <= n < 2**63, "0 or more, below 2**63"),
+    ("training.epochs", lambda n: n >= 1, "1 or more"),
+    ("training.batch_size", lambda n: 1 <= n < 2**31, "1 or more, below 2**31"),
+    ("training.device", re.compile(r"auto|cpu|cuda(:\d{1,3})?|mps").fullmatch,
+     "auto, cpu, cuda, cuda:N or mps"),
+    ("training.threads", lambda n: n is None or 1 <= n <= 1024, "from 1 to 1024, or null"),
+    ("training.label_smoothing", lambda share: 0 <= share < 1, "from 0 to below 1"),
+    ("training.patience", lambda n: n is None or n >= 1, "1 or more, or null"),
+    ("training.checkpoint_every", re.compile(r"[1-9]\d{0,8}( ?steps)?").fullmatch,
+     "a number of epochs, or as in 500steps"),
+    _one_of("training.compile"),
+    ("tracking.image_every", lambda n: n is None or n >= 1, "1 or more, or null"),
+    ("tracking.flush_seconds", lambda seconds: 0 <= seconds <= 3600, "from 0 to 3600"),
+    ("tracking.experiment", str.strip, "a name"),
+]  # fmt: skip
+SWEEP_RULES: list[Rule] = [
+    _one_of("sweep.on_error"),
+    _one_of("sweep.test"),
+    ("sweep.max_jobs", lambda n: n >= 1, "1 or more"),
+]
 
 
 def validate(config: DictConfig) -> Config:
-    """The typed config. Raises ConfigError naming the first key that is out of range.
+    """Return the typed config of a run. Raise ConfigError for the first key that is out of range.
 
     Needs no torch: what a target takes, and a device's presence, are checked when it is built.
     """
@@ -57,45 +70,42 @@ def validate(config: DictConfig) -> Config:
     if typed.dataset.root is not None:  # a record must not depend on where the command was typed
         root = str(Path(typed.dataset.root).expanduser().resolve())
         typed.dataset.root = config.dataset.root = root
-    data, training, tracking = typed.dataset, typed.training, typed.tracking
-    need = _need
-    need(0 <= typed.seed < 2**63, "seed", typed.seed, "0 or more, below 2**63")
-    need(data.val_size is None or data.val_size >= 0, "dataset.val_size", data.val_size,
-         "0 or more, or null for a tenth")  # fmt: skip
-    need(data.train_size is None or data.train_size >= 1, "dataset.train_size", data.train_size,
-         "1 or more, or null for all")  # fmt: skip
-    need(0 <= data.split_seed < 2**63, "dataset.split_seed", data.split_seed,
-         "0 or more, below 2**63")  # fmt: skip
-    need(training.epochs >= 1, "training.epochs", training.epochs, "1 or more")
-    need(1 <= training.batch_size < 2**31, "training.batch_size", training.batch_size,
-         "1 or more, below 2**31")  # fmt: skip
-    is_device = training.device in ONE_OF["training.device"]
-    need(is_device or bool(re.fullmatch(r"cuda:\d{1,3}", training.device)), "training.device",
-         training.device, "auto, cpu, cuda, cuda:N or mps")  # fmt: skip
-    need(training.threads is None or 1 <= training.threads <= 1024, "training.threads",
-         training.threads, "from 1 to 1024, or null")  # fmt: skip
-    need(0 <= training.label_smoothing < 1, "training.label_smoothing", training.label_smoothing,
-         "from 0 to below 1")  # fmt: skip
-    need(training.patience is None or training.patience >= 1, "training.patience",
-         training.patience, "1 or more, or null")  # fmt: skip
-    need(_EVERY.fullmatch(training.checkpoint_every) is not None, "training.checkpoint_every",
-         training.checkpoint_every, "a number of epochs, or as in 500steps")  # fmt: skip
-    _need_one_of("training.compile", training.compile)
-    need(tracking.image_every is None or tracking.image_every >= 1, "tracking.image_every",
-         tracking.image_every, "1 or more, or null")  # fmt: skip
-    need(0 <= tracking.flush_seconds <= 3600, "tracking.flush_seconds", tracking.flush_seconds,
-         "from 0 to 3600")  # fmt: skip
-    need(bool(tracking.experiment.strip()), "tracking.experiment", tracking.experiment, "a name")
+    _check(RULES, typed)
     for part in OPEN_PARTS:
         for name, value in leaves(getattr(typed, part), f"{part}."):
-            too_large = isinstance(value, float) and not abs(value) < FLOAT32_MAX
-            need(not too_large, name, value, "a finite float32")
+            if isinstance(value, float) and not abs(value) < FLOAT32_MAX:
+                raise _out_of_range(name, value, "a finite float32")
             if name.endswith("_target_"):
                 check_target(name, value, typed.trusted_packages)
     lr = typed.optimizer.get("lr", 0.0)
-    is_number = isinstance(lr, int | float) and not isinstance(lr, bool)
-    need(is_number and lr >= 0, "optimizer.lr", lr, "a number of 0 or more")
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or lr < 0:
+        raise _out_of_range("optimizer.lr", lr, "a number of 0 or more")
     return typed
+
+
+def validate_sweep(config: DictConfig) -> SweepConfig:
+    """Return the sweep's part of a composed config, typed. Raise ConfigError as `validate` does."""
+    try:
+        typed = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(SweepConfig), config.sweep)
+        )
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    assert isinstance(typed, SweepConfig)
+    _check(SWEEP_RULES, typed, "sweep.")
+    return typed
+
+
+def _check(rules: Iterable[Rule], config: Any, prefix: str = "") -> None:
+    """Raise ConfigError for the first rule that a config, whose keys lack `prefix`, breaks."""
+    for key, is_allowed, allowed in rules:
+        value = attrgetter(key.removeprefix(prefix))(config)
+        if not is_allowed(value):
+            raise _out_of_range(key, value, allowed)
+
+
+def _out_of_range(key: str, value: Any, allowed: str) -> ConfigError:
+    return ConfigError(f"{key}={value}: must be {allowed}")
 
 
 @dataclass(frozen=True)
@@ -107,25 +117,22 @@ class Every:
 
 
 def checkpoint_every(text: str) -> Every:
-    """`training.checkpoint_every`, once it is validated: "1" is epochs, "500steps" is steps."""
+    """Read `training.checkpoint_every`, validated: "1" is epochs, "500steps" is steps."""
     number = int(re.sub(r"\D", "", text))
     return Every(0, number) if text.endswith("steps") else Every(number, 0)
 
 
-def _need(ok: bool, key: str, value: Any, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"{key}={value}: must be {allowed}")
-
-
-def _need_one_of(key: str, value: str) -> None:
-    *names, last = ONE_OF[key]
-    _need(value in ONE_OF[key], key, value, f"{', '.join(names)} or {last}")
-
-
 def check_target(key: str, target: Any, trusted: Sequence[str], home: str = "") -> None:
-    """`home`: where the thing that `target` leads to is defined, once that is known."""
+    """Raise ConfigError for a target of a package that is not trusted.
+
+    Args:
+        key: The key of the config that has the target.
+        target: The dotted path, as it is written there.
+        trusted: The packages that `trusted_packages` names.
+        home: Where the thing that `target` leads to is defined, once that is known.
+    """
     allowed = (*OWN_PACKAGES, *trusted)
-    if not any(str(home or target).startswith(f"{p}.") for p in allowed):
+    if not str(home or target).startswith(tuple(f"{package}." for package in allowed)):
         leads = f" leads to {home}" if home else ""
         raise ConfigError(
             f"{key}={target}{leads}: this target is not allowed. "

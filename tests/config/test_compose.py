@@ -342,7 +342,7 @@ UNKNOWN = [
     bad("experiments=seed", "experiments=seed", "seed_mlp", good="experiments=seed_mlp"),
     bad("debug=quick", "debug=quick", "fast, overfit", good="debug=fast"),
     bad("dataset=mnsit", "dataset=mnsit", "Did you mean mnist?", "idx", good="dataset=mnist"),
-    bad("dataset.name=mnsit", "dataset.name=mnsit", "did you mean mnist?",
+    bad("dataset.name=mnsit", "dataset.name=mnsit", "Did you mean mnist?",
         good="dataset.name=mnist", real=True),
     bad("~training.rate", "training.rate", good="~debug"),
 ]  # fmt: skip
