@@ -163,7 +163,7 @@ class RunRecorder:
             self.writer.tags({"compiled": str(event.compiled).lower()})
         elif self.index in event.failed:
             path = self._save_checkpoint(event.model(self.index))
-            record_curves(RunHistory.of(self.folder), self.writer)
+            record_curves(RunHistory.of(self.folder), self.writer, self.best.get("best/epoch"))
             raise RunFailed(f"{event.failed[self.index]}. Last finite weights: {path}")
         elif event.metrics[self.index]:  # else it has stopped before
             self._record_epoch(event)
@@ -318,7 +318,8 @@ def record_test_and_model(
     for name, figure in samples.draw_test_results(dataset, logits[0]).items():
         writer.image(f"test/{name}", style.pixels(figure), epoch)
     (test,) = metrics.score(logits, dataset.test, "test")
-    record_curves(history, writer, test["test/accuracy"])
+    best_epoch = history.newest().get("best/epoch")
+    record_curves(history, writer, best_epoch, test["test/accuracy"])
     record_model(_deployed(stack, dataset), dataset, writer, epoch)
     writer.metrics(test, epoch)
     return test
@@ -330,10 +331,12 @@ def last_epoch_of(history: RunHistory) -> int:
 
 
 def record_curves(
-    history: RunHistory, writer: RunWriter, test_accuracy: float | None = None
+    history: RunHistory,
+    writer: RunWriter,
+    best_epoch: float | None,
+    test_accuracy: float | None = None,
 ) -> None:
-    """Record a figure of loss and accuracy over the epochs."""
-    best_epoch = history.newest().get("best/epoch")
+    """Record a figure of loss and accuracy over the epochs, with a mark at the best one."""
     best = None if best_epoch is None else int(best_epoch)
     curves = {key: history.history(key) for key in CURVES}
     figure = learning_curves(curves, best, history.name, test_accuracy)
