@@ -80,6 +80,7 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
     device = _device(config.training.device)
     schedule = build_schedule(config)
     optimizer, optimizer_arguments = optimizer_class(config)
+    try_optimizer(optimizer, optimizer_arguments, torch.nn.Linear(2, 2))
     load = load or cached_loader()
     dataset = load(config.dataset)  # after what can be checked without: it may have to be fetched
     if config.training.patience is not None and dataset.val is None:
