@@ -250,16 +250,25 @@ def sync(open_runs: OpenRuns, uri: str = "") -> tuple[int, dict[Path, str]]:
         if not history.key and journal.size(run.folder) > 0
     }
     waiting = waiting_runs(open_runs, uri)
-    problems = _upload_all(waiting, open_runs, {})
+    problems = _upload_all(waiting, open_runs, {}, tries_again=True)
     return len(waiting) - len(problems), damaged | problems
 
 
 def _upload_all(
-    waiting: Sequence[tuple[str, Path]], open_runs: OpenRuns, stores: dict[str, Store]
+    waiting: Sequence[tuple[str, Path]],
+    open_runs: OpenRuns,
+    stores: dict[str, Store],
+    *,
+    tries_again: bool,
 ) -> dict[Path, str]:
     """Upload journals, each to its store, and return why not for the folders that failed.
 
-    waiting: store and folder of each. stores: those that are open; one that is opened is added.
+    Args:
+        waiting: The store and the folder of each.
+        open_runs: A run leaves it once its store has all of it.
+        stores: Those that are open; one that is opened is added.
+        tries_again: Look at a store anew after failures in a row, and go on. Otherwise the rest
+            of its journals wait for the next call.
     """
     problems: dict[Path, str] = {}
     closed: dict[str, str] = {}  # stores that cannot be opened, and why
@@ -285,6 +294,8 @@ def _upload_all(
             log.debug("not uploaded: %s", folder, exc_info=error)
             problems[folder] = first_line(error)
             failures[uri] += 1
+            if failures[uri] == MOST_FAILURES and not tries_again:
+                closed[uri] = problems[folder]
     return problems
 
 
@@ -378,7 +389,7 @@ class Uploader(threading.Thread):
             self._earlier = [folder for _, folder in waiting_runs(self.open_runs, self.uri)]
         earlier = [folder for folder in self._earlier if _has_news(folder, self.uri)]
         waiting = [(self.uri, folder) for folder in dict.fromkeys([*self.pending(), *earlier])]
-        problems = _upload_all(waiting, self.open_runs, self._stores)
+        problems = _upload_all(waiting, self.open_runs, self._stores, tries_again=False)
         # of the others, an earlier command has told
         problem = next((text for folder, text in problems.items() if folder in self.folders), "")
         if problem and not self.problem:
