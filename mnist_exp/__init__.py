@@ -6,6 +6,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from mnist_exp._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from mnist_exp.api import (
         build,
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 # Read when torch loads its OpenMP library, so it has to be said before.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-__version__ = "0.1.0"
 __all__ = [
     "build",
     "ensemble",
@@ -59,6 +60,8 @@ class _MovedModule(ModuleType):
     """A module under its old name, which looks up its attributes where they are now."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # who looks through all modules must not import torch
+            raise AttributeError(name)
         module, renamed = _MOVED[self.__name__]
         return getattr(importlib.import_module(module), renamed.get(name, name))
 

@@ -8,12 +8,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mnist_exp._version import __version__
 from mnist_exp.config import paths
 from mnist_exp.config.paths import IS_CHECKOUT
 from mnist_exp.config.schema import identity
@@ -46,7 +46,7 @@ def process_tags() -> dict[str, str]:
         "version.python": platform.python_version(),
         "version.torch": torch.__version__,
         "version.numpy": np.__version__,  # whose generators decide the order of the data
-        "version.mnist_exp": version("mnist-exp"),
+        "version.mnist_exp": __version__,
     }
     if commit := ask_git("rev-parse", "HEAD"):
         tags["mlflow.source.git.commit"] = commit
