@@ -32,8 +32,9 @@ def compose(
         ConfigError: An override is at fault; the message has the nearest that exists.
     """
     check_list("overrides", overrides)
+    words = hydra_words(overrides, config_dir)
     try:
-        config = compose_raw(hydra_words(overrides, config_dir), config_name)
+        config = compose_raw(words, config_name)
         str(config.hydra.run.dir)  # an interpolation in it may lead nowhere
     except COMPOSITION_ERRORS as error:
         raise explain(error, overrides) from error
