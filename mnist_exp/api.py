@@ -320,10 +320,16 @@ def sync() -> tuple[int, dict[Path, str]]:
     return upload.sync(_open_runs())
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as a .png, .svg or .pdf file, the same bytes each time. Raise OSError."""
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure as a file, the same bytes each time.
+
+    Raises:
+        ValueError: The name of the file does not end in .png, .svg or .pdf.
+        OSError: The file cannot be written.
+    """
     from mnist_exp.figures import style
 
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     style.save(figure, path)
 

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +26,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Write a state (tensors and plain values) to `path`, and its SHA-256 to `path`.sha256.
 
     A reader finds the old file or the new one, never half of one. Raises OSError where the disk is
-    full or read-only; what was there before is whole then.
+    full or read-only; what was there before is whole then. One process at a time may save a path.
     """
     old = _digests(path)
     files.write(
@@ -36,7 +37,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
     if old:
         _write_sidecar(path, _digests(path)[:1])
     for left in path.parent.glob(f"{glob.escape(path.name)}*.part"):  # by a killed process
-        left.unlink()
+        with suppress(OSError):  # the checkpoint is saved
+            left.unlink()
 
 
 def load(path: Path, name: str = "") -> dict[str, Any]:
