@@ -1,15 +1,11 @@
-"""What MLflow holds of a run, how its status comes about, and what Python gets back."""
+"""What MLflow holds of a run, and what Python gets back."""
 
 import hashlib
 import json
 import os
 import shlex
-import shutil
-import sqlite3
 import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +23,10 @@ from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import identity, task_config
 from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as data
-from mnist_exp.errors import ConfigError
-from mnist_exp.runs.evaluate import evaluate
-from mnist_exp.runs.provenance import ask_git
 from mnist_exp.runs.recorder import Result
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking import ui_view as view
-from mnist_exp.tracking.store import Store
-from mnist_exp.training import loop as training
-from mnist_exp.training.events import Epoch
-from tests.helpers import ROOT, fresh_store
+from tests.helpers import ROOT
 
 EPOCH_METRICS = {
     *("train/loss", "train/accuracy", "val/loss", "val/accuracy"),
@@ -246,129 +236,3 @@ def test_result(result: Result, record: Run, store: str, folder: Path, mnist: An
     assert not result.model.training
     assert {p.device.type for p in result.model.parameters()} == {"cpu"}
     assert accuracy(result.model, mnist.test) == result.test_accuracy
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[list[str]]:
-    """Overrides for a store and an output folder that are a test's own."""
-    yield ["debug=fast", f"tracking.uri={fresh_store(tmp_path)}", f"hydra.run.dir={tmp_path}/run"]
-
-
-OWN_MODULE = """
-import torch
-from torch import nn
-
-WIDTH = 8
-
-class Net(nn.Sequential):
-    def __init__(self, num_classes):
-        super().__init__(nn.Flatten(), nn.LazyLinear(WIDTH), nn.Linear(WIDTH, num_classes))
-        self.register_buffer("scale", torch.full((1,), 2.0), persistent=False)
-
-    def forward(self, x):
-        return super().forward(x) * self.scale
-"""
-
-
-def test_evaluation_of_a_module_of_ones_own(
-    place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "own_net.py").write_text(OWN_MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    words = ["trusted_packages=[own_net]", "model._target_=own_net.Net"]
-    done = mnist_exp.train([*place, *words, "~model.hidden", "~model.dropout"])
-    assert "scale" not in checkpoint.load(tmp_path / "run" / "checkpoint.pt")["model"]
-    store = Store(done.store)
-    found = evaluate(store, store.find(done.run_id))
-    assert found.test == {key: found.recorded[key] for key in ("test/loss", "test/accuracy")}
-    monkeypatch.setattr(sys.modules["own_net"], "WIDTH", 9)
-    with pytest.raises(ConfigError, match=r"does not fit own_net\.Net"):
-        evaluate(store, store.find(done.run_id))
-
-
-def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert ask_git("rev-parse", "HEAD") == ""
-
-
-# how a run ends
-
-
-def only_run(place: list[str]) -> Run:
-    client = mlflow.MlflowClient(place[1].removeprefix("tracking.uri="))
-    experiments = [e.experiment_id for e in client.search_experiments()]
-    (run,) = client.search_runs(experiments)
-    return run
-
-
-@pytest.mark.parametrize(
-    "error, status, reason",
-    [
-        (RuntimeError("out of luck"), "FAILED", "RuntimeError: out of luck"),
-        (KeyboardInterrupt(), "KILLED", "interrupted"),
-    ],
-)
-def test_exception_in_training(
-    error: BaseException,
-    status: str,
-    reason: str,
-    place: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fit = training.fit
-
-    def breaks(*arguments: Any, **more: Any) -> Iterator[Any]:
-        for record in fit(*arguments, **more):
-            yield record
-            if isinstance(record, Epoch):
-                raise error
-
-    monkeypatch.setattr(training, "fit", breaks)
-    with pytest.raises(type(error)):
-        mnist_exp.train(place)
-    run = only_run(place)
-    assert (run.info.status, run.data.tags["reason"]) == (status, reason)
-    assert run.info.end_time
-    assert run.data.metrics["train/loss"] > 0  # what was measured is kept
-    assert "MLFLOW_TRACKING_URI" not in os.environ  # else the next run would take this store
-
-
-def test_the_environment_decides_the_store(
-    place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = fresh_store(tmp_path / "other")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
-    monkeypatch.setattr(training, "fit", lambda *a, **k: exec("raise RuntimeError"))
-    with pytest.raises(RuntimeError):
-        mnist_exp.train(place)
-    assert only_run([place[0], f"tracking.uri={other}"]).info.status == "FAILED"
-    with pytest.raises(ValueError, match="not enough values"):
-        only_run(place)
-    assert os.environ["MLFLOW_TRACKING_URI"] == other
-
-
-def test_deleted_experiment_is_refused(place: list[str], tmp_path: Path) -> None:
-    client = mlflow.MlflowClient(place[1].removeprefix("tracking.uri="))
-    experiment = client.create_experiment("gone")
-    client.delete_experiment(experiment)
-    with pytest.raises(ConfigError, match=f"tracking.experiment=gone.*restore -x {experiment}"):
-        mnist_exp.train([*place, "tracking.experiment=gone"])
-    assert client.search_runs(["0", experiment]) == []
-    assert not (tmp_path / "run").exists()
-
-
-def test_store_of_another_version_leaves_no_folder(place: list[str], tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / "store.db") as connection:
-        connection.execute("UPDATE alembic_version SET version_num = 'of the future'")
-    with pytest.raises(ConfigError, match=r"tracking\.uri=.*cannot be opened"):
-        mnist_exp.train(place)
-    assert not (tmp_path / "run").exists()
-
-
-def test_output_folder_that_cannot_be_made(place: list[str], tmp_path: Path) -> None:
-    shutil.copy(ROOT / "pyproject.toml", tmp_path / "file")
-    (tmp_path / "store.db").unlink()
-    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=FOLDER"):
-        mnist_exp.train([*place, f"hydra.run.dir={tmp_path}/file/run"])
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -5,23 +5,15 @@ import random
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pytest
-import torch
 
-from mnist_exp.data.dataset import Dataset
 from mnist_exp.tracking import checkpoint, journal
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.upload import UploadState
-from mnist_exp.training import loop as training
-from mnist_exp.training.events import Epoch, Message, RunSpec
-from mnist_exp.training.models import MLP
-from mnist_exp.training.schedules import Constant, Cosine
-from mnist_exp.training.stack import Stack
 from tests.faults.interruptions import (
     GRID,
     NOBODY,
@@ -37,127 +29,6 @@ from tests.faults.interruptions import (
     words_of,
 )
 from tests.helpers import fresh_store
-
-MakeDataset = Callable[..., Dataset]
-
-
-# the core
-
-
-def leaves(node: Any) -> Iterator[Any]:
-    """The plain values and tensors of a state, in order."""
-    if isinstance(node, dict):
-        for key in node:
-            yield key
-            yield from leaves(node[key])
-    elif isinstance(node, list | tuple):
-        for each in node:
-            yield from leaves(each)
-    else:
-        yield node
-
-
-def equal(a: Any, b: Any) -> bool:
-    pairs = list(zip(leaves(a), leaves(b), strict=True))
-    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
-
-
-def dropped(shape: tuple[int, int, int], classes: int) -> torch.nn.Module:
-    return torch.nn.Sequential(
-        torch.nn.Flatten(),
-        torch.nn.Linear(shape[1] * shape[2], 12),
-        torch.nn.BatchNorm1d(12),
-        torch.nn.ReLU(),
-        torch.nn.Dropout(0.3),
-        torch.nn.Linear(12, classes),
-    )
-
-
-CASES = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, 1),
-    "adam in a stack": (torch.optim.Adam, {"lr": 0.01}, 3),
-    "torch's own": (torch.optim.NAdam, {"lr": 0.01}, 2),
-}
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("validation", [0, 70])
-def test_fit_goes_on_from_any_state(
-    name: str, validation: int, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "STEPS_PER_SYNC", 3)
-    optimizer, numbers, size = CASES[name]
-    dataset = make_dataset(train=100, val=validation)
-    runs = [
-        RunSpec(
-            k, numbers | {"lr": numbers["lr"] * (k + 1)}, Cosine(), patience=2 - k if k < 2 else 2
-        )
-        for k in range(size)
-    ]
-    if not validation:
-        runs = [RunSpec(k, run.optimizer, Cosine()) for k, run in enumerate(runs)]
-
-    def go_on(state: Any = None) -> tuple[Stack, list[Any]]:
-        stack = Stack(lambda: dropped(dataset.shape, 4), [run.seed for run in runs],
-                      torch.device("cpu"))  # fmt: skip
-        seen = []
-        for event in training.fit(
-            stack, dataset, runs, optimizer, epochs=3, batch_size=16, state=state
-        ):
-            if not isinstance(event, Message):
-                seen.append((event, copied(event.state())))
-        return stack, seen
-
-    whole, events = go_on()
-    for place in range(len(events)):
-        stack, rest = go_on(events[place][1])
-        assert equal(stack.snapshot(), whole.snapshot())
-        assert [type(e) for e, _ in rest] == [type(e) for e, _ in events[place + 1 :]]
-        for (_, state), (_, expected) in zip(rest, events[place + 1 :], strict=True):
-            assert equal(state, expected)
-        metrics = [m for e, _ in rest if isinstance(e, Epoch) for m in e.metrics]
-        there = [e for e, _ in events[place + 1 :] if isinstance(e, Epoch)]
-        timed = ("epoch_seconds", "images_per_second")
-        for found, wanted in zip(metrics, (m for e in there for m in e.metrics), strict=True):
-            assert {k: v for k, v in found.items() if k not in timed} == {
-                k: v for k, v in wanted.items() if k not in timed
-            }
-
-
-def copied(state: Any) -> Any:
-    """As a checkpoint would have it."""
-    if isinstance(state, dict):
-        return {key: copied(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return [copied(value) for value in state]
-    return state.clone() if isinstance(state, torch.Tensor) else state
-
-
-def test_a_stack_that_has_shrunk_goes_on_shrunk(make_dataset: MakeDataset) -> None:
-    dataset = make_dataset(train=64, val=40)
-    runs = [RunSpec(0, {"lr": lr}, Constant(), patience=p) for lr, p in ((0.0, 1), (0.1, 9))]
-
-    def events(state: Any = None) -> list[tuple[Epoch, Any]]:
-        stack = Stack(lambda: MLP(dataset.shape, 4, hidden=[8]), [0, 0], torch.device("cpu"))
-        found = training.fit(
-            stack, dataset, runs, torch.optim.SGD, epochs=5, batch_size=16, state=state
-        )
-        kept = []
-        for event in found:
-            if isinstance(event, Epoch):
-                kept.append((event, copied(event.state())))
-        return kept
-
-    whole = events()
-    shrunk = [len(state["rows"]) for _, state in whole]
-    assert shrunk[0] == 2 and shrunk[-1] == 1
-    for place in range(len(whole) - 1):
-        rest = events(whole[place][1])
-        assert equal(rest[-1][1], whole[-1][1])
-
-
-# whole programs
 
 
 @pytest.fixture(scope="module")

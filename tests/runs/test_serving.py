@@ -127,7 +127,7 @@ def served(started: dict[str, Served]) -> dict[str, Served]:
 def test_loaded_without_this_package(
     results: dict[str, Result], store: str, images: np.ndarray, tmp_path: Path
 ) -> None:
-    """With it: tests/test_record.py, and the servers below."""
+    """With it: test_recorder.py, and the servers below."""
     np.save(tmp_path / "images.npy", images)
     answer = subprocess.run(
         [sys.executable, "-c", LOAD, *(f"runs:/{results[model].run_id}/model" for model in MODELS)],

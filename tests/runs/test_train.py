@@ -1,0 +1,97 @@
+"""How a run ends, and what is refused before it begins."""
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+
+import mnist_exp
+from mnist_exp.errors import ConfigError
+from mnist_exp.training import loop as training
+from mnist_exp.training.events import Epoch
+from tests.helpers import ROOT, fresh_store
+
+
+def only_run(place: list[str]) -> Run:
+    client = mlflow.MlflowClient(place[1].removeprefix("tracking.uri="))
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = client.search_runs(experiments)
+    return run
+
+
+@pytest.mark.parametrize(
+    "error, status, reason",
+    [
+        (RuntimeError("out of luck"), "FAILED", "RuntimeError: out of luck"),
+        (KeyboardInterrupt(), "KILLED", "interrupted"),
+    ],
+)
+def test_exception_in_training(
+    error: BaseException,
+    status: str,
+    reason: str,
+    place: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fit = training.fit
+
+    def breaks(*arguments: Any, **more: Any) -> Iterator[Any]:
+        for record in fit(*arguments, **more):
+            yield record
+            if isinstance(record, Epoch):
+                raise error
+
+    monkeypatch.setattr(training, "fit", breaks)
+    with pytest.raises(type(error)):
+        mnist_exp.train(place)
+    run = only_run(place)
+    assert (run.info.status, run.data.tags["reason"]) == (status, reason)
+    assert run.info.end_time
+    assert run.data.metrics["train/loss"] > 0  # what was measured is kept
+    assert "MLFLOW_TRACKING_URI" not in os.environ  # else the next run would take this store
+
+
+def test_the_environment_decides_the_store(
+    place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = fresh_store(tmp_path / "other")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
+    monkeypatch.setattr(training, "fit", lambda *a, **k: exec("raise RuntimeError"))
+    with pytest.raises(RuntimeError):
+        mnist_exp.train(place)
+    assert only_run([place[0], f"tracking.uri={other}"]).info.status == "FAILED"
+    with pytest.raises(ValueError, match="not enough values"):
+        only_run(place)
+    assert os.environ["MLFLOW_TRACKING_URI"] == other
+
+
+def test_deleted_experiment_is_refused(place: list[str], tmp_path: Path) -> None:
+    client = mlflow.MlflowClient(place[1].removeprefix("tracking.uri="))
+    experiment = client.create_experiment("gone")
+    client.delete_experiment(experiment)
+    with pytest.raises(ConfigError, match=f"tracking.experiment=gone.*restore -x {experiment}"):
+        mnist_exp.train([*place, "tracking.experiment=gone"])
+    assert client.search_runs(["0", experiment]) == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_store_of_another_version_leaves_no_folder(place: list[str], tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "store.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'of the future'")
+    with pytest.raises(ConfigError, match=r"tracking\.uri=.*cannot be opened"):
+        mnist_exp.train(place)
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folder_that_cannot_be_made(place: list[str], tmp_path: Path) -> None:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "file")
+    (tmp_path / "store.db").unlink()
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=FOLDER"):
+        mnist_exp.train([*place, f"hydra.run.dir={tmp_path}/file/run"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
