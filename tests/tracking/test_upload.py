@@ -192,6 +192,32 @@ def test_an_earlier_run_does_not_hold_up(
     assert said == [] and [e.folder.name for e in open_runs.entries()] == ["bad"]
 
 
+def test_a_server_that_fails_twice_is_left_alone_until_the_next_round(
+    open_runs: OpenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call to one that hangs takes seconds, in which the process cannot be forked."""
+    store = Store(fresh_store(tmp_path))
+    folders = [tmp_path / f"run{number}" for number in range(5)]
+    for folder in folders:
+        whole(folder, open_runs, store.uri)
+    tried: list[Path] = []
+
+    def failing(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
+        tried.append(folder)
+        raise OSError("no answer")
+
+    monkeypatch.setattr(upload, "upload_journal", failing)
+    told: list[str] = []
+    uploader = Uploader(store.uri, open_runs, told.append)
+    uploader.watch(folders)
+    for rounds in (1, 2):
+        uploader._upload_news()
+        assert tried == folders[:2] * rounds
+    assert len(told) == 1 and "no answer" in told[0]
+    upload.sync(open_runs)  # a person waits for all
+    assert sorted(tried[4:]) == folders
+
+
 def test_a_folder_that_is_away_for_a_while(open_runs: OpenRuns, tmp_path: Path) -> None:
     store = Store(fresh_store(tmp_path))
     whole(tmp_path / "run", open_runs, store.uri)
