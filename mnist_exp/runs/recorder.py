@@ -146,8 +146,8 @@ class RunRecorder:
         self.history, self.best = list(state["history"]), dict(state["best"])
         self.log.write(f"resumed after epoch {len(self.history)}\n")
         for values in self.history:
-            own = {key: value for key, value in values.items() if key != "epoch"}
-            self.writer.metrics(own, int(values["epoch"]))
+            recorded = {key: value for key, value in values.items() if key != "epoch"}
+            self.writer.metrics(recorded, int(values["epoch"]))
 
     def record(self, event: Event) -> None:
         """Record an event of `fit`. Raise RunFailed if it says that this run has diverged."""

@@ -102,7 +102,7 @@ def run_id_of(folder: Path) -> str:
 def train_stack(
     plan: StackPlan, reporter: Reporter, *, resume: bool = False, last_epoch: int | None = None
 ) -> list[Result | Exception]:
-    """Train the runs of a stack, and keep the record of each in its folder.
+    """Train the runs of a stack, and return the outcome of each that had not ended before.
 
     A run that fails leaves the others as they are; what stops the stack of several itself is
     raised, and leaves their records open.
@@ -112,9 +112,6 @@ def train_stack(
         reporter: shows how they get on.
         resume: go on from the newest checkpoint; a run that had ended before stays as it is.
         last_epoch: as for `train`; LastEpochReached is the outcome then.
-
-    Returns:
-        The outcome of each run that had not ended before.
     """
     jobs, first = plan.jobs, plan.jobs[0]
     settings = first.config.training
