@@ -4,27 +4,25 @@ import importlib
 import os
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mnist_exp._version import __version__ as __version__
-
-if TYPE_CHECKING:
-    from mnist_exp.api import (
-        build,
-        ensemble,
-        evaluate,
-        load,
-        predict,
-        predictions_figure,
-        report,
-        reproduce,
-        resume,
-        save_figure,
-        show,
-        sync,
-        train,
-        train_sweep,
-    )
+from mnist_exp.api import (
+    build,
+    ensemble,
+    evaluate,
+    load,
+    predict,
+    predictions_figure,
+    report,
+    reproduce,
+    resume,
+    save_figure,
+    show,
+    sync,
+    train,
+    train_sweep,
+)
 
 # Threads that wait spin for milliseconds by default. Where another process wants the core as well,
 # that made training ten times slower; a hundredth of it is as fast where the machine is free.
@@ -67,16 +65,3 @@ class _MovedModule(ModuleType):
 
 
 sys.modules.update({name: _MovedModule(name) for name in _MOVED})
-
-
-def __getattr__(name: str) -> Any:
-    # torch takes seconds to import, and most of the package can do without
-    if name in __all__:
-        from mnist_exp import api
-
-        return getattr(api, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]

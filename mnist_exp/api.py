@@ -48,7 +48,9 @@ def load(overrides: Sequence[str] = ()) -> "Dataset":
     Raises:
         ConfigError: An override or the data set is at fault.
     """
-    config = _config(overrides)  # before torch's seconds of import
+    from mnist_exp.config.compose import compose
+
+    config = _config(compose(overrides))  # before torch's seconds of import
 
     from mnist_exp.runs.job import load_dataset
 
@@ -111,12 +113,10 @@ def train(
 
 def train_composed(composed: "DictConfig", verbose: bool = False) -> "Result":
     """Train one run from its composed config, which has Hydra's own part in it. See `train`."""
-    from mnist_exp.config.schema import task_config
-    from mnist_exp.config.validate import validate
     from mnist_exp.tracking import store as tracking
 
     # before torch's seconds of import
-    tracking.warn_if_environment_wins(validate(task_config(composed)).tracking.uri)
+    tracking.warn_if_environment_wins(_config(composed).tracking.uri)
 
     from mnist_exp.runs import train as training
     from mnist_exp.runs.job import prepare
@@ -420,12 +420,11 @@ def _open_runs() -> "OpenRuns":
     return open_runs_at(output_root())
 
 
-def _config(overrides: Sequence[str]) -> "Config":
-    from mnist_exp.config.compose import compose
+def _config(composed: "DictConfig") -> "Config":
     from mnist_exp.config.schema import task_config
     from mnist_exp.config.validate import validate
 
-    return validate(task_config(compose(overrides)))
+    return validate(task_config(composed))
 
 
 def _dataset_root(overrides: Sequence[str]) -> str | None:
@@ -448,7 +447,7 @@ def _store_uri(overrides: Sequence[str], *, data: bool = False, required: bool =
         ConfigError: An override would change nothing, or the store cannot be opened.
     """
     from mnist_exp.config import paths
-    from mnist_exp.config.compose import check_list
+    from mnist_exp.config.compose import check_list, compose
     from mnist_exp.tracking import store as tracking
 
     check_list("overrides", overrides)
@@ -460,7 +459,7 @@ def _store_uri(overrides: Sequence[str], *, data: bool = False, required: bool =
                 f"{override}: it would change nothing here, as the run is on record. What can be "
                 f"said is tracking.uri=..., the store{more}"
             )
-    asked_uri = _config(overrides).tracking.uri
+    asked_uri = _config(compose(overrides)).tracking.uri
     tracking.warn_if_environment_wins(asked_uri)
     uri = tracking.store_uri(asked_uri, paths.output_root())
     tracking.check_store(uri, required=required)

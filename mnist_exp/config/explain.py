@@ -23,7 +23,7 @@ from mnist_exp.errors import ConfigError, did_you_mean
 def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     """Return one of Hydra's or OmegaConf's errors as the one message that a person needs."""
     fault = _fault(error, overrides)
-    messages = filter(None, (explainer(fault) for explainer in _EXPLAINERS))
+    messages = filter(None, (explainer(fault) for explainer in _EXPLAINERS))  # the first counts
     message = next(messages, None) or "\n".join(
         line for line in fault.text.splitlines() if line and not line.startswith("See https")
     )
@@ -76,15 +76,10 @@ def _explain_choice(fault: _Fault) -> str | None:
     )
 
 
-def _explain_recipe(fault: _Fault) -> str | None:
-    """Explain a recipe whose keys have ended up below its group's name."""
-    if fault.key.split(".")[0] in ("experiments", "debug") and "not in" in str(fault.cause):
-        return "a recipe has to begin with the line: # @package _global_"
-    return None
-
-
 def _explain_override(fault: _Fault) -> str | None:
     """Explain an override of a key that is not there, or of one that takes no such thing."""
+    if fault.key.split(".")[0] in ("experiments", "debug") and "not in" in str(fault.cause):
+        return "a recipe has to begin with the line: # @package _global_"  # its keys are there
     if found := re.search(r"Could not override '([^']+)'", fault.text):
         return _unknown_key(fault.key or found[1], fault.overrides)
     if fault.text.startswith("Config group override must be"):
@@ -135,9 +130,7 @@ def _explain_grammar(fault: _Fault) -> str | None:
     )
 
 
-_EXPLAINERS = (  # the first one that has an answer
-    _explain_choice, _explain_recipe, _explain_override, _explain_value, _explain_grammar
-)  # fmt: skip
+_EXPLAINERS = (_explain_choice, _explain_override, _explain_value, _explain_grammar)
 
 
 def _unknown_key(key: str, overrides: Sequence[str]) -> str:

@@ -1,0 +1,77 @@
+"""The Python API: what can be typed can be called, and it prints nothing unless it is verbose."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+import mnist_exp
+from mnist_exp import api
+from mnist_exp.cli.commands import COMMANDS
+from mnist_exp.config import paths
+from mnist_exp.errors import ConfigError
+from mnist_exp.sweeps.sweep import SweepResult
+
+SMALL = [
+    *("debug=fast", "training.compile=never", "training.threads=1", "training.device=cpu"),
+    "hydra/launcher=basic",
+]
+
+
+@pytest.fixture(scope="module")
+def sweep(store: str, folder: Path) -> SweepResult:
+    words = [*SMALL, f"tracking.uri={store}", f"hydra.sweep.dir={folder}/jobs", "seed=0,1"]
+    return mnist_exp.train_sweep(words)
+
+
+@pytest.fixture
+def silent(capfd: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
+    """Holds what a test prints, once what its fixtures have printed is dropped."""
+    capfd.readouterr()
+    return capfd
+
+
+def test_every_command_is_a_function() -> None:
+    of_the_terminal = {"ui", "completion"}
+    assert {*COMMANDS} - of_the_terminal <= {*mnist_exp.__all__}
+    for name in mnist_exp.__all__:
+        assert inspect.isfunction(getattr(mnist_exp, name)) and getattr(api, name).__doc__
+
+
+def test_show(silent: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    overview = mnist_exp.show(["dataset.val_size=0"])
+    assert overview.facts["images"] == "60,000 training, 10,000 test"
+    assert overview.dataset.name == "mnist" and isinstance(overview.figure, Figure)
+    mnist_exp.save_figure(overview.figure, tmp_path / "new" / "first.png")
+    assert (tmp_path / "new" / "first.png").stat().st_size > 1000
+    assert silent.readouterr() == ("", "")
+
+
+def test_report(
+    sweep: SweepResult, store: str, silent: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    report = mnist_exp.report(sweep.run_id, [f"tracking.uri={store}"], output=tmp_path)
+    assert report.run_id == sweep.run_id and report.table() == sweep.table()
+    assert {*report.files} == {path.name for path in tmp_path.iterdir()} >= {"leaderboard.md"}
+    assert silent.readouterr() == ("", "")
+
+
+def test_resume_of_what_has_ended(
+    sweep: SweepResult, store: str, silent: pytest.CaptureFixture[str]
+) -> None:
+    assert mnist_exp.resume(sweep.run_id, [f"tracking.uri={store}"]) is None
+    assert mnist_exp.resume(str(sweep.folder)) is None
+    assert silent.readouterr() == ("", "")
+    with pytest.raises(ConfigError, match="job of a sweep"):
+        mnist_exp.resume(str(sweep.folder / "0"))
+
+
+def test_sync_where_nothing_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "output_root", lambda: tmp_path)
+    assert mnist_exp.sync() == (0, {})
+
+
+def test_page_of_the_ui(sweep: SweepResult, store: str) -> None:
+    uri, page = api.ui_page(sweep.run_id, [f"tracking.uri={store}"])
+    assert uri == store and sweep.run_id in page
