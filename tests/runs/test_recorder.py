@@ -24,7 +24,7 @@ from mnist_exp.config.schema import identity, task_config
 from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as data
 from mnist_exp.errors import RunFailed
-from mnist_exp.runs import recorder
+from mnist_exp.figures.curves import learning_curves
 from mnist_exp.runs.recorder import Result
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking import ui_view as view
@@ -243,16 +243,15 @@ def test_result(result: Result, record: Run, store: str, folder: Path, mnist: An
 def test_the_curves_of_a_run_that_diverged_show_its_best_epoch(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[float | None] = []
-    draw = recorder.learning_curves
+    drawn: list[int | None] = []
 
-    def learning_curves(history: Any, best_epoch: int | None, *arguments: Any) -> Any:
+    def drawing(history: Any, best_epoch: int | None, *arguments: Any) -> Any:
         drawn.append(best_epoch)
-        return draw(history, best_epoch, *arguments)
+        return learning_curves(history, best_epoch, *arguments)
 
-    monkeypatch.setattr(recorder, "learning_curves", learning_curves)
+    monkeypatch.setattr("mnist_exp.runs.recorder.learning_curves", drawing)
     rising = ["schedule=step", "schedule.every_epochs=1", "schedule.gamma=1e30"]
     words = ["debug=fast", "training.compile=never", "training.device=cpu", *rising]
-    with pytest.raises(RunFailed, match="diverged.*epoch 2"):
+    with pytest.raises(RunFailed, match=r"diverged.*epoch 2"):
         mnist_exp.train([*words, f"tracking.uri={store}", f"hydra.run.dir={tmp_path}/run"])
     assert drawn == [1]
