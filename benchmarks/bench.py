@@ -187,7 +187,7 @@ def sweep_speed(common_epoch: float) -> list[str]:
         *(
             f"| {name} | {typical[key]:.2f} | {typical[key] / seconds / PROCESSES:.1%} |"
             for name, key in (
-                ("MLflow: delivering all 17 records, in the background", "runs"),
+                ("MLflow: uploading all 17 records, in the background", "upload"),
                 ("MLflow: the chosen run's model, exported and saved", "model"),
                 ("MLflow: imported and the store opened, in the background", "store"),
                 ("compiling, from the cache", "compile"),

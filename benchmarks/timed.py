@@ -15,54 +15,69 @@ from pathlib import Path
 from typing import Any
 
 from mnist_exp.cli import main as cli
-from mnist_exp.runs import recorder as record
+from mnist_exp.runs import recorder
 from mnist_exp.sweeps import launcher
-from mnist_exp.tracking import store as tracking
-from mnist_exp.tracking import upload
+from mnist_exp.tracking import store, upload
 from mnist_exp.training import step
 
-SECONDS = dict.fromkeys(("runs", "model", "store", "compile", "steps"), 0.0)
-_inside = threading.local()
+# where the name of each measured function is looked up, the name, and the kind of its work
+MEASURED: list[tuple[Any, str, str]] = [
+    (upload, "upload_journal", "upload"),
+    (recorder, "record_model", "model"),
+    (store.Store, "__init__", "store"),
+    (step.TrainStep, "compile", "compile"),
+    (step.TrainStep, "__call__", "steps"),
+]
+SECONDS = dict.fromkeys((kind for *_, kind in MEASURED), 0.0)
+_thread = threading.local()  # whether a measured function runs in it
 
 
-def timed(owner: Any, name: str, kind: str) -> None:
-    """Adds the processor's time in `owner.name`, of the thread that calls it, to that of its kind.
+def measure(owner: Any, name: str, kind: str) -> None:
+    """Replace `owner.name` by a function that adds its processor time to that of its kind.
 
-    Processor time, as a thread in the background mostly waits for those that train.
+    It is the time of the thread that calls it, as a thread in the background mostly waits for
+    those that train.
     """
     original: Callable[..., Any] = getattr(owner, name)
 
     @functools.wraps(original)
     def measured(*arguments: Any, **named: Any) -> Any:
-        if getattr(_inside, "is", False):
+        if getattr(_thread, "is_measured", False):
             return original(*arguments, **named)
-        _inside.__dict__["is"] = True
+        _thread.is_measured = True
         began = time.thread_time()
         try:
             return original(*arguments, **named)
         finally:
-            _inside.__dict__["is"] = False
+            _thread.is_measured = False
             SECONDS[kind] += time.thread_time() - began
 
     setattr(owner, name, measured)
 
 
+def measure_forks(out: Path) -> None:
+    """Have each process that the launcher forks write what it spent to a file beside `out`."""
+    patched: Any = launcher  # which looks the name up, and does not export it
+    original = patched.fork
+
+    def fork(function: Callable[..., Any], *arguments: Any) -> Any:
+        def measured(*arguments: Any) -> Any:
+            SECONDS.update(dict.fromkeys(SECONDS, 0.0))
+            answer = function(*arguments)
+            out.with_name(f"{out.stem}.{os.getpid()}").write_text(json.dumps(SECONDS))
+            return answer
+
+        return original(measured, *arguments)
+
+    patched.fork = fork
+
+
 def main() -> None:
+    """Run the program, and write the seconds of each kind to the file that is named first."""
     out, words = Path(sys.argv[1]), sys.argv[2:]
-    timed(upload, "upload_journal", "runs")
-    timed(record, "record_model", "model")
-    timed(tracking.Store, "__init__", "store")
-    timed(step.TrainStep, "compile", "compile")
-    timed(step.TrainStep, "__call__", "steps")
-    worker = launcher.worker
-
-    def timed_worker(*arguments: Any) -> Any:
-        SECONDS.update(dict.fromkeys(SECONDS, 0.0))
-        results = worker(*arguments)
-        out.with_name(f"{out.stem}.{os.getpid()}").write_text(json.dumps(SECONDS))
-        return results
-
-    setattr(launcher, worker.__name__, timed_worker)
+    for owner, name, kind in MEASURED:
+        measure(owner, name, kind)
+    measure_forks(out)
     status = 1
     try:
         cli.main(words)
