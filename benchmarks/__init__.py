@@ -1,0 +1,1 @@
+"""Measurements of speed, memory and endurance: `make bench` and `make torture`."""

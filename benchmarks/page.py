@@ -6,10 +6,12 @@ _TORTURE = "\n## Torture\n"
 
 
 def write_measurements(path: Path, text: str) -> None:
+    """Write what was measured, and leave the faults' part as it is."""
     _write(path, text.rstrip() + "\n", _parts(path)[1])
 
 
 def write_torture(path: Path, text: str) -> None:
+    """Write the faults' part, and leave what was measured as it is."""
     _write(path, _parts(path)[0], f"\n{text.strip()}\n")
 
 

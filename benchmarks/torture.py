@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.bench import machine
+from benchmarks.measure import machine
 from benchmarks.page import write_torture
 from mnist_exp.tracking import upload
 from mnist_exp.tracking.run_log import OpenRuns
@@ -44,7 +44,7 @@ Injected = Callable[[int, Path], list[str]]  # the fault of this number, in this
 
 
 def faults(whole: Path, whole_sweep: Path, server: Upstream) -> Mapping[str, tuple[int, Injected]]:
-    """What is injected, and how often."""
+    """Return what is injected, by its name in the table, and how often."""
 
     def stopped(name: str, damaged: bool = False) -> Injected:
         def inject(number: int, folder: Path) -> list[str]:
@@ -106,7 +106,7 @@ def faults(whole: Path, whole_sweep: Path, server: Upstream) -> Mapping[str, tup
 
 
 def damage(own: Path, rng: random.Random) -> None:
-    """Truncates the newest checkpoint, its digest or the journal's end, or flips a bit there."""
+    """Truncate a run's newest checkpoint, its digest or its journal, or flip a bit there."""
     states = sorted(own.glob("state-*.pt"))
     journal = own / "journal.jsonl"
     path = rng.choice([*states[-1:], *sorted(own.glob("state-*.sha256"))[-1:], journal])
@@ -137,6 +137,12 @@ def _inject(name: str, number: int) -> list[str]:
 
 
 def rows(share: float, say: Callable[[str], None]) -> Iterator[tuple[str, int, Counter[str]]]:
+    """Inject the faults, and yield the name, the count and the costs of each kind.
+
+    Args:
+        share: The part of the usual counts to inject, as in 0.1.
+        say: Prints a line on what was lost, and on how long a kind took.
+    """
     fork = multiprocessing.get_context("fork")  # each has torch at hand, and inherits the faults
     with TemporaryDirectory() as temporary, Upstream(Path(temporary)) as server:
         place = Path(temporary)
@@ -154,25 +160,26 @@ def rows(share: float, say: Callable[[str], None]) -> Iterator[tuple[str, int, C
 
 
 def main() -> None:
+    """Print the table of faults, and write it to a file if one is named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of the counts, as in 0.1")
     parser.add_argument("--output", type=Path, help="the Markdown file to write the table into")
-    asked = parser.parse_args()
-    lines = [*machine(), "", f"| fault | times injected | {' | '.join(KINDS)} |"]
+    arguments = parser.parse_args()
+    lines = [machine(), "", f"| fault | times injected | {' | '.join(KINDS)} |"]
     torch.set_num_threads(1)
     # the uploader looks often, and asks a server for a second at most
     upload.PAUSE = 0.05
     os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     began = time.monotonic()
-    found = list(rows(asked.share, lambda text: print(text, flush=True)))
+    found = list(rows(arguments.share, lambda text: print(text, flush=True)))
     seconds = time.monotonic() - began
     lines.append("| --- |" + " ---: |" * 4)
     for name, count, costs in found:
         lines.append(f"| {name} | {count:,} | {' | '.join(str(costs[k]) for k in KINDS)} |")
     text = "\n".join([*lines, "", f"Written by `make torture`, in {seconds / 60:.0f} minutes."])
     print(text)
-    if asked.output is not None:
-        write_torture(asked.output, text)
+    if arguments.output is not None:
+        write_torture(arguments.output, text)
     sys.exit(any(costs.total() for *_, costs in found))
 
 
