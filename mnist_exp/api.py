@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_exp.errors import ConfigError, Terminated
+from mnist_exp.errors import Terminated
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from mnist_exp.sweeps.ensemble import Ensemble
     from mnist_exp.sweeps.results import Report
     from mnist_exp.sweeps.sweep import SweepResult
-    from mnist_exp.tracking.run_log import OpenRuns
-    from mnist_exp.tracking.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -178,12 +176,14 @@ def resume(
         ConfigError: It cannot go on. Nothing has been changed.
         RunFailed: It does not reach its end this time.
     """
-    uri = _store_uri(overrides, required=False)  # before torch's seconds of import
+    from mnist_exp.runs import lookup
+
+    uri = lookup.store_uri(overrides, required=False)  # before torch's seconds of import
 
     from mnist_exp.runs import resume as resuming
     from mnist_exp.sweeps import sweep
 
-    folder = resuming.find(run, uri, _open_runs())
+    folder = resuming.find(run, uri, lookup.open_runs())
     try:
         if sweep.is_sweep(folder):
             return sweep.resume_sweep(folder, failed, verbose)
@@ -196,7 +196,9 @@ def resume(
 
 def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
     """Evaluate the saved model of a run on the official test set. Raise ConfigError."""
-    store, root = open_store(overrides, data=True), _dataset_root(overrides)
+    from mnist_exp.runs import lookup
+
+    store, root = lookup.open_store(overrides, data=True), lookup.dataset_root(overrides)
     stored_run = store.find(run)
 
     from mnist_exp.runs import evaluate as evaluation
@@ -206,7 +208,9 @@ def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
 
 def ensemble(sweep: str = "last", overrides: Sequence[str] = ()) -> "Ensemble":
     """Evaluate the models of a sweep's chosen cell together, over its seeds. Raise ConfigError."""
-    store, root = open_store(overrides, data=True), _dataset_root(overrides)
+    from mnist_exp.runs import lookup
+
+    store, root = lookup.open_store(overrides, data=True), lookup.dataset_root(overrides)
     parent = store.find(sweep, sweep=True)
 
     from mnist_exp.sweeps import ensemble as ensembles
@@ -234,7 +238,9 @@ def predict(
     from mnist_exp.config.compose import check_list
 
     check_list("files", files)
-    store = open_store(overrides)
+    from mnist_exp.runs import lookup
+
+    store = lookup.open_store(overrides)
     stored_run = store.find(run)
 
     from mnist_exp.runs import predict as prediction
@@ -269,7 +275,9 @@ def report(
     Raises:
         ConfigError: There is no such sweep, or its report cannot be written.
     """
-    store = open_store(overrides)
+    from mnist_exp.runs import lookup
+
+    store = lookup.open_store(overrides)
     parent = store.find(sweep, sweep=True)
 
     from mnist_exp.sweeps import finish
@@ -300,7 +308,9 @@ def reproduce(
     Raises:
         ConfigError: There is no such run, or it cannot be trained again here.
     """
-    store, root = open_store(overrides, data=True), _dataset_root(overrides)
+    from mnist_exp.runs import lookup
+
+    store, root = lookup.open_store(overrides, data=True), lookup.dataset_root(overrides)
     stored_run = store.find(run)
 
     from mnist_exp.runs import reproduce as reproduction
@@ -315,9 +325,10 @@ def sync() -> tuple[int, dict[Path, str]]:
 
     Return how many runs are there now, and for the others the reason, by the folder of the run.
     """
+    from mnist_exp.runs import lookup
     from mnist_exp.tracking import upload
 
-    return upload.sync(_open_runs())
+    return upload.sync(lookup.open_runs())
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
@@ -340,7 +351,9 @@ def ui_page(run: str | None = None, overrides: Sequence[str] = ()) -> tuple[str,
     Raises:
         ConfigError: There is no such store or run.
     """
-    store = open_store(overrides)
+    from mnist_exp.runs import lookup
+
+    store = lookup.open_store(overrides)
     return store.uri, store.page(run)
 
 
@@ -385,26 +398,8 @@ def mark_dead_runs() -> dict[Path, str]:
         return {}
     from mnist_exp.tracking import run_log
 
-    marked = run_log.mark_dead_runs(_open_runs())
+    marked = run_log.mark_dead_runs(run_log.open_runs_at(output_root()))
     return {folder: history.reason for folder, history in marked if not history.parent}
-
-
-def open_store(overrides: Sequence[str] = (), *, data: bool = False) -> "Store":
-    """Return the store of `_store_uri`, once what waited for it has been uploaded.
-
-    Raises:
-        ConfigError: As `_store_uri` does, and where there is no such store yet.
-    """
-    from mnist_exp.tracking import store as tracking
-    from mnist_exp.tracking import upload
-
-    uri = _store_uri(overrides, data=data)
-    _, problems = upload.sync(_open_runs(), uri)
-    for folder, reason in problems.items():
-        log.warning("%s: not in MLflow yet: %s", folder, reason)
-    if not tracking.has_runs(uri):
-        raise ConfigError(f"{uri}: there are no runs yet. To make one: mnist-exp train")
-    return tracking.Store(uri)
 
 
 def _reporter(verbose: bool) -> "Reporter":
@@ -413,54 +408,8 @@ def _reporter(verbose: bool) -> "Reporter":
     return Terminal() if verbose else Reporter()
 
 
-def _open_runs() -> "OpenRuns":
-    from mnist_exp.config.paths import output_root
-    from mnist_exp.tracking.run_log import open_runs_at
-
-    return open_runs_at(output_root())
-
-
 def _config(composed: "DictConfig") -> "Config":
     from mnist_exp.config.schema import task_config
     from mnist_exp.config.validate import validate
 
     return validate(task_config(composed))
-
-
-def _dataset_root(overrides: Sequence[str]) -> str | None:
-    """Return the folder that a run's data has moved to, if an override names it."""
-    from mnist_exp.config.compose import compose
-
-    roots = [word for word in overrides if word.startswith("dataset.root=")]
-    return compose(roots).dataset.root if roots else None
-
-
-def _store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = True) -> str:
-    """Return the URI of the store to look into, which is nearly all that an override can change.
-
-    Args:
-        overrides: Overrides of a command that goes by the record of a run.
-        data: They may also name the folder of the run's data.
-        required: A server has to answer.
-
-    Raises:
-        ConfigError: An override would change nothing, or the store cannot be opened.
-    """
-    from mnist_exp.config import paths
-    from mnist_exp.config.compose import check_list, compose
-    from mnist_exp.tracking import store as tracking
-
-    check_list("overrides", overrides)
-    known = ("tracking.uri=", "dataset.root=") if data else ("tracking.uri=",)
-    for override in overrides:
-        if not override.startswith(known):
-            more = ", and dataset.root=FOLDER, where its data is" if data else ""
-            raise ConfigError(
-                f"{override}: it would change nothing here, as the run is on record. What can be "
-                f"said is tracking.uri=..., the store{more}"
-            )
-    asked_uri = _config(compose(overrides)).tracking.uri
-    tracking.warn_if_environment_wins(asked_uri)
-    uri = tracking.store_uri(asked_uri, paths.output_root())
-    tracking.check_store(uri, required=required)
-    return uri

@@ -14,12 +14,12 @@ import torch
 from omegaconf import OmegaConf
 
 import mnist_exp
-from mnist_exp import api
 from mnist_exp.config import paths
 from mnist_exp.config.compose import compose
 from mnist_exp.data import dataset as data
 from mnist_exp.data.dataset import Dataset, Split
 from mnist_exp.errors import ConfigError, RunFailed
+from mnist_exp.runs import lookup
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.job import prepare
 from mnist_exp.runs.recorder import Result
@@ -105,7 +105,7 @@ def run(store: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
 @pytest.fixture
 def again(run: Result, store: str) -> Callable[..., Reproduction]:
     def call(**more: object) -> Reproduction:
-        opened = api.open_store([f"tracking.uri={store}"])
+        opened = lookup.open_store([f"tracking.uri={store}"])
         return reproduce(opened, opened.find(run.run_id), Reporter(), **more)  # type: ignore[arg-type]
 
     return call
