@@ -1,34 +1,44 @@
 # Everything runs in .venv, which `make setup` makes from requirements.lock.
-.PHONY: setup train test test-ui notebook bench torture lock clean
+.PHONY: train help test coverage lint format test-ui notebook bench torture setup lock clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-train: setup
+train: setup ## train the seed recipe
 	$(BIN)/mnist-exp train experiments=seed_mlp
 
-test: setup
+help: ## say what can be made
+	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+test: lint ## lint, and run all tests but those in a browser
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+coverage: lint ## as test, half as long again; fails where less is covered than pyproject.toml says
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --cov
+
+lint: setup ## check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
-# In a browser of the system's: chromium, or google-chrome
-test-ui: setup
+format: setup ## format the code, and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-ui: setup ## run the tests in a browser of the system's: chromium, or google-chrome
 	$(BIN)/pytest tests/ui -rs
 
-# Runs the notebook, and keeps its outputs in it.
-notebook: setup
+notebook: setup ## run the notebook, and keep its outputs in it
 	$(BIN)/jupyter execute --inplace experiments/digit_classifier.ipynb
 
-bench: setup
+bench: setup ## measure speed and memory, into benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.bench --output benchmarks/RESULTS.md
 
-torture: setup
+torture: setup ## inject faults into real runs by the hundred, into benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.torture --output benchmarks/RESULTS.md
 
-setup: .venv/ready
+setup: .venv/ready ## make the environment .venv
 
 # The virtual environment is made anew where the lock or the project file has changed. Bytecode is
 # compiled at once: torch and mlflow take twice as long to import without it.
@@ -41,10 +51,10 @@ setup: .venv/ready
 	$(BIN)/uv pip install --quiet --no-deps --no-build-isolation --python $(BIN)/python --editable .
 	touch $@
 
-# Pins every dependency, for every platform, with hashes and without the address of an index.
-lock: setup
+# For every platform, with hashes and without the address of an index.
+lock: setup ## pin every dependency anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --upgrade --group dev pyproject.toml -o requirements.lock
 
-clean:
+clean: ## remove the environment and caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
