@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(paths, "output_root", lambda: folder)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)  # for the model in my_net.py
+    monkeypatch.delitem(sys.modules, "my_net", raising=False)  # of another test
     return folder
 
 

@@ -645,6 +645,7 @@ def test_the_readmes_module_of_ones_own(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_net", raising=False)  # of another test
     uri = f"sqlite:///{tmp_path}/own.db"
     words = ["~model", "+model={_target_: my_net.Net}", "trusted_packages=[my_net]"]
     words += ["~optimizer", "+optimizer={_target_: torch.optim.NAdam}", f"tracking.uri={uri}"]
