@@ -50,8 +50,13 @@ class _Fault:
 
 
 def _fault(error: Exception, overrides: Sequence[str]) -> _Fault:
-    causes = (error.__cause__, error.__context__)
-    cause = next((e for e in causes if isinstance(e, OmegaConfBaseException)), error)
+    # OmegaConf raises a template, and from it the error in which the value is filled in
+    causes = (
+        each
+        for each in (error.__cause__, error.__context__)
+        if isinstance(each, OmegaConfBaseException) and "$VALUE" not in str(each)
+    )
+    cause = next(causes, error)
     text = _in_plain_words(str(error))
     written = re.search(r"^ +full_key: (\S+)$", text, re.MULTILINE)
     key = getattr(cause, "full_key", None) or (written[1] if written else "")
