@@ -395,7 +395,7 @@ class Store:
         elif runs[0].parent:
             text = f"it is a run of the sweep {runs[0].parent[:8]}"
         else:
-            text = "it is a run, not a sweep. Alone, it is evaluated without --ensemble"
+            text = f"it is a run, not a sweep. To evaluate it: mnist-exp evaluate {word}"
         raise ConfigError(f"{word}: {text}")
 
     def page(self, word: str | None) -> str:
