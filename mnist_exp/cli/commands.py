@@ -373,10 +373,20 @@ def ui(args: argparse.Namespace) -> int:
 )
 def completion(args: argparse.Namespace) -> int:
     """Print what a shell has to evaluate for completion."""
-    from mnist_exp.cli.completion import shell_code
-
     print(shell_code(args.shell))
     return 0
+
+
+def shell_code(shell: str) -> str:
+    """Return what bash, zsh or fish has to evaluate for completion."""
+    from argcomplete.shell_integration import shellcode
+
+    # without -o default: where there are no candidates, bash would offer files
+    code = shellcode(["mnist-exp"], shell=shell, complete_arguments=["-o nospace", "-o nosort"])
+    if shell == "zsh":
+        code = "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }\n" + code
+    # fish would sort the newest run somewhere else
+    return code.replace("complete --command mnist-exp -f", "complete --command mnist-exp -k -f")
 
 
 def command_line(*words: str, store: str | None = None) -> str:

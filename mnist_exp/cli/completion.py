@@ -28,18 +28,6 @@ _KINDS = {"RUN": False, "SWEEP": True, "RUN_OR_SWEEP": None, "RUN_OR_FOLDER": No
 Candidates = dict[str, str]  # with their descriptions
 
 
-def shell_code(shell: str) -> str:
-    """Return what bash, zsh or fish has to evaluate for completion."""
-    from argcomplete.shell_integration import shellcode
-
-    # without -o default: where there are no candidates, bash would offer files
-    code = shellcode(["mnist-exp"], shell=shell, complete_arguments=["-o nospace", "-o nosort"])
-    if shell == "zsh":
-        code = "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }\n" + code
-    # fish would sort the newest run somewhere else
-    return code.replace("complete --command mnist-exp -f", "complete --command mnist-exp -k -f")
-
-
 def complete(output: TextIO | None = None) -> None:
     """Answer what argcomplete's script of a shell asks for, into its pipe, and exit."""
     from argcomplete import autocomplete
