@@ -14,13 +14,13 @@ _SECTION = "by epoch"
 _CURVES = ("val/accuracy", "val/loss", "train/loss", "train/accuracy")
 _PICTURES = "val/predictions"
 _COLUMNS = {  # as MLflow calls them: pixels
-    "attributes.`Run Name`": 300,
-    "runDateAndNestInfo": 150,
+    "attributes.`Run Name`": 285,
+    "runDateAndNestInfo": 135,
     "duration": 70,
-    "metrics.`best/val_accuracy`": 125,
-    "metrics.`test/accuracy`": 105,
-    "params.`optimizer.lr`": 85,
-    "params.`training.batch_size`": 135,
+    "metrics.`best/val_accuracy`": 140,
+    "metrics.`test/accuracy`": 115,
+    "params.`optimizer.lr`": 90,
+    "params.`training.batch_size`": 145,
     "params.`seed`": 50,
     "tags.`dataset`": 75,
     "tags.`model`": 70,

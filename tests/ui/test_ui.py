@@ -59,7 +59,7 @@ SCROLL_PANEL = """image => {
 
 
 @dataclass(frozen=True)
-class DeployedModel:
+class ServedUI:
     """`mnist-exp ui` on a store with a run and a sweep."""
 
     process: "subprocess.Popen[str]"
@@ -93,7 +93,7 @@ def store(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def served(store: str, folder: Path) -> Iterator[DeployedModel]:
+def served(store: str, folder: Path) -> Iterator[ServedUI]:
     client = mlflow.MlflowClient(store)
     (experiment,) = [e for e in client.search_experiments() if e.name == "mnist-exp"]
     runs = client.search_runs([experiment.experiment_id])
@@ -106,7 +106,7 @@ def served(store: str, folder: Path) -> Iterator[DeployedModel]:
         said = re.match(r"the page is up: (http://\S+)\n", process.stdout.readline())
         assert said, process.communicate()
         assert process.stdout.readline() == "Ctrl-C ends it\n"
-        yield DeployedModel(process, said[1], run, sweep, children)
+        yield ServedUI(process, said[1], run, sweep, children)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -188,7 +188,7 @@ def check_picture(picture: Locator) -> None:
     assert picture.evaluate(CONTRAST) > 100
 
 
-def open_list(page: Page, served: DeployedModel, *, sweep: bool) -> None:
+def open_list(page: Page, served: ServedUI, *, sweep: bool) -> None:
     """The page that the program prints; `sweep`: with the sweep's runs below it."""
     page.goto(served.address)
     expect(page.get_by_role("link", name=NAME, exact=True).first).to_be_visible()
@@ -199,7 +199,7 @@ def open_list(page: Page, served: DeployedModel, *, sweep: bool) -> None:
             expect(page.get_by_text(child.info.run_name, exact=True).first).to_be_visible()
 
 
-def test_list_of_runs(page: Page, served: DeployedModel) -> None:
+def test_list_of_runs(page: Page, served: ServedUI) -> None:
     open_list(page, served, sweep=True)
     for column in (
         *("best/val_accuracy", "test/accuracy", "optimizer.lr", "training.batch_size", "seed"),
@@ -220,7 +220,7 @@ def test_list_of_runs(page: Page, served: DeployedModel) -> None:
     keep(page, "list")
 
 
-def test_run(page: Page, served: DeployedModel) -> None:
+def test_run(page: Page, served: ServedUI) -> None:
     page.goto(served.page(f"runs/{served.run.info.run_id}"))
     expect(page.get_by_role("heading", name=NAME)).to_be_visible()
     again = f"mnist-exp train training.epochs={EPOCHS} dataset.train_size=5000"
@@ -229,7 +229,7 @@ def test_run(page: Page, served: DeployedModel) -> None:
     keep(page, "run")
 
 
-def test_charts_of_a_run(page: Page, served: DeployedModel) -> None:
+def test_charts_of_a_run(page: Page, served: ServedUI) -> None:
     page.set_viewport_size({"width": 1500, "height": 3600})  # what is out of view is not drawn
     page.goto(served.page(f"runs/{served.run.info.run_id}/model-metrics"))
     for key in ("train/loss", "train/accuracy", "val/loss", "val/accuracy"):
@@ -257,7 +257,7 @@ def test_charts_of_a_run(page: Page, served: DeployedModel) -> None:
     keep(page, "charts")
 
 
-def test_comparison_of_a_sweeps_runs(page: Page, served: DeployedModel) -> None:
+def test_comparison_of_a_sweeps_runs(page: Page, served: ServedUI) -> None:
     open_list(page, served, sweep=True)
     page.goto(f"{page.url}&compareRunsMode=CHART")
     for key in ("val/accuracy", "val/loss", "train/loss"):
@@ -267,7 +267,7 @@ def test_comparison_of_a_sweeps_runs(page: Page, served: DeployedModel) -> None:
     keep(page, "sweep")
 
 
-def test_predictions_over_the_epochs(page: Page, served: DeployedModel) -> None:
+def test_predictions_over_the_epochs(page: Page, served: ServedUI) -> None:
     page.goto(f"{served.address}&compareRunsMode=CHART")
     pictures = card(page, "val/predictions")
     pictures.scroll_into_view_if_needed()
@@ -285,7 +285,7 @@ def test_predictions_over_the_epochs(page: Page, served: DeployedModel) -> None:
     keep(page, "predictions")
 
 
-def test_report_of_a_sweep(page: Page, served: DeployedModel) -> None:
+def test_report_of_a_sweep(page: Page, served: ServedUI) -> None:
     page.goto(served.page(f"runs/{served.sweep.info.run_id}"))
     best = page.get_by_role("row", name="1 (chosen)")
     expect(best).to_be_visible()
@@ -304,7 +304,7 @@ def test_report_of_a_sweep(page: Page, served: DeployedModel) -> None:
     keep(page, "heat_map")
 
 
-def test_model(page: Page, served: DeployedModel) -> None:
+def test_model(page: Page, served: ServedUI) -> None:
     (model,) = served.run.outputs.model_outputs
     page.goto(served.page(f"models/{model.model_id}"))
     expect(page.get_by_text("Takes float images [-1, 1, 28, 28]")).to_be_visible()
@@ -317,7 +317,7 @@ def test_model(page: Page, served: DeployedModel) -> None:
     expect(page.get_by_text("inputs").first).to_be_visible()
 
 
-def test_a_name_that_leads_here_from_elsewhere(served: DeployedModel) -> None:
+def test_a_name_that_leads_here_from_elsewhere(served: ServedUI) -> None:
     parts = urlsplit(served.address)
     assert parts.hostname == "127.0.0.1" and parts.port
     for name, status in ((f"localhost:{parts.port}", 200), ("elsewhere.example", 403)):
@@ -334,7 +334,7 @@ def descendants(pid: int) -> list[int]:
     return children + [later for child in children for later in descendants(child)]
 
 
-def test_end(served: DeployedModel) -> None:
+def test_end(served: ServedUI) -> None:
     """Ctrl-C: no traceback, no child, and the port is free. The last test: the server is gone."""
     children = descendants(served.process.pid)
     assert len(children) == 2  # MLflow's command, and its server; no jobs
