@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """What the user asked for cannot be done; nothing has been created. Exit status 2.
+    """A request that cannot be met, before anything has been created. Exit status 2.
 
     The message is complete: the key or file, what was found, what is allowed, what to type next.
     """

@@ -83,7 +83,7 @@ class SweepConfig:
 
 @dataclass
 class Schema(Config):
-    """What can be typed: the config of a run, and what concerns its sweep."""
+    """All that can be typed: the config of a run, and the settings of its sweep."""
 
     sweep: SweepConfig = MISSING
 

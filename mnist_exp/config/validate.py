@@ -110,7 +110,7 @@ def _out_of_range(key: str, value: Any, allowed: str) -> ConfigError:
 
 @dataclass(frozen=True)
 class Every:
-    """How often something is due: after so many epochs, or so many steps; the other is 0."""
+    """An interval after which something is due, in epochs or in steps; the other is 0."""
 
     epochs: int
     steps: int

@@ -51,7 +51,7 @@ class Evaluation:
 
     @cached_property
     def calibration(self) -> Calibration:
-        """How well the model's confidence says how often it is right."""
+        """The calibration: how well the model's confidence tells how often it is right."""
         return metrics.calibration(self.logits.double().softmax(-1).amax(-1), self._correct)
 
     @property

@@ -51,7 +51,7 @@ load = cached_loader()  # the data sets of all jobs in this process
 
 @dataclass(frozen=True)
 class SweepSetup:
-    """What the jobs of a sweep have in common; it is pickled for other processes."""
+    """The settings that the jobs of a sweep share; pickled for other processes."""
 
     folder: Path  # of the sweep, with its record
     store_uri: str
@@ -66,7 +66,7 @@ class SweepSetup:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether no more jobs are to be started."""
+        """True where no more jobs are to be started."""
         return (self.folder / STOP).exists()
 
     def stop_after(self, results: Sequence[JobResult]) -> None:

@@ -33,7 +33,7 @@ class SweepJob:
 
     @property
     def run(self) -> "Job":
-        """What the run needs, of a job that has been checked."""
+        """All that the run of a job needs, once the job has been checked."""
         assert self.checked is not None, self.problem
         return self.checked
 

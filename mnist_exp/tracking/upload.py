@@ -45,7 +45,7 @@ class NotReady(Exception):
 
 @dataclass(frozen=True)
 class UploadState:
-    """How much of a journal a store has."""
+    """A mark of how much of a journal a store has."""
 
     uri: str  # of the store
     run_id: str = ""
