@@ -119,10 +119,10 @@ def load_dataset(config: DatasetConfig) -> data.Dataset:
     return data.load(**asdict(config), cache=paths.output_root() / "data")
 
 
-def cached_loader(size: int = 2) -> Load:
-    """Return a `load_dataset` that keeps the `size` data sets which were used last."""
+def cached_loader() -> Load:
+    """Return a `load_dataset` that keeps the two data sets which were used last."""
 
-    @functools.lru_cache(size)
+    @functools.lru_cache(2)
     def load(config: str) -> data.Dataset:
         return load_dataset(DatasetConfig(**json.loads(config)))
 

@@ -178,7 +178,6 @@ class StoredRun:
     experiment_id: str
     start_time: int  # ms since 1970
     tags: Mapping[str, str]
-    params: Mapping[str, str]
     metrics: Mapping[str, float]  # the newest value of each
     dataset_digest: str  # the SHA-256 of the data that it was trained on, or ""
 
@@ -196,7 +195,6 @@ class StoredRun:
             experiment_id=info.experiment_id,
             start_time=info.start_time,
             tags=data.tags,
-            params=data.params,
             metrics=data.metrics,
             dataset_digest=digests[0] if digests else "",
         )
