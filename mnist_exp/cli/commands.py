@@ -316,7 +316,7 @@ def reproduce(args: argparse.Namespace) -> int:
     print(f"run {again.run_id}  {again.name}")
     if again.kept is not None:
         print(f"again {again.kept_id}\noutput {again.kept}")
-        _print_next_step(again.kept_id, again.store, again.delivered)
+        _print_next_step(again.kept_id, again.store, again.uploaded)
     Terminal().table("recorded, and again", *again.table())
     print(again.verdict + (". What is not as it was:" if again.differences else ""))
     for difference in again.differences:
@@ -416,7 +416,7 @@ def _print_run(result: "Result") -> int:
         )
     print(f"run {result.run_id}")
     print(f"output {result.output_dir}")
-    _print_next_step(result.run_id, result.store, result.delivered)
+    _print_next_step(result.run_id, result.store, result.uploaded)
     return 0
 
 
@@ -426,14 +426,14 @@ def _print_sweep(result: "SweepResult") -> int:
     if result.best is not None:
         words = ["train", f"experiments={result.best}"]
         print(f"train the best again: {command_line(*words, store=result.store)}")
-    _print_next_step(result.run_id, result.store, result.delivered)
+    _print_next_step(result.run_id, result.store, result.uploaded)
     if result.failure:
         raise RunFailed(f"sweep {result.run_id[:8]}: {result.failure}")
     return 0
 
 
-def _print_next_step(run_id: str, store: str, delivered: bool) -> None:
-    if delivered:
+def _print_next_step(run_id: str, store: str, uploaded: bool) -> None:
+    if uploaded:
         print(f"look at it: {command_line('ui', run_id[:8], store=store)}")
     else:
         print(f"MLflow does not have all of it yet. To bring it there: {command_line('sync')}")

@@ -53,7 +53,7 @@ class Result:
     model: torch.nn.Module  # on the CPU; takes images [B, C, H, W] with pixels from 0 to 1
     output_dir: Path
     store: str  # MLflow's tracking URI
-    delivered: bool = False  # MLflow has all of it
+    uploaded: bool = False  # MLflow has all of it
 
     @property
     def test_accuracy(self) -> float:

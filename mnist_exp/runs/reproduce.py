@@ -110,7 +110,7 @@ class Reproduction:
     kept: Path | None = None
     store: str = ""
     kept_id: str = ""
-    delivered: bool = False
+    uploaded: bool = False
 
     @property
     def verdict(self) -> str:
@@ -275,7 +275,7 @@ def _compare(
         kept=job.folder if keep else None,
         store=history.uri,
         kept_id=run_id_of(job.folder) if keep else "",
-        delivered=UploadState.of(job.folder, history.uri).ended,
+        uploaded=UploadState.of(job.folder, history.uri).ended,
     )
 
 

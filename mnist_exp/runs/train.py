@@ -88,10 +88,10 @@ def train(
             error.add_note(str(folder))  # that can be resumed
         raise
     finally:
-        undelivered = uploader.close(flush_seconds)
+        pending = uploader.close(flush_seconds)
     if isinstance(outcome, Exception):
         raise outcome
-    return replace(outcome, run_id=run_id_of(folder), delivered=not undelivered)
+    return replace(outcome, run_id=run_id_of(folder), uploaded=not pending)
 
 
 def run_id_of(folder: Path) -> str:
@@ -162,9 +162,9 @@ def train_stack(
 
 def _unfinished(plan: StackPlan) -> list[int]:
     """Return the numbers of the runs to go on with: of several, those that have not ended."""
-    histories = [RunHistory.of(folder) for folder in plan.folders]
-    ended = [history.status in ("FINISHED", "FAILED") for history in histories]
-    return [k for k in range(len(ended)) if len(ended) == 1 or not ended[k]]
+    if len(plan.folders) == 1:
+        return [0]
+    return [k for k, folder in enumerate(plan.folders) if not RunHistory.of(folder).is_over]
 
 
 def _follow(

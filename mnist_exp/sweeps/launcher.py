@@ -232,7 +232,7 @@ def _train_or_halve(setup: SweepSetup, stack: Jobs, reporter: Reporter, threads:
                 reporter.line(f"{job.describe()}: {reason}")
         return results
     # not from within `except`, where the error holds on to the stack's memory
-    ended = [job for job in stack if RunHistory.of(job.folder).status in ("FINISHED", "FAILED")]
+    ended = [job for job in stack if RunHistory.of(job.folder).is_over]
     rest = [job for job in stack if job not in ended]
     middle = (len(rest) + 1) // 2
     results = {job.number: result_of(job) for job in ended}

@@ -53,7 +53,7 @@ class SweepResult:
     report: Report
     best: Path | None = None  # the recipe of the chosen cell
     failure: str = ""  # what went wrong, if anything
-    delivered: bool = False  # MLflow has all of it
+    uploaded: bool = False  # MLflow has all of it
 
     def draw(self) -> dict[str, Any]:
         """Return the report's figures, by name: heat maps, learning curves."""
@@ -140,9 +140,9 @@ def _remaining_stacks(
 
     First stacks as they were, where a job has not ended; then jobs that `failed`, each alone.
     """
-    statuses = {job.number: RunHistory.of(job.folder).status for job in jobs}
-    unfinished = {n for n, status in statuses.items() if status not in ("FINISHED", "FAILED")}
-    again = [job for job in jobs if statuses[job.number] == "FAILED"]
+    histories = {job.number: RunHistory.of(job.folder) for job in jobs}
+    unfinished = {n for n, history in histories.items() if not history.is_over}
+    again = [job for job in jobs if histories[job.number].status == "FAILED"]
     finished = len(jobs) - len(unfinished) - len(again)
     to_run = len(unfinished) + (len(again) if failed else 0)
     reporter = setup.reporter()
@@ -188,7 +188,7 @@ def _conduct(
         summary,
         None if summary.chosen is None else setup.folder / finish.BEST,
         failure,
-        delivered=not sweep.uploader.pending(),
+        uploaded=not sweep.uploader.pending(),
     )
 
 

@@ -243,6 +243,11 @@ class RunHistory:
                 values |= {"status": fields["status"], "reason": fields.get("reason", "")}
         return cls(**values, tags=tags, metrics=metrics)
 
+    @property
+    def is_over(self) -> bool:
+        """True of a run that finished or failed; one that was killed can go on."""
+        return self.status in ("FINISHED", "FAILED")
+
     def newest(self) -> dict[str, float]:
         """Return the newest value of each metric."""
         return {key: points[max(points)] for key, points in self.metrics.items()}
