@@ -4,10 +4,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any
 
 Table = tuple[list[str], list[list[str]]]  # a header, and rows
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def number_or_dash(value: float, spec: str) -> str:
@@ -32,6 +36,8 @@ def rounded_percent(share: float) -> str:
 
 def shortest_number(value: float) -> str:
     """Return a number as short as it goes: 0.01, 64, 1e6; rounded only if it has many digits."""
+    import numpy as np  # for those who draw, not for those who read a command line
+
     for number in (value, float(f"{value:.3g}")):
         plain = np.format_float_positional(number, trim="-")
         power = np.format_float_scientific(number, trim="-", exp_digits=1).replace("e+", "e")

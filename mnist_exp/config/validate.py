@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_exp.config.explain import explain
 from mnist_exp.config.schema import ONE_OF, OPEN_PARTS, Config, SweepConfig, leaves
 from mnist_exp.errors import ConfigError
+from mnist_exp.formatting import is_number
 
 FLOAT32_MAX = 3.4e38
 OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")  # where targets may come from
@@ -78,7 +79,7 @@ def validate(config: DictConfig) -> Config:
             if name.endswith("_target_"):
                 check_target(name, value, typed.trusted_packages)
     lr = typed.optimizer.get("lr", 0.0)
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or lr < 0:
+    if not is_number(lr) or lr < 0:
         raise _out_of_range("optimizer.lr", lr, "a number of 0 or more")
     return typed
 

@@ -14,6 +14,7 @@ from mnist_exp.config.hydra_adapter import import_target, instantiate_target
 from mnist_exp.config.schema import Config
 from mnist_exp.config.validate import check_target
 from mnist_exp.errors import ConfigError, did_you_mean, first_line
+from mnist_exp.formatting import is_number
 from mnist_exp.training.optimizers import UNSUPPORTED
 from mnist_exp.training.schedules import Schedule
 
@@ -185,7 +186,7 @@ def _check_arguments(
                 f"To drop it: '~{key}.{argument}'"
             )
         default = parameters[argument].default if argument in parameters else None
-        if _is_number(default) and not (value is None or _is_number(value)):
+        if is_number(default) and not (value is None or is_number(value)):
             raise ConfigError(
                 f"{key}.{argument}={value}: must be a number, as its default {default}"
             )
@@ -195,10 +196,6 @@ def _check_arguments(
         needed = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         if needed and argument not in node and argument not in added:
             raise ConfigError(f"{key}.{argument}: {name} needs it. Add +{key}.{argument}=VALUE")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _named_arguments(key: str, node: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mnist_exp.config.schema import leaves
-from mnist_exp.formatting import count_of
+from mnist_exp.formatting import count_of, is_number
 from mnist_exp.runs.job import Job
 from mnist_exp.runs.recorder import THREADS
 from mnist_exp.runs.train import should_compile
@@ -61,7 +61,7 @@ def _common_config(job: Job) -> str:
 def _is_number(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_is_number, value))
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number(value)
 
 
 def _stack_limit(job: Job) -> int:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mnist_exp.formatting import is_number
+
 Numbers = dict[str, np.ndarray]  # name -> float64, which broadcasts to [S, K]
 Scalars = Mapping[str, Tensor]  # name -> [K, 1, ...]
 OptimizerState = tuple[Tensor, ...]  # the optimizer's state for one parameter, each [K, ...]
@@ -38,7 +40,7 @@ class StackedOptimizer(ABC):
             if name == "betas":
                 for i in (0, 1):
                     self.numbers[f"beta{i + 1}"] = np.array([float(d[name][i]) for d in defaults])
-            elif isinstance(value, int | float) and not isinstance(value, bool):
+            elif is_number(value):
                 self.numbers[name] = np.array([float(d[name]) for d in defaults])
         self.has_weight_decay = bool(self.numbers["weight_decay"].any())
         self.has_momentum = "momentum" in self.numbers and bool(self.numbers["momentum"].any())
@@ -79,9 +81,9 @@ class StackedOptimizer(ABC):
         """Return the hyperparameters that are not those of torch themselves."""
         return {}
 
-    @abstractmethod
     def _state_size(self) -> int:
-        """Return the number of tensors in the state of a parameter."""
+        """Return the number of tensors in the state of a parameter, if they begin with zeros."""
+        return 0
 
     @abstractmethod
     def _update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
@@ -176,9 +178,6 @@ class Adagrad(StackedOptimizer):
 
     def _computed(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
         return {"lr": lr / (1 + (step - 1) * self.numbers["lr_decay"])}
-
-    def _state_size(self) -> int:
-        return 1
 
     def _update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
         square = state[0] + g * g

@@ -4,6 +4,8 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from mnist_exp.formatting import is_number
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
@@ -17,19 +19,15 @@ class Schedule(ABC):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+            if not (is_number(value) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number of 0 or more, got {value!r}")
 
     def multiplier(self, epoch: float, epochs: int) -> float:
         """Return the factor at time `epoch` (0 at the first step; fractional) of `epochs`."""
         if epoch < self.warmup_epochs:
-            return self.warmup(epoch / self.warmup_epochs)
+            # one hundredth to begin with: a first step of zero would be wasted
+            return 0.01 + 0.99 * (epoch / self.warmup_epochs)
         return self.after_warmup(epoch - self.warmup_epochs, max(epochs - self.warmup_epochs, 1e-9))
-
-    def warmup(self, share: float) -> float:
-        """Return the factor when a share (0 to 1) of the warm-up is over."""
-        # one hundredth to begin with: a first step of zero would be wasted
-        return 0.01 + 0.99 * share
 
     @abstractmethod
     def after_warmup(self, epoch: float, epochs: float) -> float:
