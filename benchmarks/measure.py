@@ -28,7 +28,7 @@ from torchvision import datasets, transforms
 from mnist_exp.data import dataset as data
 from mnist_exp.data import sources
 from mnist_exp.tracking.store import Store
-from mnist_exp.training import loop as training
+from mnist_exp.training import loop
 from mnist_exp.training.events import Epoch, RunSpec
 from mnist_exp.training.models import MLP
 from mnist_exp.training.schedules import Constant
@@ -102,7 +102,7 @@ def core_loop(dataset: data.Dataset, compiled: bool) -> Callable[[], float]:
     """Return this project's core on the seed recipe, as a function that trains an epoch."""
     stack = Stack(lambda: MLP(dataset.shape, 10), [0], torch.device("cpu"))
     run = RunSpec(0, {"lr": 0.1}, Constant())
-    records: Iterator[object] = training.fit(
+    records: Iterator[object] = loop.fit(
         stack, dataset, [run], torch.optim.SGD, epochs=100, batch_size=BATCH, compiled=compiled
     )
 
@@ -176,7 +176,7 @@ def stack_epochs(
     """Return the seconds of three epochs of a stack, divided by the number of its models."""
     stack = Stack(lambda: MLP(dataset.shape, 10), seeds, device)
     runs = [RunSpec(seed, {"lr": 0.1 * (k + 1) / size}, Constant()) for k, seed in enumerate(seeds)]
-    records = training.fit(
+    records = loop.fit(
         stack, dataset, runs, torch.optim.SGD, epochs=4, batch_size=BATCH, compiled=True
     )
     epochs = [r for r in records if isinstance(r, Epoch)]

@@ -172,7 +172,6 @@ def _name(config: Config, choices: Mapping[Any, Any]) -> str:
         parts.insert(0, config.dataset.name)
     if choices.get("schedule") not in (None, "constant"):
         parts.append(str(choices["schedule"]))
-    lr = config.optimizer.get("lr")
-    if isinstance(lr, int | float):
-        parts.append(f"lr={lr:g}")
+    if "lr" in config.optimizer:
+        parts.append(f"lr={config.optimizer['lr']:g}")
     return " ".join([*parts, f"bs={config.training.batch_size}", f"seed={config.seed}"])

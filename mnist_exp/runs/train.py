@@ -29,10 +29,11 @@ from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import open_runs_at
 from mnist_exp.tracking.store import check_store, store_uri
 from mnist_exp.tracking.upload import Uploader, UploadState
-from mnist_exp.training import loop as training
+from mnist_exp.training import loop
 from mnist_exp.training.compile import worth_compiling
 from mnist_exp.training.events import Epoch, Message, Progress
 from mnist_exp.training.stack import Stack
+from mnist_exp.training.step import steps_per_epoch
 
 INTERRUPTED_SECONDS = 3.0  # that somebody who has asked a run to end waits for MLflow
 NO_RECORD: dict[str, Any] = {"history": [], "best": {}}  # as `RunRecorder.state`
@@ -138,7 +139,7 @@ def train_stack(
                 if state is not None:
                     recorder.restore(state["records"][recorder.index])
         compiled = should_compile(jobs, len(dataset.train))
-        events = training.fit(
+        events = loop.fit(
             stack,
             dataset,
             [job.run_spec for job in jobs],
@@ -211,7 +212,7 @@ class Checkpointer:
         self.folder = plan.checkpoint_dir or plan.folders[0]
         self.configs = [identity(job.task_config) for job in plan.jobs]
         self.every, self.epochs = checkpoint_every(settings.checkpoint_every), settings.epochs
-        self.steps_per_epoch = -(-images // settings.batch_size)
+        self.steps_per_epoch = steps_per_epoch(images, settings.batch_size)
         self.saved = 0  # after so many steps
 
     def load_newest(self, reporter: Reporter) -> dict[str, Any] | None:
@@ -270,5 +271,5 @@ def should_compile(jobs: Sequence[Job], images: int) -> bool:
     settings = jobs[0].config.training
     if settings.compile != "auto":
         return settings.compile == "always"
-    steps = settings.epochs * -(-images // settings.batch_size)
+    steps = settings.epochs * steps_per_epoch(images, settings.batch_size)
     return worth_compiling(steps, len(jobs), jobs[0].device)

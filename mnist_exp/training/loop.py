@@ -119,7 +119,7 @@ class LoopState:
         """Return the state before the first step."""
         size, best = step.stack.size, step.stack.snapshot()
         stopping = [EarlyStopping() for _ in range(size)]
-        return cls(step, [*range(size)], stopping, set(), best, metrics.MetricSums(size))
+        return cls(step, [*range(size)], stopping, set(), best, metrics.MetricSums.zeros(size))
 
     def shrink_if_faster(self, epochs: int, compiled: bool) -> None:
         """Leave the runs that have ended behind at the beginning of an epoch, if that is faster."""
@@ -134,7 +134,7 @@ class LoopState:
     def _shrink(self, indices: Sequence[int]) -> None:
         """Go on with the models at `indices` only, not compiled."""
         self.step, self.active = self.step.select(indices), [self.active[i] for i in indices]
-        self.sums = metrics.MetricSums(len(self.active))
+        self.sums = metrics.MetricSums.zeros(len(self.active))
 
     def validate(self, trained: list[dict[str, float]]) -> list[dict[str, float]]:
         """Return the metrics of the active runs with those on the validation split, if any."""
@@ -160,7 +160,7 @@ class LoopState:
                     stopped[k] = why
         self.ended |= set(stopped)
         self.epoch, self.steps, self.failed = epoch, 0, {}
-        self.sums = metrics.MetricSums(len(self.active))
+        self.sums = metrics.MetricSums.zeros(len(self.active))
         runs = range(len(self.stopping))
         return Epoch(
             epoch,
@@ -253,10 +253,12 @@ def _train(loop: LoopState, epochs: int) -> Generator[Progress, None, list[dict[
         for row in np.flatnonzero(~finite.all(0)).tolist():
             k, i = active[row], int(np.argmin(finite[:, row]))
             if k not in loop.ended and k not in loop.failed:
+                what = "a gradient, or the update that it leads to, is not finite"
+                if not np.isfinite(losses[i, row]):
+                    what = f"the training loss is {losses[i, row]}"
                 loop.failed[k] = (
-                    f"diverged: {_divergence_reason(losses[i, row])} in epoch {epoch}, step "
-                    f"{first + i + 1} of {steps}, at a learning rate of "
-                    f"{plan.lr[first + i, row]:.4g}"
+                    f"diverged: {what} in epoch {epoch}, step {first + i + 1} of {steps}, at a "
+                    f"learning rate of {plan.lr[first + i, row]:.4g}"
                 )
         loop.steps = first + len(losses)
         yield Progress(
@@ -278,21 +280,14 @@ def _compile(step: TrainStep) -> Iterator[Message]:
         yield Message(f"the step cannot be compiled and runs as it is: {problem}", False)
 
 
-def _random(seed: int, purpose: int, epoch: int) -> np.random.Generator:
-    """Return a generator that depends on nothing but a run's seed, its purpose, and the epoch."""
-    return np.random.default_rng([seed, purpose, epoch])
+# A generator depends on nothing but a run's seed, its purpose (1 or 2), and the epoch.
 
 
 def _order(seed: int, epoch: int, count: int) -> Tensor:
     """Return the order of the training images in an epoch (from 0), [N]."""
-    return torch.from_numpy(_random(seed, 1, epoch).permutation(count))
+    return torch.from_numpy(np.random.default_rng([seed, 1, epoch]).permutation(count))
 
 
 def _dropout_keys(seed: int, epoch: int, steps: int) -> Tensor:
     """Return the keys of the dropout masks in an epoch (from 0), [steps]."""
-    return torch.from_numpy(_random(seed, 2, epoch).integers(2**31, size=steps))
-
-
-def _divergence_reason(loss: float) -> str:
-    update = "a gradient, or the update that it leads to, is not finite"
-    return update if np.isfinite(loss) else f"the training loss is {loss}"
+    return torch.from_numpy(np.random.default_rng([seed, 2, epoch]).integers(2**31, size=steps))

@@ -1,7 +1,7 @@
 """Evaluation: predictions, metrics as sums over examples (exact for uneven batches), scores."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,14 @@ EVALUATION_BATCH = 512  # images at a time; fewer where the models of a stack wo
 class MetricSums:
     """Loss and correct predictions of K runs, summed over the examples seen."""
 
-    size: int
+    loss: np.ndarray  # float64 [K]
+    correct: np.ndarray  # int64 [K]
     seen: int = 0
-    loss: np.ndarray = field(init=False)  # float64 [K]
-    correct: np.ndarray = field(init=False)  # int64 [K]
 
-    def __post_init__(self) -> None:
-        self.loss = np.zeros(self.size)
-        self.correct = np.zeros(self.size, dtype=np.int64)
+    @classmethod
+    def zeros(cls, size: int) -> "MetricSums":
+        """Return the sums of `size` runs before the first example."""
+        return cls(np.zeros(size), np.zeros(size, np.int64))
 
     def add(self, loss: np.ndarray, correct: np.ndarray, seen: int) -> None:
         """Add `seen` examples; `loss` [K] is their sum, not their mean, and so is `correct` [K]."""
@@ -36,15 +36,16 @@ class MetricSums:
 
     def state(self) -> dict[str, Any]:
         """Return the sums as plain values, exactly."""
-        loss, correct = self.loss.tolist(), self.correct.tolist()
-        return {"seen": self.seen, "loss": loss, "correct": correct}
+        return {
+            "seen": self.seen,
+            "loss": self.loss.tolist(),
+            "correct": self.correct.tolist(),
+        }
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> "MetricSums":
         """Return the sums that `state()` was called on."""
-        sums = cls(len(state["loss"]))
-        sums.add(np.array(state["loss"]), np.array(state["correct"], np.int64), state["seen"])
-        return sums
+        return cls(np.array(state["loss"]), np.array(state["correct"], np.int64), state["seen"])
 
     def means(self, prefix: str) -> list[dict[str, float]]:
         """Return one dict a run: `prefix/loss` (nats) and `prefix/accuracy` (0 to 1)."""
@@ -63,11 +64,9 @@ def predict(stack: Stack, data: Dataset, split: Split) -> Tensor:
 def score(logits: Tensor, split: Split, prefix: str) -> list[dict[str, float]]:
     """Return the exact loss and accuracy of logits [K, N, classes] over a split, one dict a run."""
     labels = split.labels.cpu()
-    sums = MetricSums(len(logits))
     losses = [F.cross_entropy(model.double(), labels, reduction="sum") for model in logits]
     correct = (logits.argmax(-1) == labels).sum(1)  # [K, N] -> [K]
-    sums.add(torch.stack(losses).numpy(), correct.numpy(), len(labels))
-    return sums.means(prefix)
+    return MetricSums(torch.stack(losses).numpy(), correct.numpy(), len(labels)).means(prefix)
 
 
 def confusion(true: Tensor, predicted: Tensor, classes: int) -> np.ndarray:

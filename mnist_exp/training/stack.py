@@ -7,6 +7,7 @@ runs without vmap, so a single run pays nothing for being a stack.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,15 @@ from torch.func import functional_call, grad_and_value, vmap
 from mnist_exp.training.dropout import SeededDropout
 
 Tensors = dict[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """What the models of a stack are given in one step."""
+
+    x: Tensor  # float images, [K, B, C, H, W], or [1, ...] if they are the same for all models
+    y: Tensor  # labels, [K, B], or [1, B]
+    keys: Tensor  # of the dropout masks, int64 [K]
+    smoothing: Tensor | None  # of the labels, [K], or None for none
 
 
 class Stack:
@@ -62,43 +72,37 @@ class Stack:
         return selected
 
     def gradients(
-        self,
-        params: Tensors,
-        buffers: Tensors,
-        x: Tensor,
-        y: Tensor,
-        keys: Tensor,
-        smoothing: Tensor | None,
+        self, params: Tensors, buffers: Tensors, batch: Batch
     ) -> tuple[Tensors, Tensors, Tensor, Tensor]:
         """Do the forward and backward pass of one batch, in training mode.
 
         Args:
             params: The trainable parameters, [K, ...] each.
             buffers: All other tensors, [K, ...] each.
-            x: Float images, [K, B, C, H, W], or [1, ...] if they are the same for all models.
-            y: Labels, [K, B], or [1, B].
-            keys: The keys of this step's dropout masks, int64 [K].
-            smoothing: The label smoothing, [K], or None for none.
+            batch: The batch of each model.
 
         Returns:
             Gradients [K, ...], new buffers [K, ...], the mean loss [K] and the number of correct
             predictions [K].
         """
         if self.size > 1:
-            each = 0 if len(x) == self.size else None
-            x, y = (x, y) if each == 0 else (x[0], y[0])
+            each = None if len(batch.x) < self.size else 0
+            if each is None:
+                batch = batch._replace(x=batch.x[0], y=batch.y[0])
             f = vmap(
                 grad_and_value(self._loss, has_aux=True),
-                in_dims=(0, 0, each, each, 0, None if smoothing is None else 0),
+                in_dims=(0, 0, each, each, 0, None if batch.smoothing is None else 0),
                 randomness="different",
             )
-            grads, (loss, (new, correct)) = f(params, buffers, x, y, keys, smoothing)
+            grads, (loss, (new, correct)) = f(params, buffers, *batch)
             return grads, new, loss, correct
         # torch.func.grad costs three times plain autograd where nothing is compiled
         leaves = {n: p[0].detach().requires_grad_() for n, p in params.items()}  # [K, ...] -> [...]
         one = {n: b[0] for n, b in buffers.items()}
-        smoothing = None if smoothing is None else smoothing[0]
-        loss, (new, correct) = self._loss(leaves, one, x[0], y[0], keys[0], smoothing)
+        smoothing = None if batch.smoothing is None else batch.smoothing[0]
+        loss, (new, correct) = self._loss(
+            leaves, one, batch.x[0], batch.y[0], batch.keys[0], smoothing
+        )
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         grads = {n: g[None] for n, g in zip(leaves, gradients, strict=True)}  # [...] -> [K, ...]
         return grads, {n: b[None] for n, b in new.items()}, loss.detach()[None], correct[None]
@@ -175,20 +179,22 @@ def _is_known(module: nn.Module) -> bool:
 
 # of torch.nn, what may draw random numbers in training
 _STOCHASTIC = (
-    *(
-        nn.Dropout,
-        nn.Dropout1d,
-        nn.Dropout2d,
-        nn.Dropout3d,
-        nn.AlphaDropout,
-        nn.FeatureAlphaDropout,
-    ),
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
     nn.FractionalMaxPool2d,
     nn.MultiheadAttention,
     nn.RNNBase,
     nn.RReLU,
 )
 _CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
 )

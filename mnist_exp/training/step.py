@@ -4,6 +4,7 @@ What is carried from step to step is the step's own TrainState; everything else 
 call.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from mnist_exp.errors import first_line
 from mnist_exp.training.compile import compile_in_place
 from mnist_exp.training.events import RunSpec
 from mnist_exp.training.optimizers import OptimizerState, over, stacked_optimizer
-from mnist_exp.training.stack import Stack, Tensors
+from mnist_exp.training.stack import Batch, Stack, Tensors
 
 # The number of steps that a call takes together. A compiled call costs about 0.1 ms whatever it
 # holds, a third of a single seed MLP's step, so there it holds four; each more makes compiling
@@ -53,6 +54,11 @@ class TrainState(NamedTuple):
 StepResult = tuple[TrainState, Tensor, Tensor, Tensor]
 
 
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Return the number of batches of so many images; the last may be smaller."""
+    return math.ceil(images / batch_size)
+
+
 class TrainStep:
     """A few training steps on a stack, and the state that one hands to the next."""
 
@@ -66,14 +72,14 @@ class TrainStep:
     ) -> None:
         self.stack, self.data, self.runs = stack, data, runs
         self.optimizer, self.batch_size = optimizer, batch_size
-        self.steps_per_epoch = -(-len(data.train) // batch_size)
+        self.steps_per_epoch = steps_per_epoch(len(data.train), batch_size)
         # runs of one seed see the same images in the same order: they are gathered once for all
         self.shared = len({run.seed for run in runs}) == 1
         on_cpu = stack.device.type == "cpu"
         self.steps_per_call = max(1, STEPS_PER_CALL // stack.size) if on_cpu else STEPS_PER_CALL
         self.alive = torch.ones(stack.size, dtype=torch.bool, device=stack.device)
-        smoothing = [run.label_smoothing for run in runs]
-        self.smoothing = torch.tensor(smoothing, device=stack.device) if any(smoothing) else None
+        smoothing = torch.tensor([run.label_smoothing for run in runs], device=stack.device)
+        self.smoothing = smoothing if smoothing.any() else None
         # torch's optimizers on views of each run's parameters: they check the numbers, know the
         # defaults, and do the updates where there is no stacked optimizer
         views = [[nn.Parameter(p[k]) for p in stack.params.values()] for k in range(stack.size)]
@@ -219,7 +225,8 @@ class TrainStep:
         results = []
         for i, (x, y) in enumerate(batches):
             numbers = {name: values[i] for name, values in hyperparameters.items()}
-            state, *result = self._step(state, x, y, keys[i], numbers, traced)
+            batch = Batch(x, y, keys[i], self.smoothing)
+            state, *result = self._step(state, batch, numbers, traced)
             results.append(result)
         losses, correct, finite = (torch.stack(r) for r in zip(*results, strict=True))
         return state, losses, correct, finite  # [K] -> [S, K] each
@@ -231,28 +238,18 @@ class TrainStep:
         return x.view(*indices.shape, *self.data.shape), labels[flat].view(indices.shape)
 
     def _step(
-        self,
-        state: TrainState,
-        x: Tensor,
-        y: Tensor,
-        keys: Tensor,
-        hyperparameters: Mapping[str, Tensor],
-        traced: bool,
+        self, state: TrainState, batch: Batch, hyperparameters: Mapping[str, Tensor], traced: bool
     ) -> StepResult:
         """Do one training step; the losses and so on are [K].
 
         Args:
             state: The state before the step.
-            x: Images, [K, B, C, H, W], or [1, ...] if they are the same for all runs.
-            y: Labels, [K, B], or [1, B].
-            keys: The keys of the dropout masks, [K].
+            batch: The batch of each run.
             hyperparameters: What the update needs, [K] each.
             traced: Whether the step is being traced, so that it cannot look at values.
         """
         params = state.params
-        grads, buffers, loss, correct = self.stack.gradients(
-            params, state.buffers, x, y, keys, self.smoothing
-        )
+        grads, buffers, loss, correct = self.stack.gradients(params, state.buffers, batch)
         new_params, optimizer_state = {}, {}
         if self.stacked is not None:
             for n, p in params.items():

@@ -30,7 +30,7 @@ from mnist_exp.data.dataset import Dataset
 from mnist_exp.system import signals
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.store import Store
-from mnist_exp.training import loop as training
+from mnist_exp.training import loop
 from mnist_exp.training.events import Epoch
 from mnist_exp.training.metrics import wilson
 from tests.helpers import ROOT, command, finish, fresh_store, start, write_idx
@@ -290,7 +290,7 @@ def test_store_that_cannot_be_opened(
 ) -> None:
     """A look tells: MLflow, which may try for long, is not asked, and nothing is trained."""
     monkeypatch.setattr("mnist_exp.tracking.store.Store", None)
-    monkeypatch.setattr(training, "fit", None)
+    monkeypatch.setattr(loop, "fit", None)
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.db").write_text("not a database, but long enough to look like one\n" * 20)
     uri = uri.format(here=tmp_path, port=closed_port())
@@ -361,7 +361,7 @@ def killed(store: str) -> None:
 
 
 def test_terminated(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit = training.fit
+    fit = loop.fit
 
     def signalled(*arguments: Any, **more: Any) -> Iterator[Any]:
         for record in fit(*arguments, **more):
@@ -369,7 +369,7 @@ def test_terminated(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             if isinstance(record, Epoch):
                 signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(training, "fit", signalled)
+    monkeypatch.setattr(loop, "fit", signalled)
     store = fresh_store(tmp_path)
     answer = call("train", *ENDLESS, f"tracking.uri={store}", f"hydra.run.dir={tmp_path}/run")
     assert answer[0] == 143

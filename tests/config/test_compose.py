@@ -22,8 +22,7 @@ from mnist_exp.data.sources import DATASETS
 from mnist_exp.errors import ConfigError
 from mnist_exp.runs import job
 from mnist_exp.runs.job import Job
-from mnist_exp.training import loop as training
-from mnist_exp.training import metrics
+from mnist_exp.training import loop, metrics
 from mnist_exp.training.events import Epoch, Progress
 from mnist_exp.training.schedules import Constant
 from mnist_exp.training.stack import Stack
@@ -72,7 +71,7 @@ def train_two_batches(job: Job) -> None:
     before = stack.snapshot()
     batch_size = -(-len(dataset.train) // 2)
     records = list(
-        training.fit(stack, dataset, [job.run_spec], job.optimizer, epochs=1, batch_size=batch_size)
+        loop.fit(stack, dataset, [job.run_spec], job.optimizer, epochs=1, batch_size=batch_size)
     )
     progress = [r for r in records if isinstance(r, Progress)]
     assert progress[-1].step == progress[-1].steps == 2

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from mnist_exp.data.dataset import Dataset, load
 from mnist_exp.data.photos import UnreadableImage, read
-from mnist_exp.training import loop as training
+from mnist_exp.training import loop
 from mnist_exp.training.events import RunSpec
 from mnist_exp.training.models import CNN
 from mnist_exp.training.schedules import OneCycle
@@ -419,7 +419,7 @@ def test_a_network_trained_on_mnist_reads_them(mnist: Dataset, tmp_path: Path) -
     cpu = torch.device("cpu")
     stack = Stack(lambda: CNN(mnist.shape, 10, channels=(8, 16, 32), hidden=32), [0], cpu)
     run = RunSpec(0, {"lr": 1e-2}, OneCycle())
-    for _ in training.fit(stack, mnist, [run], torch.optim.AdamW, epochs=1, batch_size=50):
+    for _ in loop.fit(stack, mnist, [run], torch.optim.AdamW, epochs=1, batch_size=50):
         pass
     model = stack.model(0).eval()
     rng = np.random.default_rng(0)

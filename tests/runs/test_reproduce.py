@@ -27,8 +27,7 @@ from mnist_exp.runs.reproduce import Reproduction, agreement, reproduce
 from mnist_exp.runs.train import train
 from mnist_exp.sweeps.sweep import SweepResult
 from mnist_exp.system.processes import process_identity
-from mnist_exp.training import loop as training
-from mnist_exp.training import metrics
+from mnist_exp.training import loop, metrics
 from mnist_exp.training.events import Epoch
 from mnist_exp.training.stack import Stack
 from tests.helpers import Interrupting, config_on_record, finish, fresh_store, start
@@ -212,7 +211,7 @@ def test_another_seed_is_different_without_first_losses(
 def test_a_second_run_that_fails_says_why(
     again: Callable[..., Reproduction], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fit = training.fit
+    fit = loop.fit
 
     def failing(*arguments: object, **more: object) -> Iterator[object]:
         for event in fit(*arguments, **more):  # type: ignore[arg-type]
@@ -220,7 +219,7 @@ def test_a_second_run_that_fails_says_why(
             if isinstance(event, Epoch):
                 raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(training, "fit", failing)
+    monkeypatch.setattr(loop, "fit", failing)
     monkeypatch.setattr(paths, "output_root", lambda: tmp_path)
     for keep in (None, fresh_store(tmp_path / "kept")):
         found = again(keep=keep)
@@ -337,7 +336,7 @@ def test_a_damaged_tag_is_named(
     client = mlflow.MlflowClient(store)
     before = client.get_run(run.run_id).data.tags[tag]
     client.set_tag(run.run_id, tag, value)
-    monkeypatch.setattr(training, "fit", None)  # nothing is trained for it
+    monkeypatch.setattr(loop, "fit", None)  # nothing is trained for it
     try:
         with pytest.raises(ConfigError, match=rf"^run {run.run_id}: its tag {tag} is damaged, "):
             again()

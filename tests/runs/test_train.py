@@ -13,7 +13,7 @@ from mlflow.entities import Run
 
 import mnist_exp
 from mnist_exp.errors import ConfigError
-from mnist_exp.training import loop as training
+from mnist_exp.training import loop
 from mnist_exp.training.events import Epoch
 from tests.helpers import ROOT, fresh_store
 
@@ -39,7 +39,7 @@ def test_exception_in_training(
     place: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fit = training.fit
+    fit = loop.fit
 
     def breaks(*arguments: Any, **more: Any) -> Iterator[Any]:
         for record in fit(*arguments, **more):
@@ -47,7 +47,7 @@ def test_exception_in_training(
             if isinstance(record, Epoch):
                 raise error
 
-    monkeypatch.setattr(training, "fit", breaks)
+    monkeypatch.setattr(loop, "fit", breaks)
     with pytest.raises(type(error)):
         mnist_exp.train(place)
     run = only_run(place)
@@ -62,7 +62,7 @@ def test_the_environment_decides_the_store(
 ) -> None:
     other = fresh_store(tmp_path / "other")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
-    monkeypatch.setattr(training, "fit", lambda *a, **k: exec("raise RuntimeError"))
+    monkeypatch.setattr(loop, "fit", lambda *a, **k: exec("raise RuntimeError"))
     with pytest.raises(RuntimeError):
         mnist_exp.train(place)
     assert only_run([place[0], f"tracking.uri={other}"]).info.status == "FAILED"

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from mnist_exp.data import dataset as data
 from mnist_exp.runs import recorder
 from mnist_exp.tracking import checkpoint
-from mnist_exp.training import loop as training
+from mnist_exp.training import loop
 from mnist_exp.training.events import Epoch
 from tests.helpers import fresh_store
 from tests.sweeps.helpers import (
@@ -105,13 +105,13 @@ def test_later_edits_do_not_reach_queued_jobs(
     (tmp_path / "conf" / "optimizer").mkdir(parents=True)
     file = tmp_path / "conf" / "optimizer" / "own.yaml"
     file.write_text("_target_: torch.optim.SGD\nlr: 0.25\n")
-    fit, edits = training.fit, iter(["_target_: torch.optim.SGD\nlr: 0.5\n", "lr: [nonsense\n"])
+    fit, edits = loop.fit, iter(["_target_: torch.optim.SGD\nlr: 0.5\n", "lr: [nonsense\n"])
 
     def edit(*arguments: Any, **more: Any) -> Iterator[Any]:
         file.write_text(next(edits))
         return fit(*arguments, **more)
 
-    monkeypatch.setattr(training, "fit", edit)
+    monkeypatch.setattr(loop, "fit", edit)
     place = ["--config-dir", str(tmp_path / "conf")]
     words = ["optimizer=own", "training.batch_size=32,64", "training.epochs=1", ONE_AT_A_TIME]
     done = train_all(tmp_path, *place, *SMALL, *words)
@@ -193,7 +193,7 @@ def test_folder_named_after_what_is_swept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("when", ["training", "test"])
 def test_interrupted_sweep(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it is left RUNNING."""
-    fit = training.fit
+    fit = loop.fit
 
     def signalled(*arguments: Any, **more: Any) -> Iterator[Any]:
         for event in fit(*arguments, **more):
@@ -204,7 +204,7 @@ def test_interrupted_sweep(when: str, tmp_path: Path, monkeypatch: pytest.Monkey
     def late(*arguments: Any, **more: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "fit", signalled)
+    monkeypatch.setattr(loop, "fit", signalled)
     if when == "test":
         monkeypatch.setattr(recorder, "record_deferred_test", late)
     done = train_all(tmp_path, *SMALL, "seed=0,1", "training.batch_size=32,64", ONE_AT_A_TIME)

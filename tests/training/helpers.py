@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mnist_exp.data.dataset import Dataset
-from mnist_exp.training import loop as training
+from mnist_exp.training import loop
 from mnist_exp.training.events import Epoch, Message, Progress, RunSpec
 from mnist_exp.training.models import CNN, MLP
 from mnist_exp.training.schedules import Constant, Schedule
-from mnist_exp.training.stack import Stack
+from mnist_exp.training.stack import Batch, Stack
 
 CPU = torch.device("cpu")
 SHAPE, CLASSES = (1, 8, 8), 4
@@ -47,7 +47,7 @@ def fit(
 ) -> Trained:
     stack = Stack(build, [run.seed for run in runs], CPU)
     trained = Trained(stack, [], np.zeros((0, len(runs))), [], [])
-    for record in training.fit(
+    for record in loop.fit(
         stack, data, runs, optimizer, epochs=epochs, batch_size=batch_size, compiled=compiled
     ):
         if isinstance(record, Progress):
@@ -85,7 +85,7 @@ def plain(
     count = len(data.train)
     losses: list[float] = []
     for epoch in range(steps):
-        order = training._order(run.seed, epoch, count)
+        order = loop._order(run.seed, epoch, count)
         for start in range(0, count, batch_size):
             if len(losses) == steps:
                 return losses
@@ -154,12 +154,15 @@ def cnn() -> nn.Module:
     return CNN(SHAPE, CLASSES, channels=(4, 6), hidden=8, dropout=0.25)
 
 
-def batch(size: int, count: int = 24) -> tuple[Tensor, Tensor]:
-    """Images [K, B, 1, 8, 8], labels [K, B]."""
+def batch(size: int, count: int = 24) -> Batch:
+    """Random images, labels, and keys from 1."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(size, count, *SHAPE, generator=generator)
-    return x, torch.randint(CLASSES, (size, count), generator=generator)
+    y = torch.randint(CLASSES, (size, count), generator=generator)
+    return Batch(x, y, torch.arange(size) + 1, None)
 
 
-def keys(size: int) -> Tensor:
-    return torch.arange(size) + 1
+def same_batch(size: int) -> Batch:
+    """One batch for all models, and keys from 1."""
+    x, y, *_ = batch(1)
+    return Batch(x, y, torch.arange(size) + 1, None)

@@ -32,8 +32,6 @@ from tests.training.helpers import (
     run,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.skipif(
     not compile_step.can_compile(CPU),

@@ -7,9 +7,7 @@ from torch import Tensor, nn
 
 from mnist_exp.training.dropout import SeededDropout
 from mnist_exp.training.stack import Stack
-from tests.training.helpers import CLASSES, CPU, batch, keys
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from tests.training.helpers import CLASSES, CPU, batch, same_batch
 
 
 def masks(key: int, p: float = 0.5, calls: int = 1, shape: tuple[int, ...] = (64, 50)) -> Tensor:
@@ -99,18 +97,18 @@ def test_a_gradient_goes_through_the_masks_of_its_loss(size: int) -> None:
             return torch.einsum("bi,ci->bc", x.flatten(1), w)
 
     stack = Stack(Dropping, range(size), CPU)
-    x, y = batch(size)
-    grads, _, loss, _ = stack.gradients(stack.params, stack.buffers, x, y, keys(size), None)
+    given = batch(size)
+    grads, _, loss, _ = stack.gradients(stack.params, stack.buffers, given)
     for k in range(size):
-        with SeededDropout(keys(size)[k]):
+        with SeededDropout(given.keys[k]):
             mask = F.dropout(torch.ones(CLASSES, 64), 0.5)
         weight = torch.ones(CLASSES, 64, requires_grad=True)
-        expected = F.cross_entropy(x[k].flatten(1) @ (weight * mask).T, y[k])
+        expected = F.cross_entropy(given.x[k].flatten(1) @ (weight * mask).T, given.y[k])
         torch.testing.assert_close(loss[k], expected.detach(), rtol=1e-5, atol=1e-6)
         (gradient,) = torch.autograd.grad(expected, weight)
         torch.testing.assert_close(grads["weight"][k], gradient, rtol=1e-4, atol=1e-6)
-    other = stack.gradients(stack.params, stack.buffers, x, y, keys(size) + 1, None)
-    assert not torch.isclose(other[2], loss).any()
+    others = given._replace(keys=given.keys + 1)
+    assert not torch.isclose(stack.gradients(stack.params, stack.buffers, others)[2], loss).any()
 
 
 @pytest.mark.parametrize("name", ["dropout", "dropout1d", "dropout2d", "dropout3d"])
@@ -131,21 +129,15 @@ def test_every_kind_of_dropout_follows_the_key(name: str) -> None:
             return out
 
     stack = Stack(Functional, [0, 0], CPU)
-    x, y = batch(1)
-    x, y = x.expand(2, *x.shape[1:]), y.expand(2, -1)
 
-    def losses(*own: int) -> list[float]:
-        found: list[float] = stack.gradients(
-            stack.params, stack.buffers, x, y, torch.tensor(own), None
-        )[2].tolist()
+    def losses(stack: Stack, *keys: int) -> list[float]:
+        given = same_batch(1)._replace(keys=torch.tensor(keys))
+        found: list[float] = stack.gradients(stack.params, stack.buffers, given)[2].tolist()
         return found
 
-    first, second = losses(1, 2)
+    first, second = losses(stack, 1, 2)
     assert first != pytest.approx(second)
-    assert losses(2, 1) == pytest.approx([second, first])
-    alone = Stack(Functional, [0], CPU)
-    arguments = (x[:1], y[:1], torch.tensor([2]), None)
-    assert alone.gradients(alone.params, alone.buffers, *arguments)[2].item() == pytest.approx(
-        second
-    )
+    assert losses(stack, 2, 1) == pytest.approx([second, first])
+    assert losses(Stack(Functional, [0], CPU), 2) == pytest.approx([second])
+    x = batch(1).x
     torch.testing.assert_close(stack.logits(x[0])[0], stack.model(0)(x[0]).detach())

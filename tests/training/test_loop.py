@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop
 
 from mnist_exp.data.dataset import Split
-from mnist_exp.training import loop as training
+from mnist_exp.training import loop
 from mnist_exp.training.events import Progress, RunSpec
 from mnist_exp.training.models import MLP
 from mnist_exp.training.schedules import Cosine, OneCycle, Step
@@ -36,8 +36,6 @@ from tests.training.helpers import (
     run,
     seeded,
 )
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Functional(nn.Module):
@@ -195,9 +193,9 @@ def test_an_epoch_tells_how_long_it_took(make_dataset: MakeDataset) -> None:
 def test_progress_tells_where_an_epoch_stands(
     make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "STEPS_PER_SYNC", 4)
+    monkeypatch.setattr(loop, "STEPS_PER_SYNC", 4)
     stack = Stack(mlp, [0, 1], CPU)
-    records = training.fit(stack, make_dataset(), [run(0), run(1)], SGD, epochs=2, batch_size=BATCH)
+    records = loop.fit(stack, make_dataset(), [run(0), run(1)], SGD, epochs=2, batch_size=BATCH)
     stands = [r for r in records if isinstance(r, Progress)]
     assert {p.steps for p in stands} == {10}
     for epoch in (1, 2):
@@ -255,9 +253,7 @@ def test_a_run_that_diverges_stops_before_the_update(
     make_dataset: MakeDataset,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        training, "STEPS_PER_SYNC", 4
-    )  # it is looked at again after it has diverged
+    monkeypatch.setattr(loop, "STEPS_PER_SYNC", 4)  # it is looked at again after it has diverged
     data = make_dataset(val=validation)
     runs = [run(0, lr=0.01, **given), run(1, EXPLODES, **given), run(2, lr=0.02, **given)]
     together = fit(build, data, runs, optimizer, epochs=3)
@@ -287,7 +283,7 @@ def test_a_stack_of_runs_that_all_diverged_ends(
     size: int, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the next look at what the steps have brought, not at the end of the epoch."""
-    monkeypatch.setattr(training, "STEPS_PER_SYNC", 4)
+    monkeypatch.setattr(loop, "STEPS_PER_SYNC", 4)
     runs = [run(0, EXPLODES), run(1, Step(every_epochs=0.5, gamma=1e30))][:size]
     trained = fit(mlp, make_dataset(), runs, epochs=5)
     assert len(trained.epochs) == 2
@@ -317,7 +313,7 @@ def test_one_bad_batch_ends_a_run(
     def build() -> nn.Module:
         return Sure(SHAPE, CLASSES, hidden=(8,))
 
-    monkeypatch.setattr(training, "STEPS_PER_SYNC", 4)
+    monkeypatch.setattr(loop, "STEPS_PER_SYNC", 4)
     data = make_dataset()
     labels = data.train.labels % 3
     labels[123] = 3
@@ -325,7 +321,7 @@ def test_one_bad_batch_ends_a_run(
     runs = [run(seed, lr=0.01) for seed in range(6)]
     trained = fit(build, data, runs, optimizer, epochs=2)
     (epoch,) = trained.epochs
-    bad = [int((training._order(k, 0, 300) == 123).nonzero()) // BATCH for k in range(6)]
+    bad = [int((loop._order(k, 0, 300) == 123).nonzero()) // BATCH for k in range(6)]
     assert len({step % 4 for step in bad}) > 1 and len({step // 4 for step in bad}) > 1
     for k, step in enumerate(bad):
         reason = f"diverged: the training loss is inf in epoch 1, step {step + 1} of 10"

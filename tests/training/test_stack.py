@@ -7,9 +7,7 @@ from torch import Tensor, nn
 
 from mnist_exp.training.models import CNN
 from mnist_exp.training.stack import Stack
-from tests.training.helpers import CLASSES, CPU, SHAPE, Build, batch, keys, mlp
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from tests.training.helpers import CLASSES, CPU, SHAPE, Build, batch, mlp, same_batch
 
 
 def cnn() -> nn.Module:
@@ -92,18 +90,16 @@ def test_gradients_equal_those_of_plain_modules(
     smoothing = smoothing[-size:]
     stack = Stack(build, range(size), CPU)
     before = stack.snapshot()
-    x, y = batch(size)
     smooth = torch.tensor(smoothing) if any(smoothing) else None
-    grads, buffers, loss, correct = stack.gradients(
-        stack.params, stack.buffers, x, y, keys(size), smooth
-    )
+    given = batch(size)._replace(smoothing=smooth)
+    grads, buffers, loss, correct = stack.gradients(stack.params, stack.buffers, given)
     for k in range(size):
         module = plain(build, k)
-        logits = module(x[k])
-        expected = F.cross_entropy(logits, y[k], label_smoothing=smoothing[k])
+        logits = module(given.x[k])
+        expected = F.cross_entropy(logits, given.y[k], label_smoothing=smoothing[k])
         expected.backward()
         torch.testing.assert_close(loss[k], expected.detach(), rtol=1e-5, atol=1e-6)
-        assert correct[k] == (logits.argmax(1) == y[k]).sum()
+        assert correct[k] == (logits.argmax(1) == given.y[k]).sum()
         trained = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
         own = {n: g[k] for n, g in grads.items()}
         torch.testing.assert_close(own, trained, rtol=1e-4, atol=1e-6)
@@ -126,7 +122,7 @@ def test_a_parameter_without_influence_has_a_gradient_of_zero(size: int) -> None
             return out
 
     stack = Stack(Idle, range(size), CPU)
-    grads, *_ = stack.gradients(stack.params, stack.buffers, *batch(size), keys(size), None)
+    grads, *_ = stack.gradients(stack.params, stack.buffers, batch(size))
     assert torch.equal(grads["scale"], torch.zeros(size))
 
 
@@ -136,22 +132,22 @@ def test_evaluation_is_that_of_plain_modules(size: int) -> None:
         return CNN(SHAPE, CLASSES, channels=(4,), hidden=8, dropout=0.5)
 
     stack = Stack(build, range(size), CPU)
-    x, y = batch(size)
-    *_, buffers, _, _ = stack.gradients(stack.params, stack.buffers, x, y, keys(size), None)
+    given = batch(size)
+    *_, buffers, _, _ = stack.gradients(stack.params, stack.buffers, given)
     stack.buffers = buffers  # running statistics that are not those of the start
     for _ in range(2):
-        logits = stack.logits(x[0])
-        assert logits.shape == (size, len(x[0]), CLASSES)
+        logits = stack.logits(given.x[0])
+        assert logits.shape == (size, len(given.x[0]), CLASSES)
         for k in range(size):
-            expected = stack.model(k)(x[0]).detach()
+            expected = stack.model(k)(given.x[0]).detach()
             torch.testing.assert_close(logits[k], expected, rtol=1e-5, atol=1e-6)
-    again = stack.gradients(stack.params, stack.buffers, x, y, keys(size), None)
+    again = stack.gradients(stack.params, stack.buffers, given)
     assert not torch.equal(again[1]["1.running_mean"], buffers["1.running_mean"])  # trains again
 
 
 def test_a_model_owns_its_tensors() -> None:
     stack = Stack(Tied, [0, 1], CPU)
-    x, _ = batch(1)
+    x = batch(1).x
     before = stack.logits(x[0])
     model = stack.model(1)
     assert not model.training
@@ -190,7 +186,5 @@ def test_other_noise_is_not_the_same_for_every_run() -> None:
             return out
 
     stack = Stack(Noisy, [0, 0], CPU)
-    x, y = batch(1)
-    x, y = x.expand(2, *x.shape[1:]), y.expand(2, -1)
-    *_, loss, _ = stack.gradients(stack.params, stack.buffers, x, y, keys(2), None)
+    *_, loss, _ = stack.gradients(stack.params, stack.buffers, same_batch(2))
     assert loss[0] != loss[1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mnist_exp.data.dataset import Dataset
-from mnist_exp.training import loop as training
+from mnist_exp.training import loop
 from mnist_exp.training.events import Epoch, Message, RunSpec
 from mnist_exp.training.models import MLP
 from mnist_exp.training.schedules import Constant, Cosine
@@ -52,13 +52,12 @@ CASES = {
 }
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("validation", [0, 70])
 def test_fit_goes_on_from_any_state(
     name: str, validation: int, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "STEPS_PER_SYNC", 3)
+    monkeypatch.setattr(loop, "STEPS_PER_SYNC", 3)
     optimizer, numbers, size = CASES[name]
     dataset = make_dataset(train=100, val=validation)
     runs = [
@@ -74,7 +73,7 @@ def test_fit_goes_on_from_any_state(
         stack = Stack(lambda: dropped(dataset.shape, 4), [run.seed for run in runs],
                       torch.device("cpu"))  # fmt: skip
         seen = []
-        for event in training.fit(
+        for event in loop.fit(
             stack, dataset, runs, optimizer, epochs=3, batch_size=16, state=state
         ):
             if not isinstance(event, Message):
@@ -112,7 +111,7 @@ def test_a_stack_that_has_shrunk_goes_on_shrunk(make_dataset: MakeDataset) -> No
 
     def events(state: Any = None) -> list[tuple[Epoch, Any]]:
         stack = Stack(lambda: MLP(dataset.shape, 4, hidden=[8]), [0, 0], torch.device("cpu"))
-        found = training.fit(
+        found = loop.fit(
             stack, dataset, runs, torch.optim.SGD, epochs=5, batch_size=16, state=state
         )
         kept = []

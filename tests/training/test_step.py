@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, NAdam, RAdam
 
 from mnist_exp.data.dataset import Dataset, load
-from mnist_exp.training import loop as training
+from mnist_exp.training import loop
 from mnist_exp.training import step as train_step
 from mnist_exp.training.events import Epoch, RunSpec
 from mnist_exp.training.models import MLP
@@ -31,8 +31,6 @@ from tests.training.helpers import (
     run,
     seeded,
 )
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_seed_recipe_equals_a_plain_loop(tmp_path: Path) -> None:
@@ -175,7 +173,7 @@ def test_every_step_of_a_run_has_dropout_masks_of_its_own(
     gradients = Stack.gradients
 
     def record(stack: Stack, *arguments: Any) -> Any:
-        found.append(arguments[4])
+        found.append(arguments[2].keys)
         return gradients(stack, *arguments)
 
     monkeypatch.setattr(Stack, "gradients", record)
@@ -234,7 +232,7 @@ def test_an_update_that_overflows_is_not_made(make_dataset: Callable[..., Datase
     before = stack.snapshot()
     # the gradient alone would be finite, but a decay of 1e30 times a rate of 1e30 is not
     run = RunSpec(0, {"lr": 1e30, "weight_decay": 1e30}, Constant())
-    records = list(training.fit(stack, dataset, [run], torch.optim.SGD, epochs=1, batch_size=32))
+    records = list(loop.fit(stack, dataset, [run], torch.optim.SGD, epochs=1, batch_size=32))
     last = records[-1]
     assert isinstance(last, Epoch) and "not finite" in last.failed[0]
     for name, tensor in stack.snapshot().items():
