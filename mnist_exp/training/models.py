@@ -108,4 +108,4 @@ class DeployedModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [B, classes] of float images [B, C, H, W] from 0 to 1."""
         logits: Tensor = self.model((images - self.mean) / self.std)
-        return logits
+        return logits.float()  # whatever the model computes with

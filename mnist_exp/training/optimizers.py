@@ -69,13 +69,17 @@ class StackedOptimizer(ABC):
             state: The optimizer's state for it.
             h: The hyperparameters of this step, [K, 1, ...] each.
         """
+        dtype = p.dtype
         if self.flag["maximize"]:
             g = -g
         if self.flag.get("decoupled_weight_decay"):
             p = p * h["decay_factor"]
         elif self.has_weight_decay:
             g = g + h["weight_decay"] * p
-        return self._update(p, g, state, h)
+        new_p, new_state = self._update(p, g, state, h)
+        if new_p.dtype != dtype:  # of bfloat16 and float32 hyperparameters comes float32
+            return new_p.to(dtype), tuple(t.to(dtype) for t in new_state)
+        return new_p, new_state
 
     def _computed(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
         """Return the hyperparameters that are not those of torch themselves."""

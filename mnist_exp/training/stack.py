@@ -125,14 +125,14 @@ class Stack:
         loss = F.cross_entropy(logits, y)
         if smoothing is not None:
             uniform = -F.log_softmax(logits, -1).mean()  # the cross-entropy with all classes alike
-            loss = torch.lerp(loss, uniform, smoothing)
+            loss = torch.lerp(loss, uniform, smoothing.to(loss.dtype))
         return loss, (buffers, (logits.argmax(-1) == y).sum())
 
     def _call(self, tensors: Tensors, x: Tensor, keys: Tensor | None = None) -> Tensor:
         logits: Tensor
         with nullcontext() if keys is None else SeededDropout(keys):
             logits = functional_call(self.module, tensors, (x,))
-        return logits
+        return logits.float() if logits.dtype.itemsize < 4 else logits  # NumPy has no bfloat16
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:

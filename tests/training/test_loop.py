@@ -329,3 +329,29 @@ def test_one_bad_batch_ends_a_run(
         module = seeded(build, k)
         plain(module, data, runs[k], optimizer, steps=step)
         assert_weights(trained.stack, k, module)
+
+
+class HalfPrecision(nn.Module):
+    """Its parameters, or its logits alone, are bfloat16, which NumPy does not have."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.last = nn.Linear(64, CLASSES, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(x.flatten(1).to(self.last.weight.dtype))
+        return out.bfloat16()
+
+
+@pytest.mark.parametrize("optimizer", [SGD, AdamW, NAdam])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_model_may_compute_in_another_precision(
+    optimizer: Optimizer, dtype: torch.dtype, make_dataset: MakeDataset
+) -> None:
+    runs = [run(seed, lr=0.01, smoothing=0.1) for seed in (0, 1)]
+    together = fit(lambda: HalfPrecision(dtype), make_dataset(val=40), runs, optimizer, epochs=3)
+    assert {t.dtype for t in together.stack.params.values()} == {dtype}
+    first, *_, last = (epoch.metrics for epoch in together.epochs)
+    for before, after in zip(first, last, strict=True):
+        assert after["train/loss"] < before["train/loss"]
+        assert np.isfinite(after["val/loss"])
