@@ -1,7 +1,9 @@
 """Files that are whole or not there at all, whatever ends the process or the machine."""
 
 import errno
+import glob
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ def write(
     """Write a file, and return once the disk has it; a reader finds the old content or the new.
 
     Two processes may write the same file at once. Where OSError is raised, the old file is there.
+    What processes that were killed in the middle of this have left in the folder is removed.
 
     Args:
         path: The file, whose folder is there.
@@ -27,7 +30,9 @@ def write(
         before_replacing: Is called with the new file, which the disk has, before it takes the
             place of the old one.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    _remove_parts_of_the_dead(path.parent)
+    owner = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    part = path.with_name(f"{path.name}.{owner}.part")
     try:
         with part.open("wb") as file:
             if callable(content):
@@ -42,6 +47,16 @@ def write(
         with suppress(OSError):  # the first error is the one to tell
             part.unlink(missing_ok=True)
         raise
+
+
+def _remove_parts_of_the_dead(folder: Path) -> None:
+    """Remove the files that `write` was about to rename when its process, on this host, died."""
+    for part in folder.glob(f"*.{glob.escape(socket.gethostname())}-*.part"):
+        with suppress(OSError, ValueError):
+            try:
+                os.kill(int(part.name.split("-")[-2]), 0)
+            except ProcessLookupError:
+                part.unlink()
 
 
 def replace(part: Path, path: Path) -> None:

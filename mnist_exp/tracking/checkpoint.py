@@ -7,12 +7,10 @@ one while the file changes: a kill or a power failure never leaves a whole file 
 does not vouch for.
 """
 
-import glob
 import hashlib
 import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,9 +34,6 @@ def save(path: Path, state: dict[str, Any]) -> None:
     )
     if old:
         _write_sidecar(path, _digests(path)[:1])
-    for left in path.parent.glob(f"{glob.escape(path.name)}*.part"):  # by a killed process
-        with suppress(OSError):  # the checkpoint is saved
-            left.unlink()
 
 
 def load(path: Path, name: str = "") -> dict[str, Any]:
@@ -90,9 +85,9 @@ def save_numbered(folder: Path, number: int, state: dict[str, Any], keep: int = 
         old.unlink()
     if removed:
         files.sync_folder(folder)  # no checkpoint comes back without its sidecar
-    for left in folder.glob("state-*.pt.*"):  # theirs, and what earlier kills left
-        if left.suffix == ".part" or not left.with_suffix("").exists():
-            left.unlink()
+    for sidecar in folder.glob("state-*.pt.sha256"):  # theirs, and what earlier kills left
+        if not sidecar.with_suffix("").exists():
+            sidecar.unlink()
     return path
 
 

@@ -201,7 +201,11 @@ def run_until_killed(folder: Path, at: int, change: Callable[[], object]) -> Fai
     Returns:
         The disk, which knows whether it was killed and what a power failure would have left.
     """
-    with FailingDisk(folder, at, Killed()) as disk:
+    with (
+        mock.patch.object(os, "getpid", lambda: 2**22 + 1),  # that no process can have afterwards
+        mock.patch.object(os, "kill"),  # but has now
+        FailingDisk(folder, at, Killed()) as disk,
+    ):
         try:
             change()
         except (Killed, RuntimeError):  # torch may turn the one into the other

@@ -1,6 +1,7 @@
 """A file is whole, with its old content or its new one; what cannot be written is told."""
 
 import os
+import signal
 from pathlib import Path
 from typing import BinaryIO
 
@@ -8,6 +9,7 @@ import pytest
 
 from mnist_exp.errors import ConfigError
 from mnist_exp.system import files
+from tests.programs import Start
 
 
 def test_a_text_bytes_or_a_function_is_written(tmp_path: Path) -> None:
@@ -45,6 +47,29 @@ def test_the_new_file_is_whole_before_it_takes_the_place(tmp_path: Path) -> None
     contents: list[str] = []
     files.write(path, "new", lambda part: contents.extend([part.read_text(), path.read_text()]))
     assert contents == ["new", "old"] and path.read_text() == "new"
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stays(
+    tmp_path: Path, start: Start
+) -> None:
+    program = """
+import signal
+from mnist_exp.system import files
+from tests.programs import Start
+files.write(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), signal.SIGKILL))
+"""
+    for name in ("a", ".b.json"):
+        assert start(program, tmp_path / name).wait() == -signal.SIGKILL
+        (left,) = tmp_path.iterdir()  # the one before it is gone
+        assert left.name.startswith(f"{name}.")
+    present: list[int] = []
+
+    def write_another(file: BinaryIO) -> None:
+        files.write(tmp_path / "another", "of the same process")
+        present.append(len(list(tmp_path.glob("*.part"))))
+
+    files.write(tmp_path / "new", write_another)
+    assert {path.name for path in tmp_path.iterdir()} == {"another", "new"} and present == [1]
 
 
 def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_made(tmp_path: Path) -> None:

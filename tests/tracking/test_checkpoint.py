@@ -69,14 +69,6 @@ def test_saved_again(path: Path) -> None:
     assert checkpoint.load(path) == {"epochs": 4}
 
 
-def test_what_a_killed_process_left_is_removed(path: Path) -> None:
-    names = {path.name, f"{path.name}.sha256"}
-    for name in names:
-        path.with_name(f"{name}.99999-1.part").write_text("half of it")
-    checkpoint.save(path, {"epochs": 4})
-    assert {p.name for p in path.parent.iterdir()} == names
-
-
 def test_missing(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"other\.pt: there is no such checkpoint"):
         checkpoint.load(path.with_name("other.pt"))
