@@ -21,7 +21,7 @@ def starting() -> Iterator[Start]:
     def start(program: str, *words: object) -> "subprocess.Popen[str]":
         modules = ("system.processes", "tracking.journal", "tracking.run_log")
         imports = "".join(f"from mnist_exp.{module} import *\n" for module in modules)
-        program = f"import os, sys\n{imports}{program}"
+        program = f"import os, sys\nfrom contextlib import closing\n{imports}{program}"
         process = subprocess.Popen(
             [sys.executable, "-c", program, *map(str, words)],
             env={**os.environ, "PYTHONPATH": str(ROOT)},

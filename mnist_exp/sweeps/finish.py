@@ -73,7 +73,6 @@ def open_parent(setup: SweepSetup, manifest: Manifest, config: Config) -> RunWri
         uri=setup.store_uri,
         experiment=config.tracking.experiment,
         tags=tags,
-        kind="sweep",
     )
     parent.params({f"sweep.{key}": ",".join(values) for key, values in swept.items()})
     parent.artifact(setup.folder / MANIFEST)

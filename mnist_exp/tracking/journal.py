@@ -20,12 +20,11 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from filelock import FileLock
 
 NAME = "journal.jsonl"
-_RESERVED = frozenset({"time", "kind", "crc"})  # the members of a line that are no fields
 _CRC = re.compile(rb', "crc": "([^"]{8})"}')
 _BLOCK = 4096  # bytes, of a look back for the last newline
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -41,13 +40,6 @@ class Entry:
     end: int  # the byte behind it, where the next one begins
 
 
-def _line(kind: str, fields: Mapping[str, Any]) -> bytes:
-    """Return the line of an entry that is written now."""
-    text = _encode({"time": time.time_ns() // 1_000_000, "kind": kind, **fields})
-    # half of a surrogate pair, as in a file's name that is not UTF-8, becomes JSON's own escape
-    return _sealed(text.encode(errors="backslashreplace"))
-
-
 def _sealed(body: bytes) -> bytes:
     """Return the line of a JSON object: with its CRC-32, and a newline."""
     return body[:-1] + b', "crc": "%08x"}\n' % zlib.crc32(body)
@@ -56,9 +48,8 @@ def _sealed(body: bytes) -> bytes:
 def read(folder: Path, start: int = 0) -> tuple[list[Entry], list[str]]:
     """Return the entries from byte `start` on, and a message for each damaged line among them.
 
-    A last line without its newline is still being written, and is neither. Without a journal there
-    are none. Raises OSError where the file cannot be read, and nothing for what is in it. start: 0,
-    or the `end` of an entry.
+    A last line without its newline is still being written, and is neither. `start` is 0 or the
+    `end` of an entry. Raises OSError where the file cannot be read, and nothing for what is in it.
     """
     path = folder / NAME
     try:
@@ -87,9 +78,9 @@ def size(folder: Path) -> int:
 
 
 def _parse(line: bytes, end: int) -> Entry:
-    """Return the entry of a line without its newline, and `end`, the byte behind it.
+    """Return the entry of a line without its newline; `end` is the byte behind it.
 
-    Raises ValueError or RecursionError for what `_line` has not made.
+    Raises ValueError or RecursionError for what `Journal.write` has not made.
     """
     crc = _CRC.fullmatch(line[-20:])
     if crc is None:
@@ -127,12 +118,11 @@ class Journal:
     def write(self, kind: str, /, **fields: Any) -> None:
         """Append an entry, whole or not at all; its fields are whatever JSON has.
 
-        A tuple is read as a list, and a key as a string. Raises TypeError or ValueError for another
-        field, for the names time, kind and crc, and once closed; OSError where the disk fails.
+        Raises TypeError or ValueError for another field, and OSError where the disk fails.
         """
-        if reserved := _RESERVED & fields.keys():
-            raise ValueError(f"no field can be called {', '.join(sorted(reserved))}")
-        rest = _line(kind, fields)
+        text = _encode({"time": time.time_ns() // 1_000_000, "kind": kind, **fields})
+        # half of a surrogate pair, as in a file's name that is not UTF-8, becomes JSON's own escape
+        rest = _sealed(text.encode(errors="backslashreplace"))
         with self._locked() as descriptor:
             # a writer may have died, or failed to cut, since this one opened the file
             _cut_torn_line(descriptor)
@@ -155,15 +145,9 @@ class Journal:
         with self._lock:
             self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
-        """Give the file's descriptor, while no other thread or process writes to it.
+        """Yield the file's descriptor, while no other thread or process writes to it.
 
         Otherwise a line that grows could be taken for a torn one, and cut.
         """

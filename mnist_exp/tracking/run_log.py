@@ -17,6 +17,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -32,8 +33,6 @@ if TYPE_CHECKING:  # every verb looks for runs that were killed, and most have n
 
 log = logging.getLogger(__name__)
 
-STATUSES = ("FINISHED", "FAILED", "KILLED")
-KINDS = ("run", "sweep")  # of an open run
 _RESERVE = ".reserve"  # a file whose removal makes room for the last lines, on a full disk
 _RESERVE_BYTES = 16_384
 
@@ -45,7 +44,6 @@ class OpenRun:
     key: str
     folder: Path  # absolute
     owner: dict[str, Any]  # the process that began or last resumed it, by its identity
-    kind: str  # one of KINDS
 
 
 class OpenRuns:
@@ -54,11 +52,10 @@ class OpenRuns:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def add(self, key: str, folder: Path, owner: Mapping[str, Any], kind: str) -> None:
-        """Add a run of this key, or replace it; for the rest see OpenRun. Raises OSError."""
-        assert kind in KINDS, kind
+    def add(self, key: str, folder: Path, owner: Mapping[str, Any]) -> None:
+        """Add a run, or replace the one of this key. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = {"folder": str(folder.resolve()), "owner": dict(owner), "kind": kind}
+        content = {"folder": str(folder.resolve()), "owner": dict(owner)}
         files.write(self.folder / f"{key}.json", json.dumps(content))
 
     def remove(self, key: str) -> None:
@@ -71,11 +68,10 @@ class OpenRuns:
         for path in sorted(self.folder.glob("*.json")):
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
-                folder, owner, kind = content["folder"], content["owner"], content["kind"]
-                types = [type(owner[name]) for name in ("host", "pid", "born")]
-                if kind not in KINDS or types != [str, int, str]:
-                    raise ValueError(f"a {kind} of {owner}")
-                runs.append(OpenRun(path.stem, Path(folder), owner, kind))
+                folder, owner = content["folder"], content["owner"]
+                if [type(owner[name]) for name in ("host", "pid", "born")] != [str, int, str]:
+                    raise ValueError(f"the owner {owner}")
+                runs.append(OpenRun(path.stem, Path(folder), owner))
             except FileNotFoundError:  # removed by another process
                 continue
             # whatever a file can hold that is not an entry
@@ -89,7 +85,7 @@ class RunWriter:
     """The record of one run, open for writing. Its methods raise OSError where the disk fails."""
 
     def __init__(self, folder: Path, journal: Journal, history: RunHistory) -> None:
-        """Make a writer; `begin` or `reopen` make it with the journal that it needs."""
+        """Make a writer; `begin` and `reopen` open the journal that it needs."""
         self.folder, self.journal = folder, journal
         self._recorded = {(key, step) for key, points in history.metrics.items() for step in points}
 
@@ -104,7 +100,6 @@ class RunWriter:
         experiment: str,
         tags: Mapping[str, str],
         parent: Path | None = None,
-        kind: str = "run",
     ) -> Self:
         """Begin the record of a run, or go on with the one that the folder holds.
 
@@ -116,7 +111,6 @@ class RunWriter:
             experiment: The name of MLflow's experiment.
             tags: The first ones; more can follow.
             parent: The folder of the sweep that it belongs to.
-            kind: One of KINDS.
 
         Raises ConfigError where another process is recording this run.
         """
@@ -131,7 +125,7 @@ class RunWriter:
                 )
             (folder / _RESERVE).write_bytes(bytes(_RESERVE_BYTES))
             key = history.key or uuid.uuid4().hex
-            open_runs.add(key, folder, owner, kind)  # first: what has begun can be found
+            open_runs.add(key, folder, owner)  # first: what has begun can be found
             writer = cls(folder, Journal(folder), history)
             if history.key:
                 writer.journal.write("resume", owner=owner)
@@ -153,7 +147,7 @@ class RunWriter:
         """Open the record of a run that has ended, and stays so, to add to it."""
         with journal.lock(folder):
             history = RunHistory.of(folder)
-            open_runs.add(history.key, folder, history.owner, "run")
+            open_runs.add(history.key, folder, history.owner)
             return cls(folder, Journal(folder), RunHistory())
 
     def params(self, params: Mapping[str, Any]) -> None:
@@ -223,7 +217,6 @@ class RunWriter:
 
     def end(self, status: str, reason: str = "") -> None:
         """End the run, FINISHED, FAILED or KILLED, and close the record."""
-        assert status in STATUSES, status
         self.release_reserve()
         self.journal.write("end", status=status, reason=reason[:5000])
         self.journal.sync()
@@ -257,7 +250,7 @@ def mark_killed(folder: Path, owner: Mapping[str, Any], reason: str) -> bool:
         history = RunHistory.of(folder)
         if history.status or history.owner != dict(owner):
             return False
-        with Journal(folder) as file:
+        with closing(Journal(folder)) as file:
             file.write("end", status="KILLED", reason=reason)
             file.sync()
         return True

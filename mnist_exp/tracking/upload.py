@@ -231,7 +231,7 @@ def waiting_runs(open_runs: OpenRuns, uri: str = "") -> list[tuple[str, Path]]:
     With a `uri`, only those of this store that no process is at work on.
     """
     waiting = []
-    histories = sorted(open_histories(open_runs), key=lambda pair: pair[0].kind != "sweep")
+    histories = sorted(open_histories(open_runs), key=lambda pair: bool(pair[1].parent))
     for run, history in histories:
         is_idle = bool(history.status) or is_running(run.owner) is False
         if history.key and (not uri or (history.uri == uri and is_idle)):

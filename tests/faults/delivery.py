@@ -29,7 +29,6 @@ def begin(folder: Path, open_runs: OpenRuns, uri: str, parent: Path | None = Non
         experiment="delivery",
         tags={"who": "a test"},
         parent=parent,
-        kind="sweep" if folder.name == "sweep" else "run",
     )
 
 

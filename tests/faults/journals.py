@@ -4,6 +4,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def comparable(entries: Sequence[Entry]) -> list[str]:
 
 def write_all(folder: Path, values: Sequence[Any]) -> list[Entry]:
     """Write values to the journal in `folder`, an entry each, and read them back."""
-    with Journal(folder) as written:
+    with closing(Journal(folder)) as written:
         for i, value in enumerate(values):
             written.write("value", i=i, value=value)
     return read(folder)[0]
@@ -72,7 +73,7 @@ def damage_is_reported(folder: Path, seed: int) -> None:
         assert problem.startswith(f"{path}: damaged, ")
         assert after[begin:end].find(b"\n") == end - begin - 1
 
-    with Journal(folder) as written:
+    with closing(Journal(folder)) as written:
         written.write("later")
     again, same = read(folder)
     assert (comparable(again[:-1]), again[-1].kind, same) == (comparable(found), "later", problems)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -209,7 +210,7 @@ def test_killed_before_its_report(whole_sweep: Path, tmp_path: Path) -> None:
         file.write_text(file.read_text().replace(str(whole_sweep), str(folder)))
     (entry, *_), _ = journal.read(whole_sweep)
     (folder / journal.NAME).unlink()
-    with journal.Journal(folder) as again:
+    with closing(journal.Journal(folder)) as again:
         again.write("begin", **entry.fields)
     (folder / "best.yaml").unlink()
     before = [(folder / str(n) / journal.NAME).read_bytes() for n in range(4)]

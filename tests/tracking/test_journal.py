@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,9 @@ def test_no_journal(tmp_path: Path) -> None:
     assert read(tmp_path) == read(tmp_path / "nowhere") == ([], [])
 
 
-@pytest.mark.parametrize("fields", [{"time": 1}, {"crc": 1}, {"kind": 1}, {"a": {1}}, {"a": b""}])
+@pytest.mark.parametrize("fields", [{"a": {1}}, {"a": b""}])
 def test_what_cannot_be_written_leaves_no_trace(tmp_path: Path, fields: dict[str, Any]) -> None:
-    with Journal(tmp_path) as written:
+    with closing(Journal(tmp_path)) as written:
         with pytest.raises((ValueError, TypeError)):
             written.write("value", **fields)
         written.write("value", i=0)
@@ -75,8 +76,8 @@ def test_what_cannot_be_written_leaves_no_trace(tmp_path: Path, fields: dict[str
 
 
 def test_closed(tmp_path: Path) -> None:
-    with Journal(tmp_path) as written:
-        written.sync()
+    written = Journal(tmp_path)
+    written.sync()
     written.close()
     uses: list[Callable[[], object]] = [lambda: written.write("value"), written.sync]
     for use in uses:
@@ -95,7 +96,7 @@ def test_torn_at_every_byte(tmp_path: Path) -> None:
         path.write_bytes(content[:size])
         whole = [entry for entry in entries if entry.end <= size]
         assert read(tmp_path) == (whole, [])
-        with Journal(tmp_path) as written:
+        with closing(Journal(tmp_path)) as written:
             assert path.read_bytes() == content[: whole[-1].end if whole else 0]
             written.write("later")
         found, problems = read(tmp_path)
@@ -110,7 +111,7 @@ def test_a_long_torn_line_is_cut(tmp_path: Path) -> None:
 
 
 def test_a_line_torn_by_another_writer_is_cut_before_the_next(tmp_path: Path) -> None:
-    with Journal(tmp_path) as written:
+    with closing(Journal(tmp_path)) as written:
         written.write("value", i=0)
         with (tmp_path / journal.NAME).open("a") as other:
             other.write('{"time": 1')
@@ -181,7 +182,7 @@ def test_a_full_disk(
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, "broken")
 
-    with Journal(tmp_path) as written:
+    with closing(Journal(tmp_path)) as written:
         written.write("value", i=0)
         size = (tmp_path / journal.NAME).stat().st_size
         with monkeypatch.context() as patch:
@@ -201,7 +202,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path, start: Start) -> None:
     program = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-with Journal(Path(sys.argv[1])) as written:
+with closing(Journal(Path(sys.argv[1]))) as written:
     for i in range(1000):
         try:
             written.write("value", i=i, value="x" * 300)
@@ -218,7 +219,7 @@ with Journal(Path(sys.argv[1])) as written:
 # several writers, and killed ones
 
 WRITER = """
-with Journal(Path(sys.argv[1])) as written:
+with closing(Journal(Path(sys.argv[1]))) as written:
     for i in range(int(sys.argv[2]), sys.maxsize):
         written.write("value", i=i, value="x" * (300_000 if i % 20 == 0 else i % 500))
         if i == int(sys.argv[2]):
@@ -248,7 +249,7 @@ def test_processes_append_at_once(tmp_path: Path, start: Start) -> None:
     """Opening again and again, which cuts off a line that is torn, but not one that grows."""
     program = """
 for i in range(0, 300, 3):
-    with Journal(Path(sys.argv[1])) as written:
+    with closing(Journal(Path(sys.argv[1]))) as written:
         for k in range(i, i + 3):
             written.write("value", who=sys.argv[2], i=k, value="x" * (200_000 if k % 7 == 0 else k))
 """
@@ -260,7 +261,7 @@ for i in range(0, 300, 3):
 
 
 def test_threads_append_at_once(tmp_path: Path) -> None:
-    with Journal(tmp_path) as written:
+    with closing(Journal(tmp_path)) as written:
 
         def work(who: int) -> None:
             for i in range(300):

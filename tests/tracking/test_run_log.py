@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ DEEP = b"[" * 100_000
 
 
 def begun(folder: Path, its_owner: dict[str, Any], kind: str = "begin") -> dict[str, Any]:
-    with Journal(folder) as written:
+    with closing(Journal(folder)) as written:
         written.write(kind, owner=its_owner)
         written.write("epoch", i=1)
     return its_owner
@@ -74,7 +75,7 @@ def test_a_resumed_run_is_its_new_owner_s(tmp_path: Path, start: Start) -> None:
 
 def test_an_end_is_an_end_whatever_it_says(tmp_path: Path, start: Start) -> None:
     dead = begun(tmp_path, dead_owner(start))
-    with Journal(tmp_path) as written:
+    with closing(Journal(tmp_path)) as written:
         written.write("end", status="FINISHED", owner=dead)
         written.write("sent")
     assert mark_killed(tmp_path, dead, "it died") is False
@@ -86,7 +87,7 @@ def test_a_run_that_ends_while_it_is_looked_at(
     its_owner = begun(tmp_path, dead_owner(start))
 
     def ends_and_dies(its_owner: dict[str, Any]) -> bool:
-        with Journal(tmp_path) as written:
+        with closing(Journal(tmp_path)) as written:
             written.write("end", status="FINISHED")
         return is_running(its_owner) is True
 
@@ -112,13 +113,13 @@ def test_open_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_runs.entries() == []
     open_runs.remove("b")
     odd = tmp_path / os.fsdecode(b"\xff \xc3\xbc")
-    open_runs.add("b", Path("outputs"), here, "run")
-    open_runs.add("a", odd, here, "sweep")
-    a = OpenRun("a", odd, here, "sweep")
-    b = OpenRun("b", tmp_path / "outputs", here, "run")
+    open_runs.add("b", Path("outputs"), here)
+    open_runs.add("a", odd, here)
+    a = OpenRun("a", odd, here)
+    b = OpenRun("b", tmp_path / "outputs", here)
     assert open_runs.entries() == OpenRuns(open_runs.folder).entries() == [a, b]
-    open_runs.add("b", odd, here, "run")
-    assert open_runs.entries() == [a, OpenRun("b", odd, here, "run")]
+    open_runs.add("b", odd, here)
+    assert open_runs.entries() == [a, OpenRun("b", odd, here)]
     open_runs.remove("a")
     open_runs.remove("a")
     assert [entry.key for entry in open_runs.entries()] == ["b"]
@@ -129,17 +130,12 @@ def test_what_is_not_an_entry_is_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     open_runs = OpenRuns(tmp_path)
-    open_runs.add("whole", tmp_path, process_identity(), "run")
+    open_runs.add("whole", tmp_path, process_identity())
     content = (tmp_path / "whole.json").read_bytes()
     fields = json.loads(content)
     bad = [content[:size] for size in range(0, len(content), 10)]
     bad += [b"\xff", b"17", b"null", b"[]", b"{}", b"\0" * 50, DEEP]
-    for change in (
-        {"kind": "x"},
-        {"owner": 1},
-        {"owner": {**process_identity(), "pid": "1"}},
-        {"folder": 1},
-    ):
+    for change in ({"owner": 1}, {"owner": {**process_identity(), "pid": "1"}}, {"folder": 1}):
         bad.append(json.dumps({**fields, **change}).encode())
     for k, damaged_content in enumerate(bad):
         (tmp_path / f"bad{k}.json").write_bytes(damaged_content)
@@ -157,8 +153,8 @@ def test_processes_add_at_once(
     program = """
 open_runs = OpenRuns(Path(sys.argv[1]))
 for i in range(20):
-    open_runs.add(f"{sys.argv[2]}-{i:02}", Path("x"), process_identity(), "run")
-    open_runs.add("same", Path("x"), process_identity(), "run")
+    open_runs.add(f"{sys.argv[2]}-{i:02}", Path("x"), process_identity())
+    open_runs.add("same", Path("x"), process_identity())
     if i % 2:
         open_runs.remove(f"{sys.argv[2]}-{i:02}")
 """

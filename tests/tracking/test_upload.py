@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -275,11 +276,11 @@ def test_the_dead_are_marked_once_and_uploaded(open_runs: OpenRuns, tmp_path: Pa
     dead = {**process_identity(), "born": "long ago"}
     lines = journal.read(folder)[0]
     (folder / journal.NAME).unlink()
-    with Journal(folder) as again:  # as a process that is no more has written it
+    with closing(Journal(folder)) as again:  # as a process that is no more has written it
         for entry in lines:
             fields = entry.fields | ({"owner": dead} if entry.kind == "begin" else {})
             again.write(entry.kind, **fields)
-    open_runs.add(lines[0].fields["key"], folder, dead, "run")
+    open_runs.add(lines[0].fields["key"], folder, dead)
     killed: list[Any] = []
     threads = [
         threading.Thread(target=lambda: killed.extend(mark_dead_runs(open_runs))) for _ in range(4)
