@@ -61,6 +61,7 @@ def make_dataset() -> Callable[..., Dataset]:
         return Dataset(
             name="synthetic",
             classes=tuple("abcd"),
+            shape=(1, size, size),
             train=splits[0],
             val=splits[1] if val else None,
             test=splits[2],

@@ -29,7 +29,8 @@ def tiny_dataset(count: int, size: int = 28, classes: int = 10) -> Dataset:
     images = torch.randint(256, (count, 1, size, size), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.arange(count) % classes)
     names = tuple(map(str, range(classes)))
-    return Dataset("tiny", names, split, None, split, split, 0.5, 0.29, "0" * 64, "a test")
+    info = names, (1, size, size), 0.5, 0.29
+    return Dataset(*info, "tiny", split, None, split, split, "0" * 64, "a test")
 
 
 def write_idx(folder: Path, size: int = 32, classes: int = 26, count: int = 130) -> Path:

@@ -39,7 +39,7 @@ class DatasetInfo:
 
     classes: tuple[str, ...]
     shape: tuple[int, int, int]  # of an image: (1, H, W)
-    mean: float
+    mean: float  # of the training split's pixels, scaled to [0, 1]
     std: float
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -48,40 +48,22 @@ class DatasetInfo:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(DatasetInfo):
     """Every split of a data set, and what a record needs in order to identify it."""
 
     name: str
-    classes: tuple[str, ...]
     train: Split
     val: Split | None
     test: Split
     preview: Split  # the first images of the training file, in its order, whatever the split
-    mean: float  # of the training split's pixels, scaled to [0, 1]
-    std: float
     digest: str  # SHA-256 of the four unpacked files, one after the other
     source: str  # 'embedded' or the folder
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The shape of one image: (1, H, W)."""
-        height, width = self.train.images.shape[2:]
-        return 1, height, width
-
-    @property
-    def info(self) -> DatasetInfo:
-        """The part of the data set that a model keeps."""
-        return DatasetInfo(self.classes, self.shape, self.mean, self.std)
 
     def to(self, device: torch.device | str) -> "Dataset":
         """Return the data set on another device."""
         train, test, preview = (s.to(device) for s in (self.train, self.test, self.preview))
         val = self.val and self.val.to(device)
         return replace(self, train=train, val=val, test=test, preview=preview)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Return uint8 images [..., H, W] as float32, standardised by the training split."""
-        return self.info.normalise(images)
 
     def describe(self) -> dict[str, Any]:
         """Return what the record of a run says of its data set, as plain values."""
@@ -129,25 +111,26 @@ def load(
     folder = sources.EMBEDDED if embedded else cache if root is None else Path(root).expanduser()
     files, digest = _read(name, spec, folder)
 
-    arrays = [file.array for file in files]
     if not spec.classes:
-        spec = replace(spec, classes=tuple(map(str, range(int(arrays[1].max()) + 1))))
+        spec = replace(spec, classes=tuple(map(str, range(int(files[1].array.max()) + 1))))
     _check(files, spec)
-    images, labels, test_images, test_labels = map(torch.from_numpy, arrays)
+    images, labels, test_images, test_labels = (torch.from_numpy(file.array) for file in files)
     if spec.kind == "EMNIST":  # stored column by column
-        _transpose(images)
-        _transpose(test_images)
+        images, test_images = images.mT.contiguous(), test_images.mT.contiguous()
     everything = Split(images[:, None], labels.long() - spec.first_label)
     test = Split(test_images[:, None], test_labels.long() - spec.first_label)
-    first = everything.images[:PREVIEW_IMAGES].clone(), everything.labels[:PREVIEW_IMAGES]
+    # a view would keep all images in memory
+    preview = Split(everything.images[:PREVIEW_IMAGES].clone(), everything.labels[:PREVIEW_IMAGES])
     if val_size is None:
         val_size = min(5000, len(everything) // 10)
     train, val = _split(name, everything, val_size, train_size, split_seed)
     mean, std = _mean_and_std(train.images)
     if std == 0:
         raise ConfigError(f"{files[0].name}: every pixel of the training split is alike")
+    height, width = images.shape[1:]
+    info = spec.classes, (1, height, width), mean, std
     source = "embedded" if embedded else str(folder)
-    return Dataset(name, spec.classes, train, val, test, Split(*first), mean, std, digest, source)
+    return Dataset(*info, name, train, val, test, preview, digest, source)
 
 
 def _resolve(name: str, root: str | None, classes: Sequence[str] | None) -> DatasetSpec:
@@ -232,10 +215,7 @@ def _check(files: Sequence[IdxFile], spec: DatasetSpec) -> None:
 def _split(
     name: str, file: Split, val_size: int, train_size: int | None, seed: int
 ) -> tuple[Split, Split | None]:
-    """Return the training and the validation split of the training file.
-
-    The split uses `file` up: its memory becomes the training split's.
-    """
+    """Return the training and the validation split of the training file."""
     count = len(file)
     if not 0 <= val_size < count:
         raise ConfigError(
@@ -254,19 +234,7 @@ def _split(
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     kept, held = order[:size].sort().values, order[rest:].sort().values
     val = Split(file.images[held], file.labels[held]) if val_size else None
-    # In ascending order, no image is overwritten before it has moved, and the images are never all
-    # in memory twice.
-    for start in range(0, size, 4096):
-        block = kept[start : start + 4096]
-        file.images[start : start + len(block)] = file.images[block]
-    return Split(file.images[:size], file.labels[kept]), val
-
-
-def _transpose(images: Tensor) -> None:
-    """Transpose images [N, S, S] in place, block by block so as not to hold them all twice."""
-    for start in range(0, len(images), 4096):
-        block = images[start : start + 4096]
-        block.copy_(block.mT.clone())
+    return Split(file.images[kept], file.labels[kept]), val
 
 
 def _mean_and_std(images: Tensor) -> tuple[float, float]:

@@ -230,7 +230,7 @@ class RunRecorder:
 
     def _save_checkpoint(self, stack: Stack) -> Path:
         path = self.folder / "checkpoint.pt"
-        state = saved_model.model_state(stack, self.dataset.info)
+        state = saved_model.model_state(stack, self.dataset)
         checkpoint.save(path, {**state, "epochs": len(self.history)})
         for file in (path, path.with_name(path.name + ".sha256")):
             self.writer.artifact(file, "checkpoint")

@@ -1,7 +1,6 @@
 """The saved model of a run, alone or with the data set that it was trained on."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,8 +22,9 @@ from mnist_exp.training.stack import Stack
 
 def model_state(stack: Stack, info: DatasetInfo) -> dict[str, Any]:
     """Return what a checkpoint holds of a model (a stack of one) and of its data set."""
-    plain = {**asdict(info), "classes": list(info.classes), "shape": list(info.shape)}
-    return {"model": stack.model(0).state_dict(), "data": plain}
+    data = {"classes": list(info.classes), "shape": list(info.shape)}
+    data |= {"mean": info.mean, "std": info.std}
+    return {"model": stack.model(0).state_dict(), "data": data}
 
 
 def load_model(store: Store, run: StoredRun) -> tuple[DatasetInfo, Stack]:
@@ -70,7 +70,7 @@ def load_run(
             f"{dataset.digest[:12]}..., and was {run.dataset_digest[:12]}... To name the right "
             f"folder: dataset.root=FOLDER"
         )
-    return dataset, _build_stack(config, state["model"], dataset.info, f"run {run.id}")
+    return dataset, _build_stack(config, state["model"], dataset, f"run {run.id}")
 
 
 def load_from_folder(folder: Path, load: Load) -> tuple[Dataset, Stack]:
@@ -78,7 +78,7 @@ def load_from_folder(folder: Path, load: Load) -> tuple[Dataset, Stack]:
     config = validate(load_config(folder / "config.yaml"))
     dataset = load(config.dataset)
     weights = checkpoint.load(folder / "checkpoint.pt")["model"]
-    return dataset, _build_stack(config, weights, dataset.info, str(folder))
+    return dataset, _build_stack(config, weights, dataset, str(folder))
 
 
 def fetch_config(store: Store, run_id: str, folder: Path) -> DictConfig:
