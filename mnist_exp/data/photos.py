@@ -1,5 +1,6 @@
 """Image files, such as photographs of ink on paper, turned into what MNIST's images look like."""
 
+import math
 import re
 import stat
 import warnings
@@ -21,7 +22,9 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 MAX_PIXELS = 100_000_000  # a small file can claim more than there is memory for
 SIDE = 512  # of the thumbnail that all is done on: a stroke of MNIST's is 50 of its pixels wide
 STROKE = 2.4  # pixels in an image of 28 x 28: thinner strokes are rare in MNIST
-TURNS = {  # by EXIF's orientation
+# By EXIF's orientation. Pillow's exif_transpose would also write what else EXIF says anew, and that
+# fails where a camera has got it wrong.
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -33,7 +36,7 @@ TURNS = {  # by EXIF's orientation
 BLANK = "it is blank, or no ink can be told from its background"
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(Exception):
     """The reason why a file cannot be used; the message does not name the file."""
 
 
@@ -78,8 +81,6 @@ def _load(path: Path) -> Bytes:
     except PermissionError:
         raise UnreadableImage("permission denied") from None
     except (OSError, ValueError) as error:  # a ValueError: no path can have a zero byte
-        if isinstance(error, UnreadableImage):
-            raise
         fault = (isinstance(error, OSError) and error.strerror) or error
         raise UnreadableImage(f"it cannot be read: {fault}") from None
 
@@ -89,7 +90,8 @@ def _decode(file: IO[bytes], length: int) -> Bytes:
     try:
         # Pillow warns of oddities that it can cope with
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
-            _check_pixels(image.width * image.height)
+            if (pixels := image.width * image.height) > MAX_PIXELS:
+                raise _too_large(pixels)
             return np.array(_over_background(_upright_thumbnail(image)))
     except UnreadableImage:
         raise
@@ -97,10 +99,8 @@ def _decode(file: IO[bytes], length: int) -> Bytes:
         raise UnreadableImage(
             "it is no image that can be read: PNG, JPEG, BMP, GIF, TIFF or WebP"
         ) from None
-    except Image.DecompressionBombError as error:  # beyond Pillow's own bound
-        found = re.search(r"\d+", str(error))
-        _check_pixels(int(found.group()) if found else 2 * MAX_PIXELS)
-        raise UnreadableImage(f"it is damaged: {error}") from None
+    except Image.DecompressionBombError as error:  # Pillow's own bound is higher
+        raise _too_large(int(re.findall(r"\d+", str(error))[0])) from None
     except MemoryError:
         raise UnreadableImage("it is too large to be decoded") from None
     except Exception as error:  # a decoder can raise anything
@@ -110,13 +110,10 @@ def _decode(file: IO[bytes], length: int) -> Bytes:
         raise UnreadableImage(f"it is damaged: {fault}") from None
 
 
-def _check_pixels(count: int) -> None:
-    if count > MAX_PIXELS:
-        million = 1_000_000
-        raise UnreadableImage(
-            f"it has {-(-count // million):,} million pixels; at most {MAX_PIXELS // million}"
-            " million"
-        )
+def _too_large(pixels: int) -> UnreadableImage:
+    """Return what says that an image has too many pixels."""
+    millions, most = math.ceil(pixels / 1e6), MAX_PIXELS // 1_000_000
+    return UnreadableImage(f"it has {millions:,} million pixels; at most {most} million")
 
 
 def _upright_thumbnail(image: Image.Image) -> Image.Image:
@@ -166,12 +163,12 @@ def _over_background(image: Image.Image) -> Image.Image:
 # ---- from the thumbnail to ink -------------------------------------------------------------------
 
 
-def _sheet(given: Bytes) -> Bytes:
+def _sheet(photo: Bytes) -> Bytes:
     """Return the sheet of paper on a dark table in a photograph; all of it, if there is none."""
-    grey = given.mean(2)
+    grey = photo.mean(2)
     table, white = float(np.median(_edge(grey))), float(np.percentile(grey, 95))
     if table >= 0.5 * white:
-        return given
+        return photo
     labels = _label(grey > table + 0.3 * (white - table))
     sheet = labels == np.bincount(labels[labels > 0]).argmax()
     spans = []
@@ -182,7 +179,7 @@ def _sheet(given: Bytes) -> Bytes:
     box = sheet[spans[0], spans[1]]
     # neither strokes, which have gaps, nor the light beside a shadow, which goes on to the border
     is_sheet = box.size > 0.3 * sheet.size and box.mean() > 0.8 and _edge(sheet).mean() < 0.1
-    return given[spans[0], spans[1]] if is_sheet else given
+    return photo[spans[0], spans[1]] if is_sheet else photo
 
 
 def _edge(values: AnyArray) -> AnyArray:
@@ -190,27 +187,27 @@ def _edge(values: AnyArray) -> AnyArray:
     return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
 
 
-def _grey(given: Bytes) -> tuple[Floats, bool]:
+def _grey(photo: Bytes) -> tuple[Floats, bool]:
     """Return uint8 [H, W, 3] as [H, W] from 0 to 1, and whether its ink is darker than its paper.
 
     Both follow from the differences between pixels and their surroundings: their main axis gives
     the weights of the channels, so that any ink stands out from any paper; and as strokes are thin,
     the sign of the skewness is theirs. The two sides of a shadow's edge, or of noise, are alike.
     """
-    coarse, fine = (_differences(given, max(given.shape) / share) for share in (7, 25))
+    coarse, fine = (_differences(photo, max(photo.shape) / share) for share in (7, 25))
     axis = np.linalg.eigh(coarse.T @ coarse)[1][:, -1]
     weights = np.maximum(axis if axis.sum() >= 0 else -axis, 0)
     weights /= 255 * weights.sum()
     skewness = sum(
         (d**3).mean() / ((d**2).mean() ** 1.5 + 1e-12) for d in (coarse @ weights, fine @ weights)
     )
-    return given @ weights, bool(skewness <= 0)
+    return photo @ weights, bool(skewness <= 0)
 
 
-def _differences(given: Bytes, radius: float) -> Floats:
+def _differences(photo: Bytes, radius: float) -> Floats:
     """Subtract the mean of its surroundings from each pixel, uint8 [H, W, 3] -> [H * W, 3]."""
-    around = Image.fromarray(given).filter(ImageFilter.GaussianBlur(radius))
-    return (given.astype(np.float32) - np.asarray(around, np.float32)).reshape(-1, 3)
+    around = Image.fromarray(photo).filter(ImageFilter.GaussianBlur(radius))
+    return (photo.astype(np.float32) - np.asarray(around, np.float32)).reshape(-1, 3)
 
 
 def _find_ink(grey: Floats, dark: bool) -> Floats:
@@ -281,27 +278,20 @@ def _digit(ink: Mask, reach: int) -> Mask:
     Pixels belong to one part if they touch once all are widened by `reach`.
     """
     labels = np.where(ink, _label(_within(ink, reach)), 0)
-    height, width = ink.shape
-    names, areas = np.unique(labels[ink], return_counts=True)
-    parts = []
-    for k in areas.argsort()[-50:]:  # the smallest of so many are dust
-        part = labels == names[k]
-        rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
-        box = np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1])
-        is_inside = _edge(part).sum() < 0.3 * min(height, width)
-        parts.append((int(areas[k]), box, is_inside, names[k]))
+    areas = np.bincount(labels[ink])[1:]  # [parts], as all that follow
+    boxes = np.array([[(s.start, s.stop) for s in box] for box in ndimage.find_objects(labels)])
+    low, high = boxes[..., 0], boxes[..., 1]  # [parts, 2], row and column
+    lengths = (high - low).max(1)
+    on_border = np.bincount(_edge(labels), minlength=1 + len(areas))[1:]
     # what lies along the border is a table, unless there is nothing else
-    inner = [p for p in parts if p[2] and max(p[1][2:] - p[1][:2]) > 0.12 * max(height, width)]
-    parts = [p for p in parts if p[2]] if inner else parts
-    area, box, *_ = max(parts, key=lambda part: part[0])
-    near = 0.25 * max(box[2:] - box[:2])
-    kept = [
-        n
-        for a, b, _, n in parts
-        if a > 0.3 * area
-        or (a > 0.02 * area and max(*(b[:2] - box[2:]), *(box[:2] - b[2:])) < near)
-    ]
-    return np.isin(labels, kept)
+    allowed = on_border < 0.3 * min(ink.shape)
+    if not (allowed & (lengths > 0.12 * max(ink.shape))).any():
+        allowed[:] = True
+    largest = np.where(allowed, areas, 0).argmax()
+    gaps = np.maximum(low - high[largest], low[largest] - high).max(1)
+    is_near = (gaps < 0.25 * lengths[largest]) & (areas > 0.02 * areas[largest])
+    is_digit = allowed & (is_near | (areas > 0.3 * areas[largest]))
+    return cast(Mask, np.append(False, is_digit)[labels])
 
 
 def _label(mask: Mask) -> NDArray[np.int32]:
@@ -319,8 +309,8 @@ def _within(mask: Mask, radius: int) -> Mask:
 
 def _thicken(ink: Floats) -> Floats:
     """Cut the digit out, [H, W] -> [H', W'], and widen strokes thinner than MNIST's."""
-    rows, columns = (np.flatnonzero((ink > 0).any(axis)) for axis in (1, 0))
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    (box,) = ndimage.find_objects((ink > 0).astype(np.uint8))
+    ink = ink[box]
     mask = np.pad(ink > 0.5, 1)
     sides = np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
     width = 2 * np.count_nonzero(mask) / (np.pi / 4 * sides)  # of a long stroke in any direction
@@ -346,11 +336,11 @@ def _place(digit: Floats, size: tuple[int, int]) -> Bytes:
     )
     small = np.clip(small / max(small.max(), 1e-6), 0, 1)  # MNIST's all reach 255
     image = np.zeros(size, np.uint8)
-    place = []
-    for axis, side in enumerate(size):
-        mass = small.sum(1 - axis)
-        middle = (mass * np.arange(len(mass))).sum() / mass.sum()
-        start = int(np.clip(round(side // 2 - middle), 0, side - len(mass)))
-        place.append(slice(start, start + len(mass)))
-    image[place[0], place[1]] = np.round(255 * small)
+    row, column = (
+        int(np.clip(round(side // 2 - middle), 0, side - length))
+        for side, middle, length in zip(
+            size, ndimage.center_of_mass(small), small.shape, strict=True
+        )
+    )
+    image[row : row + height, column : column + width] = np.round(255 * small)
     return image
