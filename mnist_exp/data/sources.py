@@ -20,7 +20,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -227,22 +227,20 @@ def _download(name: str, spec: DatasetSpec, archive: str, sha256: str, folder: P
 
     One process does it for all that want it at the same time.
     """
-    path = folder / archive
+    path, url = folder / archive, _url(spec, archive)
     try:
-        with download_lock(path):
+        with _lock_folder(path):
             if path.is_file():
                 return path
             for leftover in folder.glob(".download-*"):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
-            url = _url(spec, archive)
             log.info("downloading %s to %s", url, folder)
             with (
                 open_url(url) as response,
                 tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as partial,
             ):
                 with Path(partial, archive).open("w+b") as file:
-                    while block := response.read(BLOCK):
-                        file.write(block)
+                    shutil.copyfileobj(response, file)
                     file.seek(0)  # also flushes
                     if _sha256(file) != sha256:
                         raise OSError(f"incomplete or altered: its SHA-256 is not {sha256}")
@@ -252,7 +250,7 @@ def _download(name: str, spec: DatasetSpec, archive: str, sha256: str, folder: P
     except (OSError, http.client.HTTPException) as error:
         raise ConfigError(
             f"dataset.name={name}: {archive} is missing and cannot be downloaded from"
-            f" {_url(spec, archive)} ({error}); put {', '.join(spec.archives)} into {folder} by"
+            f" {url} ({error}); put {', '.join(spec.archives)} into {folder} by"
             " hand, or say dataset.root=FOLDER for a folder that has them"
         ) from error
 
@@ -263,18 +261,15 @@ def _url(spec: DatasetSpec, archive: str) -> str:
 
     kind: Any = getattr(datasets, spec.kind)
     if spec.kind == "EMNIST":
-        urls = [kind.url]
-    elif spec.kind == "QMNIST":
-        pairs = [pair for part in kind.resources.values() for pair in part]
-        urls = [url for url, _ in pairs if url.endswith(f"/{archive}")]
-    else:
-        urls = [kind.mirrors[0] + archive]
-    return str(urls[0])
+        return str(kind.url)
+    if spec.kind == "QMNIST":
+        files = [file for part in kind.resources.values() for file in part]
+        return next(str(url) for url, _ in files if url.endswith(f"/{archive}"))
+    return str(kind.mirrors[0] + archive)
 
 
-@contextmanager
-def download_lock(path: Path) -> Iterator[None]:
-    """Keep other processes from downloading to the folder of `path`, which is made if need be.
+def _lock_folder(path: Path) -> AbstractContextManager[object]:
+    """Return a lock, acquired, on downloads to the folder of `path`, which is made if need be.
 
     The lock ends with its process, however that ends. Its file stays: who deletes the file of a
     lock that others wait for lets two of them in.
@@ -282,14 +277,10 @@ def download_lock(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(".download.lock"))
     try:
-        lock.acquire(timeout=WAIT_SECONDS)
+        return lock.acquire(timeout=WAIT_SECONDS)
     except Timeout:
         log.info("waiting for %s: another process is downloading to %s", path.name, path.parent)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def open_url(url: str) -> Any:
