@@ -33,9 +33,14 @@ def learning_curves(
 ) -> Figure:
     """Return a figure of loss and accuracy (0 to 1) in training and validation by epoch.
 
-    The history has points under train/loss, val/loss, train/accuracy and val/accuracy; any may be
-    missing. The best epoch and the accuracy on the test set are marked where they are known. A
-    value that isn't finite is a gap. A loss over more than a decade and a half has a log axis.
+    A value that is not finite is a gap. A loss over more than a decade and a half has a log axis.
+
+    Args:
+        history: The points of train/loss, val/loss, train/accuracy and val/accuracy; any may be
+            missing.
+        best_epoch: The epoch to mark as the best, if validation chose one.
+        title: The title of the figure.
+        test_accuracy: The accuracy to mark as that of the test set.
     """
     figure = PixelFigure((WIDTH, 448), title)
     figure.set_layout_engine("constrained", w_pad=0.08, rect=(0, 0, 1, 0.92))
@@ -47,11 +52,11 @@ def learning_curves(
             label = f"best epoch {best_epoch}"
             label += f": {best:.2%}" if math.isfinite(best) else ""
             axes.axvline(best_epoch, color=INK, linestyle=":", linewidth=1.3, label=label)
-        if name == "accuracy" and test_accuracy is not None and math.isfinite(test_accuracy):
+        if name == "accuracy" and test_accuracy is not None:
             label = f"test {test_accuracy:.2%}"
             axes.axhline(test_accuracy, color=GREEN, linestyle="--", linewidth=1.3, label=label)
         lines |= {str(line.get_label()): line for line in axes.lines}
-    if lines:  # under the panels, where it can't hide a curve
+    if lines:  # under the panels, where it cannot hide a curve
         figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
     return figure
 
@@ -105,13 +110,16 @@ def sweep_curves(cells: Cells, chosen: str | None, title: str) -> Figure:
     """Return a figure of validation loss and accuracy by epoch of all cells of a sweep, best first.
 
     Each is the mean of its runs, within a band of one standard deviation (ddof=1) where two or more
-    have the epoch; values that aren't finite count as missing. Training loss stands in for what no
+    have the epoch; values that are not finite count as missing. Training loss stands in for what no
     run has. Up to 8 cells have a hue and dashes each; more have a shade by rank, the chosen one
     orange, and only that and the best few are named. Cells that end far behind the others get no
-    room: an arrow counts those out of sight. Raises ValueError if no cell is the chosen one.
+    room: an arrow counts those out of sight.
+
+    Args:
+        cells: The metrics by epoch of each cell's runs, by the name of the cell, the best first.
+        chosen: The name of the chosen cell.
+        title: The title of the figure.
     """
-    if chosen is not None and chosen not in cells:
-        raise ValueError(f"chosen: {chosen!r} is none of the {len(cells)} cells")
     histories = [history for runs in cells.values() for history in runs]
     epochs = [epoch for history in histories for points in history.values() for epoch, _ in points]
     keys = dict.fromkeys(
@@ -120,15 +128,14 @@ def sweep_curves(cells: Cells, chosen: str | None, title: str) -> Figure:
     )
     styles = _cell_styles(list(cells), chosen)
     lines, names = _sweep_legend(styles, chosen)
-    widest = max((style.text_width(name, style.TEXT) for name in names), default=0)
+    widest = max(style.text_width(name, style.TEXT) for name in names)
     across = max(1, int(1040 // (60 + widest)))
     figure = PixelFigure((WIDTH, 424 + 24 * math.ceil(len(names) / across)), title)
     rect = (0, 0, 1, 1 - 38 / figure.height)
     figure.set_layout_engine("constrained", w_pad=0.08, rect=rect)
     for key, axes in zip(keys, np.ravel(figure.subplots(1, len(keys))), strict=True):
         _draw_cells(axes, key, cells, styles, epochs)
-    if names:
-        figure.legend(lines, names, loc="outside lower center", ncols=across)
+    figure.legend(lines, names, loc="outside lower center", ncols=across)
     return figure
 
 
@@ -215,26 +222,14 @@ def reliability_diagram(calibration: "Calibration", title: str) -> Figure:
     """Return a figure of accuracy by confidence, and of how many images have that confidence.
 
     Bins without images are left out. Images are counted on a log axis, as nearly all may be in one
-    bin. Raises ValueError for arrays of different lengths, and for values beyond 0 to 1. Guo,
-    Pleiss, Sun & Weinberger, "On Calibration of Modern Neural Networks" (2017), figure 1.
+    bin. Guo, Pleiss, Sun & Weinberger, "On Calibration of Modern Neural Networks" (2017),
+    figure 1.
     """
-    counts, bins = calibration.counts, len(calibration.counts)
-    confidence, accuracy = calibration.confidence, calibration.accuracy
-    if not bins or counts.min() < 0:
-        raise ValueError(f"counts: {counts.min(initial=0)}, not one or more of 0 or more")
-    if accuracy.shape != (bins,):
-        raise ValueError(f"accuracy: {accuracy.shape}, not [bins] as the {bins} counts")
-    if confidence.shape != (bins,):
-        raise ValueError(f"confidence: {confidence.shape}, not [bins] as the {bins} counts")
-    kept = counts > 0
-    for name, values in (("confidence", confidence), ("accuracy", accuracy)):
-        if not ((values[kept] >= 0) & (values[kept] <= 1)).all():
-            raise ValueError(f"{name}: {values[kept]}, not from 0 to 1")
-    confidence, accuracy, counts = confidence[kept], accuracy[kept], counts[kept]
+    bins, kept = len(calibration.counts), calibration.counts > 0
+    confidence, accuracy = calibration.confidence[kept], calibration.accuracy[kept]
+    counts = calibration.counts[kept]
     centres = (np.flatnonzero(kept) + 0.5) / bins
     caption = f"expected calibration error {calibration.error:.2%}, {counts.sum()} images"
-    widest = max((style.text_width(str(count), style.SMALL) for count in counts), default=0.0)
-    turned = widest > 470 / bins - 4  # wider than a bar, in pixels
     figure = PixelFigure((544, 704), title, caption, longest=48)
     figure.set_layout_engine("constrained", w_pad=0.08, rect=(0, 0, 1, 0.92))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -252,9 +247,9 @@ def reliability_diagram(calibration: "Calibration", title: str) -> Figure:
     below.bar(centres, counts, color="#999999", **bar)
     below.set_yscale("log")
     below.yaxis.set_minor_locator(NullLocator())
-    top = counts.max(initial=20) ** (2.5 if turned else 1.5)  # room for the numbers
+    top = counts.max(initial=20) ** 2.5  # room for the numbers
     below.set(xlabel="confidence", ylabel="images (log)", ylim=(top**-0.1, top), yticks=[])
-    number: Any = {"fontsize": style.SMALL, "rotation": 90 if turned else 0, "ha": "center"}
+    number: Any = {"fontsize": style.SMALL, "rotation": 90, "ha": "center"}
     for x, count in zip(centres, counts, strict=True):
         below.annotate(str(count), (x, count), (0, 3), textcoords="offset points", **number)
     figure.legend(loc="outside lower center", ncols=3)

@@ -44,21 +44,13 @@ def sample_grid(
     """Return a figure of images in reading order, up to 5 rows of 6, each under its label.
 
     Args:
-        images: grey [N, H, W] with N from 1 to 30.
-        labels: the true class of each image.
-        predicted: the predicted class of each; a wrong one is framed and says "✗ true → predicted".
-        confidence: the probability of each prediction, 0 to 1.
-        title: the title of the figure.
-
-    Raises:
-        ValueError: the shapes do not fit.
+        images: Grey, uint8 [N, H, W], N from 1 to 30.
+        labels: The true class of each image.
+        predicted: The predicted class of each; a wrong one is framed and says "✗ true → predicted".
+        confidence: The probability of each prediction, 0 to 1.
+        title: The title of the figure.
     """
-    count, limit = len(images), ROWS * COLUMNS
-    if images.ndim != 3 or images.dtype != np.uint8 or not images.size or count > limit:
-        raise ValueError(f"images: {images.dtype} {images.shape}, not uint8 [1..{limit}, H, W]")
-    for name, values in (("labels", labels), ("predicted", predicted), ("confidence", confidence)):
-        if values is not None and len(values) != count:
-            raise ValueError(f"{name}: {len(values)} for {count} images")
+    count = len(images)
     wrong = [a != b for a, b in zip(labels, predicted or labels, strict=True)]
     texts = _sample_texts(labels, predicted or labels, confidence)
     notes = []
@@ -108,10 +100,8 @@ def weights_figure(weights: Floats, title: str) -> Figure:
 
     Of weights [N, H, W] the first 64 images are shown, 8 in a row at most. A colour means the same
     weight in all of them: 0 is nearly white, and the scale ends at the greatest magnitude shown. A
-    weight that isn't finite is black. Raises ValueError for another shape.
+    weight that is not finite is black.
     """
-    if weights.ndim != 3 or not np.issubdtype(weights.dtype, np.floating) or not weights.size:
-        raise ValueError(f"weights: {weights.dtype} {weights.shape}, not float [1.., H, W]")
     shown = weights[:UNITS]
     caption = f"the first {UNITS} of {len(weights)}" if len(weights) > UNITS else ""
     most = float(np.abs(shown[np.isfinite(shown)]).max(initial=0.0)) or 1.0
@@ -140,10 +130,8 @@ def predictions_figure(photos: Sequence[PredictedPhoto], title: str, total: int 
     """Return a figure of photos beside what the network sees of them, and what it takes them for.
 
     The most probable class is large, and orange with a question mark where its probability is below
-    50 %. The first 60 photos are shown; `total` is how many there are, if these are not all. Raises
-    ValueError for other shapes, and without a photo.
+    50 %. The first 60 photos are shown; `total` is how many there are, if these are not all.
     """
-    _check_photos(photos)
     shown, total = photos[:PAIRS], max(total, len(photos))
     doubtful = [photo.ranking[0][1] < 0.5 for photo in shown]
     notes = ["given → as the network sees it"]
@@ -179,21 +167,6 @@ def predictions_figure(photos: Sequence[PredictedPhoto], title: str, total: int 
         figure.write(right, y + 58, below[i][0], TEXT, colour)
         figure.write(right, y + 110, "\n".join(below[i][1:]), style.SMALL, style.DISCREET)
     return figure
-
-
-def _check_photos(photos: Sequence[PredictedPhoto]) -> None:
-    if not photos:
-        raise ValueError("photos: none, not 1 or more")
-    for i, (_, original, preprocessed, ranking) in enumerate(photos):
-        for name, image, shape, fits in (
-            ("original", original, "[H, W, 3]", original.shape[2:] == (3,)),
-            ("preprocessed", preprocessed, "[h, w]", preprocessed.ndim == 2),
-        ):
-            if image.dtype != np.uint8 or not image.size or not fits:
-                found = f"{image.dtype} {image.shape}"
-                raise ValueError(f"photos[{i}].{name}: {found}, not uint8 {shape}")
-        if not 1 <= len(ranking) <= 3:
-            raise ValueError(f"photos[{i}].ranking: {len(ranking)} classes, not 1 to 3")
 
 
 def _scale(side: int, wanted: int) -> float:

@@ -1,6 +1,5 @@
 """Figures of matrices: the confusion matrix, and the heat map of a sweep."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from mnist_exp.figures import style
 from mnist_exp.figures.style import INK, ORANGE, TEXT, Floats, PixelFigure, text_width
 from mnist_exp.formatting import rounded_percent, shortest_number
 
-# Errors and hits have a hue each, so that a strong diagonal can't drown the errors.
+# Errors and hits have a hue each, so that a strong diagonal cannot drown the errors.
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#f5f5f5", "#f6b26b", ORANGE, "#7a2e00"])
 HITS = LinearSegmentedColormap.from_list("hits", ["#f5f5f5", "#a6cfe8"])
 
@@ -66,15 +65,15 @@ def confusion_matrix(
 
     A cell's shade is its share of the row: errors in orange, by the cube root, so that 1 in 1000 is
     seen already; the diagonal in pale blue. Shades mean the same in every figure. Up to 13 classes,
-    the share is also written, under the count. A number is left out where it doesn't fit and, from
+    the share is also written, under the count. A number is left out where it does not fit and, from
     20 classes on, for errors below 1 % of the row. At the right edge is the row's recall.
 
-    Raises:
-        ValueError: the counts are not [C, C] for C classes.
+    Args:
+        counts: The numbers of images, [C, C], rows true, columns predicted.
+        classes: The names of the C classes.
+        title: The title of the figure.
     """
     number = len(classes)
-    if not number or counts.shape != (number, number):
-        raise ValueError(f"counts: {counts.shape} for {number} classes, not [C, C]")
     totals, hits = counts.sum(1), counts.diagonal()
     shares = counts / np.maximum(totals, 1)[:, None]
     is_hit = np.eye(number, dtype=bool)
@@ -133,26 +132,19 @@ def heat_map(
 
     An axis is linear or logarithmic, whichever spaces its values more evenly; where neither is
     legible, the cells are equally wide and its label says "not to scale". Colours span the results,
-    but for those far below the others. Numbers are left out if they don't fit. Raises ValueError
-    for values that don't ascend, and for shapes that don't fit.
+    but for those far below the others. Numbers are left out if they do not fit.
 
     Args:
-        x: the name and the ascending values of the columns.
-        y: the same of the rows, of which the first is at the bottom.
-        mean: [rows, columns] from 0 to 1; nan where there is no result.
-        std: of the same shape; written in percentage points where it is finite.
-        chosen: the row and column to outline.
-        title: the title of the figure.
-        caption: what the line under it begins with.
+        x: The name and the ascending values of the columns.
+        y: The same of the rows, of which the first is at the bottom.
+        mean: The accuracies [rows, columns], 0 to 1; nan where there is no result.
+        std: Their deviations; written in percentage points where they are finite.
+        chosen: The row and column to outline.
+        title: The title of the figure.
+        caption: The beginning of the line under it.
     """
-    shape = len(y[1]), len(x[1])
-    for name, array in (("mean", mean), ("std", std)):
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name}: {array.shape}, not {shape} as the values of y and x")
-    if chosen is not None and chosen not in np.ndindex(shape):
-        raise ValueError(f"chosen: {chosen} is no (row, column) of {shape}")
     columns, rows, missing = _swept_axis(*x, most=88), _swept_axis(*y, most=60), np.isnan(mean)
-    results = np.array([0.0, 1.0]) if missing.all() else mean[~missing]
+    results = mean[~missing]
     low, high = style.lowest_worth_showing(results), results.max()
     notes = [caption] if caption else []
     notes += ["outlined: chosen"] if chosen is not None else []
@@ -190,8 +182,8 @@ def _accuracies(mean: Floats, std: Floats | None, columns: _Axis, rows: _Axis) -
         if std is not None and np.isfinite(std[cell]):
             texts[cell] += f"\n± {100 * std[cell]:.2f}"
     lines = {line for text in texts.values() for line in text.split("\n")}
-    width = max((text_width(line, TEXT) for line in lines), default=1.0)
-    count = max((1 + text.count("\n") for text in texts.values()), default=1)
+    width = max(text_width(line, TEXT) for line in lines)
+    count = max(1 + text.count("\n") for text in texts.values())
     height = count * 1.25 * TEXT * style.DPI / 72
     size = TEXT * min(1.0, 0.92 * columns.unit / width, 0.92 * rows.unit / height)
     return [(cell, 0, text, size) for cell, text in texts.items()] if size >= 0.8 * TEXT else []
@@ -207,19 +199,23 @@ def _mark_cell(
 
 
 def _swept_axis(label: str, values: Sequence[float], most: int) -> _Axis:
-    """Return the axis of ascending values; its smallest cell is at most so many pixels long."""
+    """Return the axis of two or more ascending values, the smallest cell at most `most` pixels."""
     numbers = np.asarray(values, float)
-    if not numbers.size or not np.isfinite(numbers).all() or (np.diff(numbers) <= 0).any():
-        raise ValueError(f"{label}: {values} are no ascending numbers")
-    label, gaps = style.shorten(label, 40), np.diff(numbers)
-    if gaps.size and numbers[0] > 0:
-        gaps = max(gaps, np.diff(np.log10(numbers)), key=lambda some: some.min() / some.mean())
-    if gaps.size and gaps.min() < 0.4 * gaps.mean():
-        label, gaps = f"{label} (not to scale)", np.ones_like(gaps)
-    gaps = gaps / gaps.min(initial=math.inf)
-    around = np.pad(gaps, 1, "edge") if gaps.size else np.ones(2)
-    ticks = around[0] / 2 + np.cumsum(np.r_[0, gaps])
+    spacings = [np.diff(numbers)]
+    if numbers[0] > 0:
+        spacings.append(np.diff(np.log10(numbers)))
+    gaps = max(spacings, key=_evenness)
+    is_to_scale = _evenness(gaps) >= 0.4
+    widths = gaps / gaps.min() if is_to_scale else np.ones_like(gaps)
+    around = np.pad(widths, 1, "edge")
+    ticks = around[0] / 2 + np.cumsum(np.r_[0, widths])
     edges = np.cumsum(np.r_[0, (around[1:] + around[:-1]) / 2])
     span = edges[-1]
-    length = max(200.0, span * min(most, max(22, 960 / span)), text_width(label, TEXT) - 40)
-    return _Axis(label, [shortest_number(value) for value in values], ticks, edges, length)
+    name = style.shorten(label, 40) + ("" if is_to_scale else " (not to scale)")
+    length = max(200.0, span * min(most, max(22, 960 / span)), text_width(name, TEXT) - 40)
+    return _Axis(name, [shortest_number(value) for value in values], ticks, edges, length)
+
+
+def _evenness(gaps: Floats) -> float:
+    """Return 1 for gaps of one length, and less for others."""
+    return float(gaps.min() / gaps.mean())

@@ -1,8 +1,7 @@
 """Figures of a data set and a model: the way from tensors to figures."""
 
-from typing import Any
-
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from mnist_exp.data.dataset import PREVIEW_IMAGES, Dataset
@@ -11,7 +10,7 @@ from mnist_exp.figures.matrices import confusion_matrix
 from mnist_exp.training import metrics
 
 
-def first_images(dataset: Dataset) -> Any:
+def first_images(dataset: Dataset) -> Figure:
     """Return a figure of the first 30 images of the training file with their labels."""
     labels = [dataset.classes[i] for i in dataset.preview.labels.tolist()]
     title = f"{dataset.name}: the first {len(labels)} images"
@@ -20,7 +19,7 @@ def first_images(dataset: Dataset) -> Any:
 
 def predictions(
     dataset: Dataset, images: Tensor, labels: Tensor, probabilities: Tensor, title: str
-) -> Any:
+) -> Figure:
     """Return a figure of up to 30 images with labels, predictions, and how sure those are.
 
     The images are uint8 [N, 1, H, W], the labels [N], the probabilities [N, classes].
@@ -35,7 +34,7 @@ def predictions(
     )
 
 
-def draw_test_results(dataset: Dataset, logits: Tensor) -> dict[str, Any]:
+def draw_test_results(dataset: Dataset, logits: Tensor) -> dict[str, Figure]:
     """Return the most confident mistakes, if any, and the confusion matrix, as figures by name.
 
     The logits are those of the test set, [N, classes], on the CPU.
@@ -54,7 +53,7 @@ def draw_test_results(dataset: Dataset, logits: Tensor) -> dict[str, Any]:
     return figures
 
 
-def first_layer(model: nn.Module, shape: tuple[int, int, int]) -> Any | None:
+def first_layer(model: nn.Module, shape: tuple[int, int, int]) -> Figure | None:
     """Return a figure of the weights of an MLP's first layer, or of a CNN's first filters.
 
     The shape is that of an image, (C, H, W). Return None where the model begins otherwise.

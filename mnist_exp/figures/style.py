@@ -91,7 +91,6 @@ class PixelFigure(Figure):
         wide = max(content[0], text_width(title, TITLE), text_width(caption, SMALL))
         self.width, self.height = 2 * EDGE + math.ceil(wide), self.top + math.ceil(content[1])
         super().__init__(figsize=(self.width / DPI, self.height / DPI))
-        FigureCanvasAgg(self)
         self._rgba: Bytes | None = None
         for text, size, colour, y in ((title, TITLE, INK, 9), (caption, SMALL, DISCREET, 36)):
             if text:
@@ -186,7 +185,7 @@ def lowest_worth_showing(results: Floats) -> float:
 
     One cell at chance level must not drown the differences among the good ones: left out is what is
     more than four times as far below the best as the median. Half a percentage point is shown in
-    any case, so that mere noise isn't painted as a difference.
+    any case, so that mere noise is not painted as a difference.
     """
     best, median = float(results.max()), float(np.median(results))
     return min(max(float(results.min()), best - 4 * (best - median)), best - 0.005)

@@ -77,9 +77,9 @@ class Evaluation:
             figures["curves"] = curves.learning_curves(
                 self.history, self.best_epoch, self.name, test_accuracy
             )
-        layer = self.model and samples.first_layer(self.model, self.dataset.shape)
-        if layer is not None:
-            figures["first_layer"] = layer
+        if self.model is not None:
+            layer = samples.first_layer(self.model, self.dataset.shape)
+            figures |= {} if layer is None else {"first_layer": layer}
         return figures
 
 

@@ -69,21 +69,6 @@ def test_grid_of_odd_names_is_complete(count: int, size: int) -> None:
     assert not ink_at_edges(pixels(figure))
 
 
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (noise(0), [], "images"),
-        (noise(31), ["1"] * 31, "images"),
-        (noise(2).astype(float), ["1"] * 2, "float64"),
-        (noise(2)[..., None], ["1"] * 2, "images"),
-        (noise(2), ["1"] * 3, "labels: 3 for 2 images"),
-    ],
-)
-def test_grid_refuses(images: np.ndarray, labels: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        sample_grid(images, labels, title="x")
-
-
 def signed(count: int, height: int = 28, width: int = 28) -> np.ndarray:
     return np.random.default_rng(0).normal(0, 0.1, (count, height, width)).astype(np.float32)
 
@@ -156,14 +141,6 @@ def test_weights_that_are_not_finite_are_black() -> None:
     assert 3 * 42 in black.tolist()
 
 
-@pytest.mark.parametrize(
-    ("images", "message"), [(signed(0), "weights"), (signed(2)[0], "weights"), (noise(2), "uint8")]
-)
-def test_weights_refuse(images: np.ndarray, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        weights_figure(images, "x")
-
-
 def photos(*sides: tuple[int, int]) -> list[np.ndarray]:
     generator = np.random.default_rng(1)
     return [generator.integers(0, 256, (*side, 3), dtype=np.uint8) for side in sides]
@@ -232,28 +209,3 @@ def test_predictions_is_complete(count: int) -> None:
     assert not ink_at_edges(pixels(figure))
     assert ("the first 60 of 61" in figure.texts[1].get_text()) == (count > 60)
     assert sum(text.get_text() == "→" for text in figure.texts if text.get_fontsize() == 12) <= 60
-
-
-@pytest.mark.parametrize(
-    ("original", "preprocessed", "ranking", "message"),
-    [
-        (photos((4, 4))[0], noise(2), RANKING, r"preprocessed: uint8 .*not uint8 \[h, w\]"),
-        (photos((4, 4))[0], noise(1)[0].astype(float), RANKING, "preprocessed: float64"),
-        (photos((4, 4))[0], noise(1, 0, 4)[0], RANKING, "preprocessed"),
-        (noise(1)[0], noise(1)[0], RANKING, r"photos\[1\].original: uint8 \(28, 28\)"),
-        (photos((4, 0))[0], noise(1)[0], RANKING, r"photos\[1\].original"),
-        (photos((4, 4))[0], noise(1)[0], [], r"photos\[1\].ranking: 0 classes"),
-        (photos((4, 4))[0], noise(1)[0], RANKING * 2, r"photos\[1\].ranking: 6 classes"),
-    ],
-)
-def test_predictions_refuse(
-    original: np.ndarray, preprocessed: np.ndarray, ranking: list[Any], message: str
-) -> None:
-    sound = PredictedPhoto("a", photos((4, 4))[0], noise(1)[0], RANKING)
-    with pytest.raises(ValueError, match=message):
-        predictions_figure([sound, PredictedPhoto("b", original, preprocessed, ranking)], "x")
-
-
-def test_predictions_refuse_no_photo() -> None:
-    with pytest.raises(ValueError, match="photos: none"):
-        predictions_figure([], "x")
