@@ -128,7 +128,7 @@ def load(
     if std == 0:
         raise ConfigError(f"{files[0].name}: every pixel of the training split is alike")
     height, width = images.shape[1:]
-    info = spec.classes, (1, height, width), mean, std
+    info = tuple(spec.classes), (1, height, width), mean, std
     source = "embedded" if embedded else str(folder)
     return Dataset(*info, name, train, val, test, preview, digest, source)
 
@@ -149,7 +149,7 @@ def _resolve(name: str, root: str | None, classes: Sequence[str] | None) -> Data
     if folder is not None and not folder.is_dir():
         why = "is not a folder" if folder.exists() else "there is no such folder"
         raise ConfigError(f"dataset.root={root}: {why}; it must hold the files of {name}")
-    return DATASETS.get(name) or DatasetSpec("", tuple(map(str, classes or ())), (), ())
+    return DATASETS.get(name) or DatasetSpec("", tuple(map(str, classes or ())))
 
 
 def _read(name: str, spec: DatasetSpec, folder: Path) -> tuple[list[IdxFile], str]:
@@ -167,8 +167,8 @@ def _read(name: str, spec: DatasetSpec, folder: Path) -> tuple[list[IdxFile], st
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.content.data)
-    if spec.digest and digest.hexdigest() != spec.digest:
-        for file, sha256 in zip(files, spec.sha256, strict=True):
+    if name == "mnist" and digest.hexdigest() != sources.MNIST_DIGEST:
+        for file, sha256 in zip(files, sources.SHA256[spec.kind].values(), strict=True):
             if hashlib.sha256(file.content.data).hexdigest() != sha256:
                 raise ConfigError(
                     f"{file.name}: damaged, or not MNIST: the SHA-256 of its content must be"
@@ -183,32 +183,33 @@ def _check(files: Sequence[IdxFile], spec: DatasetSpec) -> None:
 
     Their arrays are [N, H, W], [N], [M, H, W] and [M].
     """
-    names, arrays = [file.name for file in files], [file.array for file in files]
-    for i in (0, 2):
-        if len(arrays[i]) != len(arrays[i + 1]):
+    train, train_labels, test, test_labels = files
+    for images, labels in ((train, train_labels), (test, test_labels)):
+        if len(images.array) != len(labels.array):
             raise ConfigError(
-                f"{names[i]}: {len(arrays[i])} images, but {len(arrays[i + 1])} labels in"
-                f" {names[i + 1]}; every image must have one"
+                f"{images.name}: {len(images.array)} images, but {len(labels.array)} labels in"
+                f" {labels.name}; every image must have one"
             )
-    sizes = [format_shape(arrays[i].shape[1:]) for i in (0, 2)]
+    sizes = [format_shape(images.array.shape[1:]) for images in (train, test)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"{names[2]}: images of {sizes[1]} pixels, but {sizes[0]} in {names[0]}; they must be"
-            " of one size"
+            f"{test.name}: images of {sizes[1]} pixels, but {sizes[0]} in {train.name}; they must"
+            " be of one size"
         )
     count = len(spec.classes)
     if count < 2 or len(set(spec.classes)) < count:
         raise ConfigError(
             f"dataset.classes: {', '.join(spec.classes)}: must be 2 or more, all different (by"
-            f" default the numbers from 0 to the greatest label in {names[1]})"
+            f" default the numbers from 0 to the greatest label in {train_labels.name})"
         )
     low, high = spec.first_label, spec.first_label + count - 1
-    for i in (1, 3):
-        wrong = np.flatnonzero((arrays[i] < low) | (arrays[i] > high))
+    for labels in (train_labels, test_labels):
+        wrong = np.flatnonzero((labels.array < low) | (labels.array > high))
         if len(wrong):
             raise ConfigError(
-                f"{names[i]}: label {arrays[i][wrong[0]]} at index {wrong[0]}: must be from {low}"
-                f" to {high}, as there are {count} classes; dataset.classes=[...] can name more"
+                f"{labels.name}: label {labels.array[wrong[0]]} at index {wrong[0]}: must be from"
+                f" {low} to {high}, as there are {count} classes; dataset.classes=[...] can name"
+                " more"
             )
 
 

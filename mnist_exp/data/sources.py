@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -48,65 +49,62 @@ CONTENT = {
 }
 
 
+def _published_digests() -> dict[str, dict[str, str]]:
+    """Return the SHA-256 of the published files, by their data set's kind and by their name.
+
+    Those of MNIST are of its unpacked files, as in its canonical distribution (mnist/README.md);
+    the others are of archives, from tensorflow_datasets/url_checksums/*.txt in tensorflow/datasets.
+    """
+    digests: dict[str, dict[str, str]] = defaultdict(dict)
+    for line in Path(__file__).with_name("sha256.txt").read_text().splitlines():
+        sha256, path = line.split()
+        kind, name = path.split("/")
+        digests[kind][name] = sha256
+    return dict(digests)
+
+
+SHA256 = _published_digests()
+MNIST_DIGEST = "b2d8f5bf39174ee5ffeefa97e42d673c35432b411bb5d1f74fbbeddae7f1690a"
+
+
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A published data set of four files: training images and labels, test images and labels."""
+    """A data set of four files: training images and labels, test images and labels."""
 
-    kind: str  # torchvision's class, and its folder in torchvision's layout
-    classes: tuple[str, ...]
-    files: tuple[str, ...]  # the archives; of EMNIST, the members of the one archive
-    sha256: tuple[str, ...]  # of the archives; of MNIST, of the unpacked files
+    kind: str  # its folder in torchvision's layout, and its key in SHA256
+    classes: Sequence[str]
+    url: str = ""  # of the folder of its archives
+    members: tuple[str, ...] = ()  # the four files in the one archive; else each is an archive
     labels: bytes = LABELS
     first_label: int = 0
-    digest: str = ""  # of MNIST, the SHA-256 of the four unpacked files, one after the other
-
-    @property
-    def archives(self) -> tuple[str, ...]:
-        """The names of the files as they are published."""
-        return ("gzip.zip",) if self.kind == "EMNIST" else self.files
 
 
-def _spec(kind: str, classes: Sequence[str], files: tuple[str, ...], **more: Any) -> DatasetSpec:
-    """Return a data set with its digests from sha256.txt.
-
-    Those of MNIST's unpacked files are published with its canonical distribution
-    (mnist/README.md), those of the archives by tensorflow/datasets in
-    tensorflow_datasets/url_checksums/*.txt.
-    """
-    lines = Path(__file__).with_name("sha256.txt").read_text().splitlines()
-    digests = tuple(line.split()[0] for line in lines if line.split()[1].startswith(f"{kind}/"))
-    return DatasetSpec(kind, tuple(classes), files, digests, **more)
-
-
-def _files(train: str, test: str, labels: str = "labels-idx1-ubyte") -> tuple[str, ...]:
-    contents = ("images-idx3-ubyte", labels)
-    return tuple(f"{part}-{content}.gz" for part in (train, test) for content in contents)
-
-
-def _emnist(part: str, classes: str, **more: Any) -> DatasetSpec:
-    files = _files(f"gzip/emnist-{part}-train", f"gzip/emnist-{part}-test")
-    return _spec("EMNIST", classes, files, **more)
+def _emnist(part: str, classes: str, first_label: int = 0) -> DatasetSpec:
+    url = "https://biometrics.nist.gov/cs_links/EMNIST/"
+    members = tuple(
+        f"gzip/emnist-{part}-{split}-{content}-ubyte.gz"
+        for split in ("train", "test")
+        for content in ("images-idx3", "labels-idx1")
+    )
+    return DatasetSpec("EMNIST", classes, url, members, first_label=first_label)
 
 
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
             "Bag", "Ankle boot")  # fmt: skip
-DATASETS = {
-    "mnist": _spec(
-        "MNIST",
-        string.digits,
-        _files("train", "t10k"),
-        digest="b2d8f5bf39174ee5ffeefa97e42d673c35432b411bb5d1f74fbbeddae7f1690a",
+DATASETS = {  # the URLs are those that torchvision has
+    "mnist": DatasetSpec("MNIST", string.digits),
+    "fashion_mnist": DatasetSpec(
+        "FashionMNIST", _FASHION, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
     ),
-    "fashion_mnist": _spec("FashionMNIST", _FASHION, _files("train", "t10k")),
-    "kmnist": _spec(
+    "kmnist": DatasetSpec(
         "KMNIST",
-        ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"],
-        _files("train", "t10k"),
+        ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+        "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
     ),
-    "qmnist": _spec(
+    "qmnist": DatasetSpec(
         "QMNIST",
         string.digits,
-        _files("qmnist-train", "qmnist-test", "labels-idx2-int"),
+        "https://raw.githubusercontent.com/facebookresearch/qmnist/master/",
         labels=QMNIST_LABELS,
     ),
     "emnist_letters": _emnist("letters", string.ascii_uppercase, first_label=1),
@@ -155,7 +153,7 @@ def archives(name: str, spec: DatasetSpec, root: Path) -> Iterator[OpenFile]:
     there.
     """
     home = root / spec.kind / "raw"
-    for archive, sha256 in zip(spec.archives, spec.sha256, strict=True):
+    for archive, sha256 in SHA256[spec.kind].items():
         stored = [path for path in (home / archive, root / archive) if path.is_file()]
         path = stored[0] if stored else _download(name, spec, archive, sha256, home)
         with path.open("rb") as file:
@@ -164,11 +162,11 @@ def archives(name: str, spec: DatasetSpec, root: Path) -> Iterator[OpenFile]:
                     f"{path}: damaged, or not of {name}: its SHA-256 must be {sha256};"
                     " delete it to have it downloaded"
                 )
-            if archive in spec.files:
+            if not spec.members:
                 yield str(path), file, path.stat().st_size
                 continue
             with zipfile.ZipFile(file) as bundle:
-                for member in spec.files:
+                for member in spec.members:
                     with bundle.open(member) as inner:
                         yield f"{path}/{member}", inner, bundle.getinfo(member).file_size
 
@@ -227,7 +225,7 @@ def _download(name: str, spec: DatasetSpec, archive: str, sha256: str, folder: P
 
     One process does it for all that want it at the same time.
     """
-    path, url = folder / archive, _url(spec, archive)
+    path, url = folder / archive, spec.url + archive
     try:
         with _lock_folder(path):
             if path.is_file():
@@ -250,22 +248,9 @@ def _download(name: str, spec: DatasetSpec, archive: str, sha256: str, folder: P
     except (OSError, http.client.HTTPException) as error:
         raise ConfigError(
             f"dataset.name={name}: {archive} is missing and cannot be downloaded from"
-            f" {url} ({error}); put {', '.join(spec.archives)} into {folder} by"
+            f" {url} ({error}); put {', '.join(SHA256[spec.kind])} into {folder} by"
             " hand, or say dataset.root=FOLDER for a folder that has them"
         ) from error
-
-
-def _url(spec: DatasetSpec, archive: str) -> str:
-    """Return the address of an archive, which torchvision knows."""
-    from torchvision import datasets  # takes 1.3 s and 160 MB, so not before it is needed
-
-    kind: Any = getattr(datasets, spec.kind)
-    if spec.kind == "EMNIST":
-        return str(kind.url)
-    if spec.kind == "QMNIST":
-        files = [file for part in kind.resources.values() for file in part]
-        return next(str(url) for url, _ in files if url.endswith(f"/{archive}"))
-    return str(kind.mirrors[0] + archive)
 
 
 def _lock_folder(path: Path) -> AbstractContextManager[object]:

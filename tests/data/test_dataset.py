@@ -436,8 +436,10 @@ def test_to_moves_every_split(numbered: Path, val_size: int) -> None:
 
 def trust(monkeypatch: pytest.MonkeyPatch, name: str, *archives: bytes) -> None:
     """Take the archives for those that were published as `name`."""
-    sha256 = tuple(hashlib.sha256(archive).hexdigest() for archive in archives)
-    monkeypatch.setitem(sources.DATASETS, name, replace(sources.DATASETS[name], sha256=sha256))
+    kind = sources.DATASETS[name].kind
+    digests = [hashlib.sha256(archive).hexdigest() for archive in archives]
+    trusted = dict(zip(sources.SHA256[kind], digests, strict=True))
+    monkeypatch.setitem(sources.SHA256, kind, trusted)
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, name: str, contents: list[np.ndarray]) -> list[bytes]:
@@ -479,7 +481,7 @@ def test_qmnist_label_is_column_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     columns = [rng.integers(0, 1 << 30, (len(y), 8), np.int32) for y in (labels, test_labels)]
     columns[0][:, 0], columns[1][:, 0] = labels, test_labels
     archives = publish(monkeypatch, "qmnist", [images, columns[0], test_images, columns[1]])
-    for file, archive in zip(sources.DATASETS["qmnist"].files, archives, strict=True):
+    for file, archive in zip(sources.SHA256["QMNIST"], archives, strict=True):
         (tmp_path / file).write_bytes(archive)
     got = read("qmnist", tmp_path)
     assert np.array_equal(got.train.labels.numpy(), labels)
@@ -504,7 +506,7 @@ def test_emnist_is_upright_and_labelled_from_0(
     bundle = io.BytesIO()
     with zipfile.ZipFile(bundle, "w") as archive:
         archive.writestr("gzip/emnist-byclass-mapping.txt", "of no concern")
-        for file, array in zip(sources.DATASETS[name].files, stored, strict=True):
+        for file, array in zip(sources.DATASETS[name].members, stored, strict=True):
             archive.writestr(file, gzip.compress(idx(array)))
     trust(monkeypatch, name, bundle.getvalue())
     raw = tmp_path / "EMNIST" / "raw"
@@ -526,19 +528,22 @@ def test_emnist_is_upright_and_labelled_from_0(
 
 @pytest.mark.parametrize("name", [name for name in sources.DATASETS if name != "mnist"])
 def test_no_network(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = sources.DATASETS[name].kind
+    archives = list(sources.SHA256[kind])
+
     def fail(url: str) -> None:
         assert url.startswith("http")
-        assert url.endswith(f"/{sources.DATASETS[name].archives[0]}")
+        assert url.endswith(f"/{archives[0]}")
         raise urllib.error.URLError("Network is unreachable")
 
     monkeypatch.setattr(sources, "open_url", fail)
     with pytest.raises(ConfigError) as caught:
         read(name, None, cache=tmp_path / "cache")
-    home = tmp_path / "cache" / sources.DATASETS[name].kind / "raw"
+    home = tmp_path / "cache" / kind / "raw"
     for part in (
         f"dataset.name={name}",
         "Network is unreachable",
-        f"put {', '.join(sources.DATASETS[name].archives)} into {home}",
+        f"put {', '.join(archives)} into {home}",
         "dataset.root=FOLDER",
     ):
         assert part in str(caught.value)
@@ -576,7 +581,6 @@ class Mirror:
 @pytest.fixture
 def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
     """A folder, served in the place of KMNIST's mirror."""
-    datasets = pytest.importorskip("torchvision.datasets")
     made = Mirror(tmp_path / "mirror")
     made.folder.mkdir()
     made.whole.set()
@@ -602,7 +606,8 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
         thread.start()
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         made.url = f"http://127.0.0.1:{server.server_port}/"
-        monkeypatch.setattr(datasets.KMNIST, "mirrors", [made.url])
+        spec = replace(sources.DATASETS["kmnist"], url=made.url)
+        monkeypatch.setitem(sources.DATASETS, "kmnist", spec)
         yield made
         made.whole.set()
         server.shutdown()
@@ -628,12 +633,9 @@ def test_download_once(mirror: Mirror, tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(path.name for path in home.iterdir()) == archives
 
 
-def fetch(spec: sources.DatasetSpec, url: str, cache: Path) -> list[np.ndarray]:
-    """In a process of its own: KMNIST from `url`, as it is published there. Train, then test."""
-    from torchvision import datasets
-
-    datasets.KMNIST.mirrors = [url]
-    sources.DATASETS["kmnist"] = spec
+def fetch(spec: sources.DatasetSpec, sha256: dict[str, str], cache: Path) -> list[np.ndarray]:
+    """In a process of its own: KMNIST as it is published by `spec`. Train, then test."""
+    sources.DATASETS["kmnist"], sources.SHA256["KMNIST"] = spec, sha256
     torch.set_num_threads(1)
     cache.with_name(f"{os.getpid()}.ready").touch()
     got = read("kmnist", None, cache=cache)
@@ -644,7 +646,7 @@ def fetch(spec: sources.DatasetSpec, url: str, cache: Path) -> list[np.ndarray]:
 def processes() -> Any:
     """Forks of a process that has imported what takes seconds, and has no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mnist_exp.data.dataset", "torchvision.datasets"])
+    context.set_forkserver_preload(["mnist_exp.data.dataset"])
     return context
 
 
@@ -653,7 +655,7 @@ def test_eight_processes_download_once(
 ) -> None:
     contents = arrays(classes=10)
     mirror.publish(monkeypatch, contents)
-    asked = sources.DATASETS["kmnist"], mirror.url, tmp_path / "cache"
+    asked = sources.DATASETS["kmnist"], sources.SHA256["KMNIST"], tmp_path / "cache"
     mirror.whole.clear()
     with ProcessPoolExecutor(8, processes) as pool:
         found = [pool.submit(fetch, *asked) for _ in range(8)]
@@ -672,7 +674,8 @@ def killed_halfway(mirror: Mirror, processes: Any, cache: Path) -> Iterator[None
     """Where another process is in the middle of a download. At the end it is killed there."""
     home = cache / "KMNIST" / "raw"
     mirror.whole.clear()
-    process = processes.Process(target=fetch, args=(sources.DATASETS["kmnist"], mirror.url, cache))
+    asked = sources.DATASETS["kmnist"], sources.SHA256["KMNIST"], cache
+    process = processes.Process(target=fetch, args=asked)
     process.start()
     try:
         wait_until(lambda: any(path.stat().st_size for path in home.glob(".download-*/*")))
@@ -800,7 +803,8 @@ def test_broken_answer_leaves_nothing(
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
         server.settimeout(30)
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
-        monkeypatch.setattr(sources, "_url", lambda spec, archive: url + archive)
+        spec = replace(sources.DATASETS["kmnist"], url=url)
+        monkeypatch.setitem(sources.DATASETS, "kmnist", spec)
         replied = pool.submit(reply, server)
         with pytest.raises(ConfigError, match=r"train-images.*cannot be downloaded from.*by hand"):
             read("kmnist", None, cache=tmp_path)
