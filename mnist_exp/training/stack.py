@@ -44,6 +44,8 @@ class Stack:
                 modules.append(build())
         self.size = len(modules)
         self.device = device
+        # to make plain modules from: one that has been called may keep what cannot be copied
+        self.unused_module = copy.deepcopy(modules[0]).eval()
         self.module = modules[0].to(device).train()
         trainable = {n for n, p in self.module.named_parameters() if p.requires_grad}
 
@@ -159,10 +161,10 @@ class Stack:
 
     def model(self, k: int) -> nn.Module:
         """Return model `k` as a plain module, on the CPU and in evaluation mode."""
-        module = copy.deepcopy(self.module).cpu()
+        module = copy.deepcopy(self.unused_module)
         for name, tensor in self._all().items():
             _tensor(module, name).data = tensor[k].cpu().clone()
-        return module.eval()
+        return module
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:

@@ -159,6 +159,19 @@ def test_a_model_owns_its_tensors() -> None:
     assert torch.equal(stack.logits(x[0]), before)
 
 
+def test_a_module_may_keep_a_part_of_its_graph() -> None:
+    class Keeping(Frozen):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = super().forward(x)
+            return self.kept
+
+    stack = Stack(Keeping, [0], CPU)
+    given = batch(1)
+    stack.gradients(stack.params, stack.buffers, given)
+    model = stack.model(0)
+    torch.testing.assert_close(model(given.x[0]).detach(), stack.logits(given.x[0])[0])
+
+
 def test_restore_brings_back_a_snapshot() -> None:
     stack = Stack(cnn, [0, 1], CPU)
     before = stack.snapshot()
