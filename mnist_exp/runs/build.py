@@ -1,14 +1,14 @@
 """Building a config's open parts (`model`, `optimizer`, `schedule`), with checked arguments."""
 
+import contextlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from mnist_exp.config.hydra_adapter import import_target, instantiate_target
 from mnist_exp.config.schema import Config
@@ -17,6 +17,7 @@ from mnist_exp.errors import ConfigError, did_you_mean, first_line
 from mnist_exp.formatting import is_number
 from mnist_exp.training.optimizers import UNSUPPORTED
 from mnist_exp.training.schedules import Schedule
+from mnist_exp.training.stack import Stack
 
 
 def build_model(
@@ -28,13 +29,13 @@ def build_model(
     not give them; lazy layers are given their sizes.
 
     Args:
-        config: the config of a run.
-        input_shape: of an image, (C, H, W).
-        num_classes: the number of logits.
+        config: The config of a run.
+        input_shape: The shape of an image, (C, H, W).
+        num_classes: The number of logits.
 
     Raises:
-        ConfigError: unless a model can be made and trained whose output for images [B, C, H, W] is
-            logits [B, num_classes].
+        ConfigError: No model can be made whose output for images [B, C, H, W] is logits
+            [B, num_classes].
     """
     node = config.model
     _check_nested_targets("model", node, config.trusted_packages)
@@ -47,32 +48,44 @@ def build_model(
     def build() -> nn.Module:
         module: nn.Module = instantiate_target(node, **added)
         with torch.no_grad():
-            logits = module.eval()(torch.zeros(2, *input_shape))
-        if tuple(logits.shape) != (2, num_classes):
-            raise ValueError(
-                f"it turns images [2, {', '.join(map(str, input_shape))}] into "
-                f"{list(logits.shape)}, but the dataset needs logits [2, {num_classes}]"
-            )
+            images = torch.zeros(2, *input_shape)
+            check_logits(module.eval()(images), images, num_classes)
         return module.train()
 
-    try:
-        with torch.random.fork_rng(devices=[]):
-            module = build()
-            loss = F.cross_entropy(module(torch.zeros(2, *input_shape)), torch.zeros(2).long())
-            if trainable := [p for p in module.parameters() if p.requires_grad]:
-                torch.autograd.grad(loss, trainable, allow_unused=True)
-    except (Exception, SystemExit) as error:  # a constructor can raise anything
-        raise ConfigError(f"model: {target.__qualname__}: {first_line(error)}") from error
-    if not trainable:
-        raise ConfigError(f"model: {target.__qualname__} has no trainable parameters")
+    with explaining("model", target.__qualname__), torch.random.fork_rng(devices=[]):
+        if not any(parameter.requires_grad for parameter in build().parameters()):
+            raise ValueError("it has no trainable parameters")
     return build
+
+
+def check_logits(logits: Any, images: Tensor, num_classes: int) -> None:
+    """Raise ValueError unless what a model makes of images is a tensor of logits."""
+    shape = [len(images), num_classes]
+    if not isinstance(logits, Tensor):
+        result = f"a {type(logits).__name__}"
+    elif list(logits.shape) != shape:
+        result = str(list(logits.shape))
+    elif not logits.is_floating_point():
+        result = f"a tensor of {logits.dtype}"
+    else:
+        return
+    raise ValueError(
+        f"it turns images {list(images.shape)} into {result}, but the dataset needs logits "
+        f"{shape}, a tensor of floats"
+    )
+
+
+def restore_weights(stack: Stack, weights: Mapping[str, Tensor]) -> None:
+    """Give a stack of one the weights that the `state_dict` of its model has held."""
+    # a buffer that is no part of the state is as the constructor made it
+    stack.restore(stack.snapshot() | {name: tensor[None] for name, tensor in weights.items()})
 
 
 def optimizer_class(config: Config) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Return the optimizer's class and its arguments, whose names are checked.
 
     Raises:
-        ConfigError: if the class is none that can be used here, or takes no such arguments.
+        ConfigError: The class is none that can be used here, or takes no such arguments.
     """
     node = config.optimizer
     target = _target_class("optimizer", node, torch.optim.Optimizer, config.trusted_packages)
@@ -83,37 +96,28 @@ def optimizer_class(config: Config) -> tuple[type[torch.optim.Optimizer], dict[s
     return target, _named_arguments("optimizer", node)
 
 
-def try_optimizer(
-    target: type[torch.optim.Optimizer], arguments: Mapping[str, Any], model: nn.Module
-) -> None:
-    """Raise ConfigError unless the optimizer can make a step for the parameters of a model."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    try:
-        optimizer: Any = target(parameters, **arguments)
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-    except Exception as error:  # a constructor can raise anything
-        raise ConfigError(f"optimizer: {target.__qualname__}: {first_line(error)}") from error
-    if "lr" not in optimizer.defaults:
-        raise ConfigError(f"optimizer: {target.__qualname__} has no lr, which a schedule sets")
-
-
 def build_schedule(config: Config) -> Schedule:
     """Return the learning rate schedule. Raise ConfigError if it cannot be made."""
     target = _target_class("schedule", config.schedule, Schedule, config.trusted_packages)
     _check_arguments("schedule", target, config.schedule)
     arguments = _named_arguments("schedule", config.schedule)
-    try:
+    with explaining("schedule", target.__qualname__):
         schedule: Schedule = target(**arguments)
-    except Exception as error:  # a constructor can raise anything
-        raise ConfigError(f"schedule: {target.__qualname__}: {first_line(error)}") from error
     if schedule.warmup_epochs > config.training.epochs:
         raise ConfigError(
             f"schedule.warmup_epochs={schedule.warmup_epochs:g}: must be at most "
             f"training.epochs ({config.training.epochs})"
         )
     return schedule
+
+
+@contextlib.contextmanager
+def explaining(key: str, name: str) -> Iterator[None]:
+    """Raise ConfigError in place of whatever the class of this name, which is at `key`, raises."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{key}: {name}: {first_line(error)}") from error
 
 
 def _check_nested_targets(key: str, node: Any, trusted: Sequence[str]) -> None:
@@ -135,13 +139,13 @@ def _target_class(key: str, node: Mapping[str, Any], base: type, trusted: Sequen
     leads to is checked as well.
 
     Args:
-        key: the dotted key of the node, for messages.
-        node: a part of a config, with a `_target_`.
-        base: the class that the target has to extend.
-        trusted: packages that the class may come from besides torch and this one.
+        key: The dotted key of the node, for messages.
+        node: A part of a config, with a `_target_`.
+        base: The class that the target has to extend.
+        trusted: Packages that the class may come from besides torch and this one.
 
     Raises:
-        ConfigError: if it cannot be imported, or is not what is allowed.
+        ConfigError: It cannot be imported, or is not what is allowed.
     """
     path = node.get("_target_")
     check_target(f"{key}._target_", path, trusted)
@@ -166,13 +170,13 @@ def _check_arguments(
     """Check the arguments in a node against the signature of its target.
 
     Args:
-        key: the dotted key of the node, for messages.
-        target: a class.
-        node: a part of a config; keys that begin with an underscore are no arguments.
-        added: names of the arguments that are added to those of the config.
+        key: The dotted key of the node, for messages.
+        target: A class.
+        node: A part of a config; keys that begin with an underscore are no arguments.
+        added: Names of the arguments that are added to those of the config.
 
     Raises:
-        ConfigError: for an argument that is unknown, missing, or text in place of a number.
+        ConfigError: An argument is unknown, missing, or text in place of a number.
     """
     parameters = inspect.signature(target).parameters
     name = f"{target.__module__}.{target.__qualname__}"

@@ -15,7 +15,8 @@ from mnist_exp.config.schema import Config, DatasetConfig, identity, task_config
 from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as data
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.build import build_model, build_schedule, optimizer_class, try_optimizer
+from mnist_exp.runs.build import build_model, build_schedule, optimizer_class
+from mnist_exp.runs.trial import try_run
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.training.events import RunSpec
 from mnist_exp.training.schedules import Schedule
@@ -32,7 +33,7 @@ class Job:
 
     config: Config
     composed: DictConfig  # with Hydra's own part
-    task_config: DictConfig  # without it
+    task_config: DictConfig  # without it, as `validate` has left it
     name: str
     device: torch.device
     load: Load
@@ -68,19 +69,19 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
     """Check all that a composed config asks for by building it, and return it as a job.
 
     Args:
-        composed: the config with Hydra's own part.
-        load: how a data set is loaded; by default a `cached_loader` of the job's own.
+        composed: The config with Hydra's own part.
+        load: Loads a data set; by default a `cached_loader` of the job's own.
 
     Raises:
-        ConfigError: if the run cannot be trained. Its store and its folder are not looked at.
+        ConfigError: The run cannot be trained. Its store and its folder are not looked at.
     """
-    config = validate(plain := task_config(composed))
+    plain = task_config(composed)
+    config = validate(plain)
     if not str(composed.hydra.run.dir).strip():
         raise ConfigError("hydra.run.dir=: must be a folder of its own for the run's output")
     device = _device(config.training.device)
     schedule = build_schedule(config)
     optimizer, optimizer_arguments = optimizer_class(config)
-    try_optimizer(optimizer, optimizer_arguments, torch.nn.Linear(2, 2))
     load = load or cached_loader()
     dataset = load(config.dataset)  # after what can be checked without: it may have to be fetched
     if config.training.patience is not None and dataset.val is None:
@@ -89,10 +90,7 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
             f"dataset.val_size is 0. Add dataset.val_size=5000, or training.patience=null"
         )
     build = build_model(config, dataset.shape, len(dataset.classes))
-    _check_last_batch(build, dataset, config.training.batch_size)
-    with torch.random.fork_rng(devices=[]):
-        try_optimizer(optimizer, optimizer_arguments, build())
-    return Job(
+    job = Job(
         config=config,
         composed=composed,
         task_config=plain,
@@ -104,6 +102,8 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
         optimizer_arguments=optimizer_arguments,
         schedule=schedule,
     )
+    try_run(config, build, dataset, job.run_spec, optimizer)
+    return job
 
 
 def check_unchanged(job: Job, history: RunHistory) -> None:
@@ -127,26 +127,6 @@ def cached_loader() -> Load:
         return load_dataset(DatasetConfig(**json.loads(config)))
 
     return lambda config: load(json.dumps(asdict(config)))
-
-
-def _check_last_batch(
-    build: Callable[[], torch.nn.Module], dataset: data.Dataset, batch_size: int
-) -> None:
-    """Raise ConfigError if the model cannot train on an epoch's last batch of a single image.
-
-    Batch normalisation of single values cannot, which is better known now than after an epoch.
-    """
-    if len(dataset.train) % batch_size != 1 and batch_size != 1:
-        return
-    try:
-        with torch.random.fork_rng(devices=[]):
-            build()(torch.zeros(1, *dataset.shape))
-    except Exception as error:  # a model can raise anything
-        raise ConfigError(
-            f"training.batch_size={batch_size}: leaves one image for the last batch of "
-            f"{len(dataset.train)} images, on which this model cannot train ({error}). Choose "
-            f"another batch size"
-        ) from error
 
 
 def _device(name: str) -> torch.device:

@@ -13,7 +13,7 @@ from mnist_exp.config.schema import Config
 from mnist_exp.config.validate import validate
 from mnist_exp.data.dataset import Dataset, DatasetInfo
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.build import build_model
+from mnist_exp.runs.build import build_model, restore_weights
 from mnist_exp.runs.job import Load, load_dataset
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.store import Store, StoredRun
@@ -144,6 +144,5 @@ def _build_stack(
             f"{name}: its checkpoint does not fit {config.model['_target_']} as it is now: the "
             f"code has changed since"
         )
-    # a buffer that is no part of the state is as the constructor made it
-    stack.restore(stack.snapshot() | {name: tensor[None] for name, tensor in weights.items()})
+    restore_weights(stack, weights)
     return stack

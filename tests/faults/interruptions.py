@@ -22,6 +22,7 @@ from mnist_exp.cli import main as cli
 from mnist_exp.config import paths
 from mnist_exp.figures import samples, style
 from mnist_exp.runs import recorder, train
+from mnist_exp.runs.trial import STEPS
 from mnist_exp.sweeps import results
 from mnist_exp.system.processes import is_running
 from mnist_exp.tracking import checkpoint, journal, upload
@@ -40,8 +41,9 @@ NOBODY = "http://127.0.0.1:9"
 GRID = [*BASE, f"tracking.uri={NOBODY}", "optimizer.lr=0.05,0.1", "training.batch_size=32,64"]
 JOBS = 4
 KINDS = ("lost", "doubled", "differing")  # what a fault can do to a record
-# of a run of BASE: its training steps; its operations on files, once its record has begun
-RANGES = {"exception": (1, 201), "file operation": (10, 400)}
+# of a run of BASE: its training steps, after those of the trial; its operations on files, once its
+# record has begun
+RANGES = {"exception": (1 + STEPS, 201 + STEPS), "file operation": (10, 400)}
 
 
 # what forked programs leave out, where the name is looked up: it takes longer than all else in a

@@ -1,0 +1,123 @@
+"""The trial of a run before anything is created for it: all that training does, with few images."""
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mnist_exp.config.schema import Config
+from mnist_exp.data.dataset import Dataset, Split
+from mnist_exp.errors import ConfigError
+from mnist_exp.runs.build import check_logits, explaining, restore_weights
+from mnist_exp.training.events import RunSpec
+from mnist_exp.training.stack import Batch, Stack
+from mnist_exp.training.step import TrainStep
+
+BATCH, STEPS = 2, 2
+
+
+def try_run(
+    config: Config,
+    build: Callable[[], nn.Module],
+    dataset: Dataset,
+    spec: RunSpec,
+    optimizer: type[torch.optim.Optimizer],
+) -> None:
+    """Train a model for two steps, evaluate it, save it and load it, on the CPU.
+
+    Args:
+        config: The config of the run.
+        build: Makes the model.
+        dataset: The data set, on the CPU.
+        spec: The numbers of the run.
+        optimizer: The class of its optimizer.
+
+    Raises:
+        ConfigError: The run would fail by its model, by an epoch's last batch, or by its optimizer.
+    """
+    few = _few_images(dataset)
+    images = few.normalise(few.test.images)
+    classes, batch_size = len(dataset.classes), config.training.batch_size
+    model = config.model["_target_"].rpartition(".")[2]
+    with torch.random.fork_rng(devices=[]):
+        with explaining("model", model):
+            stack = Stack(build, [spec.seed], torch.device("cpu"))
+            with torch.no_grad():  # the module is a skeleton, whose own tensors are not trained
+                check_logits(stack.module(images), images, classes)
+            check_logits(stack.logits(images[:1])[0], images[:1], classes)
+            _gradients(stack, few, spec, BATCH)
+        if len(dataset.train) % batch_size == 1 or batch_size == 1:
+            try:
+                _gradients(stack, few, spec, 1)
+            except Exception as error:  # batch normalisation of single values, above all
+                raise ConfigError(
+                    f"training.batch_size={batch_size}: leaves one image for the last batch of "
+                    f"{len(dataset.train)} images, on which this model cannot train ({error}). "
+                    f"Choose another batch size"
+                ) from error
+        with explaining("optimizer", optimizer.__qualname__):
+            _train(TrainStep(stack, few, [spec], optimizer, BATCH))
+        with explaining("model", model):
+            loaded = _save_and_load(stack, Stack(build, [spec.seed], stack.device))
+            if not torch.equal(_predict(stack, images), _predict(loaded, images)):
+                raise ValueError(
+                    "it predicts otherwise once it was saved and loaded: training changes what "
+                    "its state_dict does not hold. Keep that in parameters or buffers"
+                )
+
+
+def _few_images(dataset: Dataset) -> Dataset:
+    """Return a data set with as many images as the trial takes."""
+
+    def first(split: Split, count: int) -> Split:
+        chosen = torch.arange(count) % len(split)  # a split may have a single image
+        return Split(split.images[chosen], split.labels[chosen])
+
+    train, test = first(dataset.train, STEPS * BATCH), first(dataset.test, BATCH)
+    return replace(dataset, train=train, val=None, test=test)
+
+
+def _gradients(stack: Stack, dataset: Dataset, spec: RunSpec, size: int) -> None:
+    """Do the forward and the backward pass of a batch of so many images."""
+    x = dataset.normalise(dataset.train.images[:size])[None]
+    y = dataset.train.labels[:size][None]
+    smoothing = torch.tensor([spec.label_smoothing])
+    stack.gradients(stack.params, stack.buffers, Batch(x, y, torch.zeros(1).long(), smoothing))
+
+
+def _train(step: TrainStep) -> None:
+    """Do the steps of an epoch. Raise ValueError without a learning rate."""
+    if "lr" not in step.defaults[0]:
+        raise ValueError("it has no lr, which a schedule sets")
+    rates = np.full((STEPS, 1), float(step.defaults[0]["lr"]))
+    order, keys = torch.arange(STEPS * BATCH)[None], torch.zeros(STEPS, 1).long()
+    step(order, keys, step.hyperparameters(0, rates))
+
+
+def _save_and_load(trained: Stack, other: Stack) -> Stack:
+    """Return the other stack of one with the model of the trained one, by way of a file.
+
+    Raises:
+        ValueError: The state of the model holds what is not saved.
+    """
+    weights = trained.model(0).state_dict()
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"its state_dict holds {name}, a {type(value).__name__}, but only tensors are "
+                f"saved. Keep what it needs in buffers, or let the constructor make it"
+            )
+    file = io.BytesIO()
+    torch.save(weights, file)
+    file.seek(0)
+    restore_weights(other, torch.load(file, weights_only=True))
+    return other
+
+
+def _predict(stack: Stack, images: Tensor) -> Tensor:
+    """Return logits, of a model that is random in evaluation the same each time, and no nan."""
+    torch.manual_seed(0)
+    return stack.logits(images).nan_to_num()
