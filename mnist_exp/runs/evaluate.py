@@ -1,7 +1,7 @@
 """The saved model of a run on the official test set."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -87,26 +87,26 @@ def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluatio
     """Return the results of a stored run's model on the official test set.
 
     Args:
-        store: the store that has the run.
-        run: the run.
-        root: the folder of its data set, if not the recorded one.
+        store: The store that has the run.
+        run: The run.
+        root: The folder of its data set, if not the recorded one.
 
     Raises:
-        ConfigError: if the run has left no model, or its data set is not there.
+        ConfigError: The run has left no model, or its data set is not there.
     """
     dataset, stack = load_run(store, run, root=root)
     best_epoch = run.metrics.get("best/epoch")
-    return evaluate_stack(
-        *(run, dataset, stack),
+    return replace(
+        evaluate_stack(run, dataset, stack),
         model=stack.model(0),
         history={key: store.history(run.id, key) for key in CURVES},
         best_epoch=None if best_epoch is None else int(best_epoch),
     )
 
 
-def evaluate_stack(run: StoredRun, dataset: Dataset, stack: Stack, **more: Any) -> Evaluation:
-    """Return the results of a run's model, as a stack of one. `more`: fields of an Evaluation."""
+def evaluate_stack(run: StoredRun, dataset: Dataset, stack: Stack) -> Evaluation:
+    """Return the results of a run's model, a stack of one, on a data set's test images."""
     (logits,) = metrics.predict(stack, dataset, dataset.test)
     check_finite(logits, run)
     recorded = {key: value for key, value in run.metrics.items() if key.startswith("test/")}
-    return Evaluation(run.id, run.name, dataset, logits, recorded, **more)
+    return Evaluation(run.id, run.name, dataset, logits, recorded)

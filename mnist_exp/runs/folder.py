@@ -1,6 +1,8 @@
 """The output folder of a run: is it free, and the configs in it, from which a run is resumed."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -16,10 +18,30 @@ def check_output_folder(folder: Path, key: str = "hydra.run.dir") -> None:
     try:
         files.check_writable_folder(folder)
     except OSError as error:
-        raise ConfigError(
-            f"{folder}: the output folder cannot be made or written ({error.strerror}). Choose "
-            f"another: {key}=FOLDER"
-        ) from error
+        raise _not_writable(folder, error, key) from error
+
+
+@contextlib.contextmanager
+def new_output_folder(folder: Path, key: str) -> Iterator[None]:
+    """Make the folder that `key` names, for the block to fill.
+
+    Where that raises OSError, raise ConfigError, with no new folder left.
+    """
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise _not_writable(folder, error, key) from error
+
+
+def _not_writable(folder: Path, error: OSError, key: str) -> ConfigError:
+    return ConfigError(
+        f"{folder}: the output folder cannot be made or written ({error.strerror}). Choose "
+        f"another: {key}=FOLDER"
+    )
 
 
 def check_vacant(folder: Path) -> None:
@@ -33,22 +55,14 @@ def check_vacant(folder: Path) -> None:
 
 def write_configs(job: Job, folder: Path) -> None:
     """Write the configs of a job into its folder. Raise ConfigError, with no new folder left."""
-    is_new = not folder.exists()
-    try:
-        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    with new_output_folder(folder, "hydra.run.dir"):
+        (folder / ".hydra").mkdir(exist_ok=True)
         # `load_composed` reads these two
         files.write(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(job.task_config))
         hydra = OmegaConf.masked_copy(job.composed, "hydra")
         files.write(folder / ".hydra" / "hydra.yaml", OmegaConf.to_yaml(hydra))
         OmegaConf.save(job.composed.hydra.overrides.task, folder / ".hydra" / "overrides.yaml")
         OmegaConf.save(job.task_config, folder / "config.yaml", resolve=True)
-    except OSError as error:
-        if is_new:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise ConfigError(
-            f"{folder}: the output folder cannot be written ({error.strerror}). "
-            f"Choose another: hydra.run.dir=FOLDER"
-        ) from error
 
 
 def load_composed(folder: Path) -> DictConfig:

@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from mnist_exp.config import paths
 from mnist_exp.config.schema import Config, DatasetConfig, identity, task_config
 from mnist_exp.config.validate import validate
-from mnist_exp.data import dataset as data
+from mnist_exp.data import dataset as datasets
+from mnist_exp.data.dataset import Dataset
 from mnist_exp.errors import ConfigError
 from mnist_exp.runs.build import build_model, build_schedule, optimizer_class
 from mnist_exp.runs.trial import try_run
@@ -21,7 +22,7 @@ from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.training.events import RunSpec
 from mnist_exp.training.schedules import Schedule
 
-Load = Callable[[DatasetConfig], data.Dataset]
+Load = Callable[[DatasetConfig], Dataset]
 # the keys and groups whose values are in a run's name already
 KEYS_IN_NAME = ("dataset", "dataset.name", "model", "model.hidden", "optimizer", "optimizer.lr",
                 "schedule", "training.batch_size", "seed")  # fmt: skip
@@ -114,16 +115,16 @@ def check_unchanged(job: Job, history: RunHistory) -> None:
         )
 
 
-def load_dataset(config: DatasetConfig) -> data.Dataset:
+def load_dataset(config: DatasetConfig) -> Dataset:
     """Return the data set that a config asks for, on the CPU."""
-    return data.load(**asdict(config), cache=paths.output_root() / "data")
+    return datasets.load(**asdict(config), cache=paths.output_root() / "data")
 
 
 def cached_loader() -> Load:
     """Return a `load_dataset` that keeps the two data sets which were used last."""
 
     @functools.lru_cache(2)
-    def load(config: str) -> data.Dataset:
+    def load(config: str) -> Dataset:
         return load_dataset(DatasetConfig(**json.loads(config)))
 
     return lambda config: load(json.dumps(asdict(config)))

@@ -39,13 +39,13 @@ def predict(store: Store, run: StoredRun, files: Sequence[Path], raw: bool) -> l
     """Return a prediction for each file, in their order.
 
     Args:
-        store: the store that has the run.
-        run: the run whose model predicts.
-        files: image files.
-        raw: take the files as they are, as they are no photographs of ink on paper.
+        store: The store that has the run.
+        run: The run whose model predicts.
+        files: Image files.
+        raw: Take the files as they are, as they are no photographs of ink on paper.
 
     Raises:
-        ConfigError: if the run has left no model, or one that gives no numbers.
+        ConfigError: The run has left no model, or one that gives no numbers.
     """
     info, stack = load_model(store, run)
     predictions: list[Prediction] = []

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 
 from mnist_exp.config import paths
 from mnist_exp.config.schema import leaves
-from mnist_exp.data import dataset as data
+from mnist_exp.data.dataset import PREVIEW_IMAGES, Dataset
 from mnist_exp.errors import RunFailed, Terminated, reason_of
 from mnist_exp.figures import samples, style
 from mnist_exp.figures.curves import learning_curves
@@ -80,15 +81,15 @@ class RunRecorder:
     """The recorder of one run of a stack while it is trained, until the run's end."""
 
     def __init__(
-        self, plan: StackPlan, index: int, dataset: data.Dataset, tags: Mapping[str, str]
+        self, plan: StackPlan, index: int, dataset: Dataset, tags: Mapping[str, str]
     ) -> None:
         """Begin the record of a run, or go on with the one that its folder holds.
 
         Args:
-            plan: the stack that the run belongs to.
-            index: the run's number in it.
-            dataset: the data set of the stack.
-            tags: what the runs of the stack have in common.
+            plan: The stack that the run belongs to.
+            index: The run's number in it.
+            dataset: The data set of the stack.
+            tags: The tags that the runs of the stack have in common.
         """
         self.plan, self.index, self.dataset = plan, index, dataset
         self.job, self.folder = plan.jobs[index], plan.folders[index]
@@ -134,7 +135,7 @@ class RunRecorder:
         """Epochs between two pictures of predictions; None: there are none."""
         every = self.job.config.tracking.image_every
         if every is None and not self.plan.defer_test:
-            return -(-self.job.config.training.epochs // 20)  # about 20 pictures
+            return math.ceil(self.job.config.training.epochs / 20)  # about 20 pictures
         return every
 
     def state(self) -> dict[str, Any]:
@@ -274,17 +275,17 @@ def closing_on_error(recorders: Sequence[RunRecorder], stack_size: int) -> Itera
             raise
 
 
-def _deployed(stack: Stack, dataset: data.Dataset) -> DeployedModel:
+def _deployed(stack: Stack, dataset: Dataset) -> DeployedModel:
     """Return the model of a stack of one, with the normalisation of its images inside."""
     return DeployedModel(stack.model(0), dataset.mean, dataset.std).eval()
 
 
 def record_deferred_test(folder: Path, load: Load) -> None:
-    """Record the pictures, the test set and the model that were deferred for the run in a folder.
+    """Record the pictures, the test set and the model that were deferred for an ended run.
 
     Args:
-        folder: of a run that has ended.
-        load: how its data set is loaded.
+        folder: The folder of the run.
+        load: Loads its data set.
     """
     dataset, stack = saved_model.load_from_folder(folder, load)
     writer = RunWriter.reopen(folder, open_runs_at(paths.output_root()))
@@ -297,17 +298,15 @@ def record_deferred_test(folder: Path, load: Load) -> None:
     writer.journal.close()
 
 
-def record_test_and_model(
-    stack: Stack, dataset: data.Dataset, writer: RunWriter
-) -> dict[str, float]:
+def record_test_and_model(stack: Stack, dataset: Dataset, writer: RunWriter) -> dict[str, float]:
     """Record a trained run's results on the official test set, its curves and its model.
 
     The test set is read here once. Its metrics are recorded last: they say that all this is done.
 
     Args:
-        stack: the trained model, as a stack of one.
-        dataset: the data set it was trained on.
-        writer: the writer of the run's journal, which holds its epochs.
+        stack: The trained model, as a stack of one.
+        dataset: The data set it was trained on.
+        writer: The writer of the run's journal, which holds its epochs.
 
     Returns:
         test/loss and test/accuracy.
@@ -336,7 +335,14 @@ def record_curves(
     best_epoch: float | None,
     test_accuracy: float | None = None,
 ) -> None:
-    """Record a figure of loss and accuracy over the epochs, with a mark at the best one."""
+    """Record a figure of loss and accuracy over the epochs, with a mark at the best one.
+
+    Args:
+        history: What the run has recorded.
+        writer: The writer of its journal.
+        best_epoch: The epoch whose weights are kept, if validation chose it.
+        test_accuracy: The accuracy on the official test set, if it is known.
+    """
     best = None if best_epoch is None else int(best_epoch)
     curves = {key: history.history(key) for key in CURVES}
     figure = learning_curves(curves, best, history.name, test_accuracy)
@@ -345,10 +351,15 @@ def record_curves(
     writer.artifact(path)
 
 
-def record_model(
-    model: DeployedModel, dataset: data.Dataset, writer: RunWriter, epoch: int
-) -> None:
-    """Record a model as MLflow keeps and serves it, and a picture of its first layer."""
+def record_model(model: DeployedModel, dataset: Dataset, writer: RunWriter, epoch: int) -> None:
+    """Record a model as MLflow keeps and serves it, and a picture of its first layer.
+
+    Args:
+        model: The model.
+        dataset: The data set that it was trained on.
+        writer: The writer of the run's journal.
+        epoch: The last epoch of its training.
+    """
     if (layer := samples.first_layer(model.model, dataset.shape)) is not None:
         writer.image("model/first_layer", style.pixels(layer), epoch)
     example = dataset.preview.images[:2].cpu().numpy().astype(np.float32) / 255
@@ -357,16 +368,23 @@ def record_model(
     writer.model(path)
 
 
-def record_preview(dataset: data.Dataset, writer: RunWriter) -> None:
+def record_preview(dataset: Dataset, writer: RunWriter) -> None:
     """Record a figure of the first 30 images with their labels."""
     writer.image("train/first_30", style.pixels(samples.first_images(dataset)), 0)
 
 
-def record_predictions(stack: Stack, dataset: data.Dataset, writer: RunWriter, epoch: int) -> None:
-    """Record a figure of what a stack of one predicts for the first validation images."""
+def record_predictions(stack: Stack, dataset: Dataset, writer: RunWriter, epoch: int) -> None:
+    """Record a figure of predictions for the first validation images.
+
+    Args:
+        stack: The model, as a stack of one.
+        dataset: The data set, which has a validation split.
+        writer: The writer of the run's journal.
+        epoch: The number of epochs that the model has been trained for.
+    """
     val = dataset.val
     assert val is not None
-    images, labels = val.images[: data.PREVIEW_IMAGES], val.labels[: data.PREVIEW_IMAGES]
+    images, labels = val.images[:PREVIEW_IMAGES], val.labels[:PREVIEW_IMAGES]
     probabilities = stack.logits(dataset.normalise(images))[0].softmax(-1).cpu()
     title = f"validation, epoch {epoch}" if epoch else "validation, before training"
     figure = samples.predictions(dataset, images, labels, probabilities, title)

@@ -68,33 +68,58 @@ class Agreement:
 
     name: str
     compared: int  # epochs, or steps
-    first: int | None = None  # that differs
-    beyond: int | None = None  # the first one beyond the tolerance
-    at: int = 0  # that one, or where the relative difference is greatest
+    first_different: int | None = None
+    first_beyond: int | None = None  # the tolerance
+    shown: int = 0  # the first one beyond, or the one where the relative difference is greatest
     recorded: float = 0.0  # there
     again: float = 0.0
 
-    @property
-    def difference(self) -> float:
-        """The relative difference at `at`."""
-        return _relative(self.recorded, self.again)
+    @classmethod
+    def of(
+        cls, name: str, recorded: Mapping[int, float], again: Mapping[int, float]
+    ) -> "Agreement":
+        """Compare the losses of one kind. What was not recorded does not count.
 
-    @property
-    def allowed(self) -> str:
-        """The tolerance at `at`, for a person."""
-        relative, nats = _tolerance(self.name, self.at)
-        return f"{100 * relative:g} %" + (f", or {nats:g} nats" if nats else "")
+        Args:
+            name: A key of TOLERANCES.
+            recorded: The losses of the first run by epoch, or by step.
+            again: Those of the second run.
+        """
+        pairs = {n: (recorded[n], again.get(n, math.nan)) for n in sorted(recorded)}
+        differences = {
+            n: _relative(before, now)
+            for n, (before, now) in pairs.items()
+            if before != now and not (math.isnan(before) and math.isnan(now))
+        }
+        if not differences:
+            return cls(name, len(recorded))
+        first_beyond = None
+        for n, difference in differences.items():
+            relative, nats = _tolerance(name, n)
+            before, now = pairs[n]
+            if not (difference <= relative or abs(before - now) <= nats):
+                first_beyond = n
+                break
+        shown = first_beyond or max(differences, key=differences.__getitem__)
+        return cls(name, len(recorded), min(differences), first_beyond, shown, *pairs[shown])
 
     def row(self) -> list[str]:
         """Return the row of the table: all is identical, or where it differs, and by how much."""
         unit = {STEPS: "steps", "test/loss": "at the end"}.get(self.name, "epochs")
         start = [self.name, f"{self.compared} {unit}"]
-        if self.first is None:
-            return [*start, "none: identical", *[""] * 5]
-        where = f"{self.at} ({'greatest' if self.beyond is None else 'too great'})"
-        losses = [number_or_dash(loss, ".8g") for loss in (self.recorded, self.again)]
-        difference = number_or_dash(100 * self.difference, ".3g") + " %"
-        return [*start, str(self.first), where, *losses, difference, self.allowed]
+        if self.first_different is None:
+            return [*start, "none: identical", "", "", "", "", ""]
+        relative, nats = _tolerance(self.name, self.shown)
+        difference = _relative(self.recorded, self.again)
+        return [
+            *start,
+            str(self.first_different),
+            f"{self.shown} ({'greatest' if self.first_beyond is None else 'too great'})",
+            number_or_dash(self.recorded, ".8g"),
+            number_or_dash(self.again, ".8g"),
+            number_or_dash(100 * difference, ".3g") + " %",
+            f"{100 * relative:g} %" + (f", or {nats:g} nats" if nats else ""),
+        ]
 
 
 @dataclass(frozen=True)
@@ -115,9 +140,9 @@ class Reproduction:
     @property
     def verdict(self) -> str:
         """The result: identical, within tolerance, or different."""
-        if all(agreement.first is None for agreement in self.agreements):
+        if all(agreement.first_different is None for agreement in self.agreements):
             return "identical"
-        beyond = any(agreement.beyond is not None for agreement in self.agreements)
+        beyond = any(agreement.first_beyond is not None for agreement in self.agreements)
         return "different" if beyond or not self.same_config else "within tolerance"
 
     def table(self) -> Table:
@@ -140,19 +165,19 @@ def reproduce(
     """Train a run again from its record, and compare the loss of every epoch.
 
     Args:
-        store: the store that has the run.
-        run: the run.
-        reporter: shows how the second run gets on.
-        keep: the store for the second run, which is removed otherwise.
-        threads: in place of the recorded number.
-        device: in place of the recorded one.
-        root: the folder of its data set, if not the recorded one.
+        store: The store that has the run.
+        run: The run.
+        reporter: Shows how the second run gets on.
+        keep: The store for the second run, which is removed otherwise.
+        threads: In place of the recorded number.
+        device: In place of the recorded one.
+        root: The folder of its data set, if not the recorded one.
 
     Returns:
         How far the two agree. That the second run fails is one of the differences.
 
     Raises:
-        ConfigError: if the record does not tell enough, or the machine lacks something.
+        ConfigError: The record does not tell enough, or the machine lacks something.
     """
     with _temporary_folder() as folder:
         record = _read_record(store, run, folder)
@@ -169,8 +194,8 @@ def reproduce(
         try:
             job = _prepare(record, None if keep else folder / "run")
         except ConfigError as error:
-            typed = {"--threads": threads, "--device": device}
-            options = [f"{name} {value}" for name, value in typed.items() if value is not None]
+            values = {"--threads": threads, "--device": device}
+            options = [f"{name} {value}" for name, value in values.items() if value is not None]
             reason = f"{' and '.join(options) or 'as its record says'}: {error}"
             if str(error).startswith("training.device="):
                 reason += ". To choose another device: --device cpu"
@@ -228,11 +253,11 @@ def _train(
     """Train the second run as far as the first one was recorded, and return its outcome.
 
     Args:
-        job: the second run.
-        record: the record of the first one.
-        reporter: shows how it gets on.
-        keep: the store for it, if it is to be kept.
-        folder: the temporary folder.
+        job: The second run.
+        record: The record of the first one.
+        reporter: Shows how it gets on.
+        keep: The store for it, if it is to be kept.
+        folder: The temporary folder.
     """
     defer_test = not record.losses["test/loss"]
     last = max(record.losses["train/loss"])
@@ -244,7 +269,12 @@ def _train(
         return train_stack(plan, reporter, last_epoch=last_epoch)[0]
     try:
         return train(
-            *(job, job.folder, reporter), store=keep, defer_test=defer_test, last_epoch=last_epoch
+            job,
+            job.folder,
+            reporter,
+            store=keep,
+            defer_test=defer_test,
+            last_epoch=last_epoch,
         )
     except ConfigError:  # nothing was trained
         raise
@@ -269,7 +299,11 @@ def _compare(
     return Reproduction(
         run.id,
         run.name,
-        [agreement(k, losses, again.get(k, {})) for k, losses in record.losses.items() if losses],
+        [
+            Agreement.of(name, losses, again.get(name, {}))
+            for name, losses in record.losses.items()
+            if losses
+        ],
         differences,
         same_config=record.is_unchanged,
         kept=job.folder if keep else None,
@@ -308,35 +342,11 @@ def _temporary_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def agreement(name: str, recorded: Mapping[int, float], again: Mapping[int, float]) -> Agreement:
-    """Compare the losses of one kind. What was not recorded does not count.
-
-    Args:
-        name: a key of TOLERANCES.
-        recorded: the losses of the first run by epoch, or by step.
-        again: those of the second run.
-    """
-    first = beyond = None
-    at, worst = 0, 0.0
-    for number in sorted(recorded):
-        before, now = recorded[number], again.get(number, math.nan)
-        if before == now or (math.isnan(before) and math.isnan(now)):
-            continue
-        first = number if first is None else first
-        difference, (relative, nats) = _relative(before, now), _tolerance(name, number)
-        if beyond is None and not (difference <= relative or abs(before - now) <= nats):
-            beyond = number
-        if not difference <= worst:
-            at, worst = number, difference
-    at = at if beyond is None else beyond
-    values = (recorded[at], again.get(at, math.nan)) if at else (0.0, 0.0)
-    return Agreement(name, len(recorded), first, beyond, at, *values)
-
-
 def _tolerance(name: str, number: int) -> tuple[float, float]:
     """Return the tolerance of an epoch or a step: relative, and in nats."""
-    is_first = name == "train/loss" and number == 1
-    return (FIRST_EPOCH, 0.0) if is_first else TOLERANCES[name]
+    if name == "train/loss" and number == 1:
+        return FIRST_EPOCH, 0.0
+    return TOLERANCES[name]
 
 
 def _relative(before: float, now: float) -> float:

@@ -24,11 +24,11 @@ def find(word: str, uri: str, open_runs: OpenRuns) -> Path:
 
     Args:
         word: `last`, an id or its beginning, or a folder.
-        uri: the store.
-        open_runs: the registry of the runs that MLflow does not have whole.
+        uri: The store.
+        open_runs: The registry of the runs that MLflow does not have whole.
 
     Raises:
-        ConfigError: if there is no such run, or several, or it cannot be gone on with.
+        ConfigError: There is no such run, or several, or it cannot be gone on with.
     """
     if os.path.isdir(word or "."):
         if word and journal.size(Path(word)) > 0:
@@ -100,7 +100,7 @@ def resume_run(folder: Path, reporter: Reporter) -> Result | None:
     """Go on with a run to the end it would have had, or return None if it has reached it.
 
     Raises:
-        ConfigError: with nothing changed, if it cannot be gone on with.
+        ConfigError: It cannot be gone on with. Nothing has been changed.
     """
     history = RunHistory.of(folder)
     name = f"run {UploadState.of(folder).run_id[:8] or history.key[:8]}  {history.name}"

@@ -31,7 +31,7 @@ def load_model(store: Store, run: StoredRun) -> tuple[DatasetInfo, Stack]:
     """Return a stored run's model, as a stack of one on the CPU, without its data set.
 
     Raises:
-        ConfigError: if the run has left no model, or one that cannot be used.
+        ConfigError: The run has left no model, or one that cannot be used.
     """
     config, state = _load_record(store, run)
     name = f"run {run.id}"
@@ -51,13 +51,13 @@ def load_run(
     """Return a stored run's data set and its model, as a stack of one on the CPU.
 
     Args:
-        store: the store that has the run.
-        run: the run.
-        load: how the data set is loaded.
-        root: the folder of the data set, if not the recorded one.
+        store: The store that has the run.
+        run: The run.
+        load: How the data set is loaded.
+        root: The folder of the data set, if not the recorded one.
 
     Raises:
-        ConfigError: if there is no such model, or the data is not what it was trained on.
+        ConfigError: There is no such model, or the data is not what it was trained on.
     """
     plain, state = _load_record(store, run)
     if root is not None:

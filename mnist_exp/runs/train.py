@@ -56,18 +56,18 @@ def train(
     """Train one run, whose record is uploaded to MLflow meanwhile.
 
     Args:
-        job: the run.
-        folder: its output folder.
-        reporter: shows how it gets on.
-        store: the URI of the store to upload to, if it is not the config's.
-        resume: go on with the run in `folder` from its newest checkpoint.
-        defer_test: leave the test set and the model to `record_deferred_test`.
-        last_epoch: the last one that the run to be reproduced has recorded, if not all; training
+        job: The run.
+        folder: Its output folder.
+        reporter: Shows how it gets on.
+        store: The URI of the store to upload to, if it is not the config's.
+        resume: Go on with the run in `folder` from its newest checkpoint.
+        defer_test: Leave the test set and the model to `record_deferred_test`.
+        last_epoch: The last one that the run to be reproduced has recorded, if not all; training
             ends after it, with LastEpochReached.
 
     Raises:
-        ConfigError: with nothing created, if the run cannot be recorded there.
-        RunFailed: if the run does not reach its end.
+        ConfigError: The run cannot be recorded there. Nothing has been created.
+        RunFailed: The run does not reach its end.
     """
     tracking = job.config.tracking
     uri = store or store_uri(tracking.uri, paths.output_root())
@@ -109,10 +109,10 @@ def train_stack(
     raised, and leaves their records open.
 
     Args:
-        plan: the runs, and where their records go.
-        reporter: shows how they get on.
-        resume: go on from the newest checkpoint; a run that had ended before stays as it is.
-        last_epoch: as for `train`; LastEpochReached is the outcome then.
+        plan: The runs, and where their records go.
+        reporter: Shows how they get on.
+        resume: Go on from the newest checkpoint; a run that had ended before stays as it is.
+        last_epoch: As for `train`; LastEpochReached is the outcome then.
     """
     jobs, first = plan.jobs, plan.jobs[0]
     settings = first.config.training
@@ -178,8 +178,8 @@ def _follow(
     """Record, show and checkpoint what training yields, until no run is left to be trained.
 
     Raises:
-        LastEpochReached: after epoch `last_epoch`.
-        KeyboardInterrupt, Terminated: where a signal has come, after a checkpoint.
+        LastEpochReached: After epoch `last_epoch`.
+        KeyboardInterrupt, Terminated: A signal has come, after a checkpoint.
     """
     for event in events:
         for recorder in open_recorders(recorders):  # first: what a person has seen is kept

@@ -2,7 +2,6 @@
 
 import contextlib
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from mnist_exp.config.schema import Config, SweepConfig, identity, task_config
 from mnist_exp.config.validate import validate, validate_sweep
 from mnist_exp.errors import ConfigError, RunFailed, first_line, reason_of
 from mnist_exp.formatting import Table, count_of
-from mnist_exp.runs.folder import check_output_folder, check_vacant
+from mnist_exp.runs.folder import check_output_folder, check_vacant, new_output_folder
 from mnist_exp.runs.job import check_unchanged
 from mnist_exp.runs.train import INTERRUPTED_SECONDS, run_id_of
 from mnist_exp.sweeps import finish
@@ -321,9 +320,7 @@ def _choose_folder(sweep: Path, job: SweepJob) -> Path:
 
 def _make_folder(master: DictConfig, folder: Path, manifest: Manifest) -> None:
     """Create the sweep's folder, with the files that list its jobs. Raise ConfigError."""
-    was_there = folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with new_output_folder(folder, "hydra.sweep.dir"):
         with open_dict(master):
             master.hydra.sweep.dir = str(folder)  # a time in it is now
             if (n_jobs := master.hydra.launcher.get("n_jobs")) is not None:
@@ -332,10 +329,3 @@ def _make_folder(master: DictConfig, folder: Path, manifest: Manifest) -> None:
         OmegaConf.save(master, folder / "multirun.yaml")
         manifest.save_configs(folder)
         manifest.save(folder)
-    except OSError as error:
-        if not was_there:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise ConfigError(
-            f"{folder}: the sweep's folder cannot be written ({error.strerror}). "
-            f"Choose another: hydra.sweep.dir=FOLDER"
-        ) from error

@@ -23,7 +23,7 @@ from mnist_exp.runs import lookup
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.job import prepare
 from mnist_exp.runs.recorder import Result
-from mnist_exp.runs.reproduce import Reproduction, agreement, reproduce
+from mnist_exp.runs.reproduce import Agreement, Reproduction, reproduce
 from mnist_exp.runs.train import train
 from mnist_exp.sweeps.sweep import SweepResult
 from mnist_exp.system.processes import process_identity
@@ -43,15 +43,15 @@ def points(*values: float) -> dict[int, float]:
 
 
 def test_equal_is_identical() -> None:
-    found = agreement("train/loss", points(2.0, math.nan), points(2.0, math.nan))
-    assert (found.compared, found.first, found.beyond) == (2, None, None)
+    found = Agreement.of("train/loss", points(2.0, math.nan), points(2.0, math.nan))
+    assert (found.compared, found.first_different, found.first_beyond) == (2, None, None)
 
 
 def test_the_greatest_difference_is_named() -> None:
-    found = agreement("train/loss", points(2.0, 1.0, 0.5), points(2.0, 1.1, 0.51))
-    assert (found.first, found.beyond, found.at) == (2, None, 2)
+    found = Agreement.of("train/loss", points(2.0, 1.0, 0.5), points(2.0, 1.1, 0.51))
+    assert (found.first_different, found.first_beyond, found.shown) == (2, None, 2)
     assert (found.recorded, found.again) == (1.0, 1.1)
-    assert found.difference == pytest.approx(0.1)
+    assert found.row()[-2:] == ["10 %", "30 %, or 0.01 nats"]
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_the_greatest_difference_is_named() -> None:
 def test_tolerance(
     name: str, recorded: dict[int, float], again: dict[int, float], beyond: int | None
 ) -> None:
-    found = agreement(name, recorded, again)
-    assert found.beyond == beyond
-    assert beyond is None or found.at == beyond
+    found = Agreement.of(name, recorded, again)
+    assert found.first_beyond == beyond
+    assert beyond is None or found.shown == beyond
 
 
 def test_what_was_not_recorded_does_not_count() -> None:
-    found = agreement("train/loss", points(0.5), points(0.5, 0.4))
-    assert (found.compared, found.first) == (1, None)
+    found = Agreement.of("train/loss", points(0.5), points(0.5, 0.4))
+    assert (found.compared, found.first_different) == (1, None)
 
 
 # runs
@@ -225,7 +225,7 @@ def test_a_second_run_that_fails_says_why(
         found = again(keep=keep)
         assert found.verdict == "different"
         assert found.differences[0] == "the second run failed: RuntimeError: out of luck"
-        assert [each.beyond for each in found.agreements] == [None, 2, 2, 3]
+        assert [each.first_beyond for each in found.agreements] == [None, 2, 2, 3]
         losses = found.table()[1][1]
         # the second epoch is not there again
         assert losses[5:] == ["-", "- %", "30 %, or 0.01 nats"]
@@ -282,7 +282,7 @@ def test_another_seed_is_different(
         "config.yaml: it is not what the run began with (its hash differs from config_hash)"
     ]
     steps = found.agreements[0]
-    assert (steps.name, steps.first, steps.beyond) == ("first steps", 1, 1)
+    assert (steps.name, steps.first_different, steps.first_beyond) == ("first steps", 1, 1)
 
 
 @pytest.mark.parametrize(
