@@ -111,10 +111,10 @@ def train(
 
 def train_composed(composed: "DictConfig", verbose: bool = False) -> "Result":
     """Train one run from its composed config, which has Hydra's own part in it. See `train`."""
-    from mnist_exp.tracking import store as tracking
+    from mnist_exp.tracking import address
 
     # before torch's seconds of import
-    tracking.warn_if_environment_wins(_config(composed).tracking.uri)
+    address.warn_if_environment_wins(_config(composed).tracking.uri)
 
     from mnist_exp.runs import train as training
     from mnist_exp.runs.job import prepare
@@ -140,7 +140,7 @@ def train_sweep(
     """
     from mnist_exp.config.compose import compose_sweep
     from mnist_exp.sweeps import grid
-    from mnist_exp.tracking import store as tracking
+    from mnist_exp.tracking import address
 
     def say(text: str) -> None:
         if verbose:
@@ -148,7 +148,7 @@ def train_sweep(
 
     context, master = compose_sweep(overrides, config_name, config_dir)
     jobs = grid.jobs(context, master, say)  # before torch's seconds of import
-    tracking.warn_if_environment_wins(master.tracking.uri)
+    address.warn_if_environment_wins(master.tracking.uri)
 
     from mnist_exp.sweeps import sweep
 
@@ -371,18 +371,20 @@ def list_runs(
     """
     from mnist_exp.config import paths
     from mnist_exp.config.compose import compose
-    from mnist_exp.tracking import store as tracking
+    from mnist_exp.tracking import store
+    from mnist_exp.tracking.address import store_uri
+    from mnist_exp.tracking.store_check import check_store
 
     config = compose([word for word in overrides if word.startswith("tracking.")])
-    uri = tracking.store_uri(config.tracking.uri, paths.output_root())
-    tracking.check_store(uri)
-    return tracking.list_runs(uri, sweeps)
+    uri = store_uri(config.tracking.uri, paths.output_root())
+    check_store(uri)
+    return store.list_runs(uri, sweeps)
 
 
 def default_store() -> str:
     """Return the URI of the store that is used where no override names one."""
     from mnist_exp.config.paths import output_root
-    from mnist_exp.tracking.store import store_uri
+    from mnist_exp.tracking.address import store_uri
 
     return store_uri(None, output_root())
 

@@ -8,9 +8,10 @@ from mnist_exp.config.compose import check_list, compose
 from mnist_exp.config.schema import task_config
 from mnist_exp.config.validate import validate
 from mnist_exp.errors import ConfigError
-from mnist_exp.tracking import store, upload
+from mnist_exp.tracking import address, upload
 from mnist_exp.tracking.run_log import OpenRuns, open_runs_at
-from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.store import Store, has_runs
+from mnist_exp.tracking.store_check import check_store
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +48,9 @@ def store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = 
                 f"said is tracking.uri=..., the store{more}"
             )
     typed_uri = validate(task_config(compose(overrides))).tracking.uri
-    store.warn_if_environment_wins(typed_uri)
-    uri = store.store_uri(typed_uri, paths.output_root())
-    store.check_store(uri, required=required)
+    address.warn_if_environment_wins(typed_uri)
+    uri = address.store_uri(typed_uri, paths.output_root())
+    check_store(uri, required=required)
     return uri
 
 
@@ -63,6 +64,6 @@ def open_store(overrides: Sequence[str] = (), *, data: bool = False) -> Store:
     _, problems = upload.sync(open_runs(), uri)
     for folder, reason in problems.items():
         log.warning("%s: not in MLflow yet: %s", folder, reason)
-    if not store.has_runs(uri):
+    if not has_runs(uri):
         raise ConfigError(f"{uri}: there are no runs yet. To make one: mnist-exp train")
     return Store(uri)

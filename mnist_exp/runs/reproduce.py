@@ -30,9 +30,11 @@ from mnist_exp.runs.recorder import DIFF, FINGERPRINT, Result, StackPlan
 from mnist_exp.runs.saved_model import fetch_config
 from mnist_exp.runs.train import LastEpochReached, run_id_of, train, train_stack
 from mnist_exp.system.processes import is_running, process_identity
+from mnist_exp.tracking.address import normalised, store_uri
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import open_runs_at
-from mnist_exp.tracking.store import Store, StoredRun, check_store, store_uri
+from mnist_exp.tracking.store import Store, StoredRun
+from mnist_exp.tracking.store_check import check_store
 from mnist_exp.tracking.upload import UploadState
 
 PREFIX, OWNER = "mnist-exp-reproduce-", "owner.json"  # the temporary folder, and whose it is
@@ -189,6 +191,7 @@ def reproduce(
         if device is not None:
             config.training.device = device
         if keep is not None:
+            keep = normalised(keep)
             check_store(keep, tracking.experiment, option="--keep")
             tracking.tags = {**tracking.tags, "reproduces": run.id}
         try:

@@ -25,9 +25,10 @@ from mnist_exp.runs.recorder import (
 )
 from mnist_exp.system import signals
 from mnist_exp.tracking import checkpoint, journal
+from mnist_exp.tracking.address import store_uri
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import open_runs_at
-from mnist_exp.tracking.store import check_store, store_uri
+from mnist_exp.tracking.store_check import check_store
 from mnist_exp.tracking.upload import Uploader, UploadState
 from mnist_exp.training import loop
 from mnist_exp.training.compile import worth_compiling

@@ -36,9 +36,10 @@ from mnist_exp.sweeps.launcher import (
 from mnist_exp.sweeps.manifest import CONFIGS, MANIFEST, Manifest, SweepJob
 from mnist_exp.sweeps.results import Report
 from mnist_exp.system import signals
+from mnist_exp.tracking.address import store_uri
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import open_runs_at
-from mnist_exp.tracking.store import check_store, store_uri
+from mnist_exp.tracking.store_check import check_store
 from mnist_exp.tracking.upload import Uploader
 
 

@@ -22,6 +22,11 @@ LOGGED_IMAGES = {"mlflow.loggedImages": "True"}  # the tag that makes the UI loo
 THUMBNAIL_PIXELS = 256  # the longer side of what the UI shows in a list
 
 
+def sqlite_uri(path: Path) -> str:
+    """Return the address of a database that is a file; MLflow decodes what is escaped in it."""
+    return SQLITE + str(path).replace("%", "%25").replace("?", "%3F")
+
+
 def image_stem(key: str, step: int) -> str:
     """Return how the names of an image's files begin, to which a time and an id are added."""
     return f"{key.replace('/', '~')}+step+{step}+timestamp+"
@@ -49,12 +54,15 @@ def schema_version() -> str:
     return str(last)
 
 
-def inspect_database(path: Path, experiment: str | None) -> tuple[str, str | None]:
-    """Return why MLflow could not use a database, or "", and the id of `experiment` if deleted.
+def inspect_database(path: Path, experiment: str | None) -> tuple[str, dict[str, str] | None]:
+    """Return why MLflow could not use a database, or "", and what it holds of an experiment.
 
+    That is its experiment_id, lifecycle_stage and artifact_location; None where it is not there.
     Raises sqlite3.DatabaseError where the file is no database, or damaged.
     """
-    query = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'deleted'"
+    query = """
+        SELECT CAST(experiment_id AS TEXT) AS experiment_id, lifecycle_stage, artifact_location
+        FROM experiments WHERE name = ?"""
     with closing(_open_to_read(path)) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
         if not tables:
@@ -65,10 +73,11 @@ def inspect_database(path: Path, experiment: str | None) -> tuple[str, str | Non
         if versions != [newest := schema_version()]:
             return (
                 f"its tables are of another version of MLflow ({', '.join(versions)}; this one's "
-                f"is {newest}). To convert it: mlflow db upgrade {SQLITE}{path}"
+                f"is {newest}). To convert it: mlflow db upgrade {sqlite_uri(path)}"
             ), None
+        database.row_factory = sqlite3.Row
         row = database.execute(query, (experiment,)).fetchone()
-    return "", None if row is None else str(row[0])
+    return "", None if row is None else dict(row)
 
 
 def runs_in_database(path: Path, sweep: bool | None) -> list[tuple[str, str]]:
@@ -97,7 +106,7 @@ def make_database(path: Path) -> None:
         left.unlink()
     # another name each time, as MLflow remembers in which databases it has made tables
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    mlflow.MlflowClient(f"{SQLITE}{part}").search_experiments(max_results=1)
+    mlflow.MlflowClient(sqlite_uri(part)).search_experiments(max_results=1)
     files.replace(part, path)
 
 

@@ -1,14 +1,11 @@
-"""An MLflow store: whether it can be opened, and the runs that it holds."""
+"""An MLflow store that is open, and the runs that it holds."""
 
 import contextlib
-import http.client
+import errno
 import json
 import logging
 import os
 import shlex
-import sqlite3
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,15 +15,24 @@ from typing import Any, TypeVar
 from filelock import FileLock
 
 from mnist_exp.errors import ConfigError, first_line
-from mnist_exp.system import files
 from mnist_exp.tracking import mlflow_internals, ui_view
-from mnist_exp.tracking.mlflow_internals import PARENT, SQLITE
+from mnist_exp.tracking.address import (
+    ENVIRONMENT,
+    artifact_root,
+    database_file,
+    deleted_experiment,
+    named,
+)
+from mnist_exp.tracking.mlflow_internals import PARENT
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-ENVIRONMENT = "MLFLOW_TRACKING_URI"
-_SERVED = ("postgresql", "mysql", "mssql", "databricks")  # beginnings of other addresses
+_BUSY = (408, 409, 429, 499)  # answers below 500 of a server that may take the same request later
+_FOR_GOOD = ("SSLError", "InvalidURL", "ConfigError", "NoSuchModuleError")
+_FILE_SYSTEM_REFUSES = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
 _LOCK_SECONDS = 30.0  # that a process waits for another one, which makes the tables of a database
 _SETTINGS = {  # of MLflow's own, unless the user has some
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -39,121 +45,25 @@ _SETTINGS = {  # of MLflow's own, unless the user has some
 }
 
 
-def store_uri(uri: str | None, root: Path) -> str:
-    """Return MLFLOW_TRACKING_URI if it is set, else `uri`, else SQLite in the folder `root`."""
-    return os.environ.get(ENVIRONMENT) or uri or f"{SQLITE}{root / 'mlflow.db'}"
+def may_pass(error: BaseException) -> bool:
+    """Return whether what MLflow raised may pass by itself, as where a server is down."""
+    from mlflow.exceptions import MlflowException
 
-
-def warn_if_environment_wins(uri: str | None) -> None:
-    """Warn where the environment names another store than `uri`, which was typed."""
-    used = os.environ.get(ENVIRONMENT)
-    if uri is not None and used and used != uri:
-        log.warning("%s=%s is used, and not tracking.uri=%s", ENVIRONMENT, used, uri)
-
-
-def check_store(
-    uri: str, experiment: str | None = None, required: bool = True, option: str = ""
-) -> None:
-    """Raise ConfigError for a store that cannot be opened, as far as a look can tell.
-
-    Args:
-        uri: Of the store; creates nothing there, nor imports mlflow unless it is a database server.
-        experiment: The name of the one that runs are to be recorded in.
-        required: A server has to answer now.
-        option: What has named the store, if that is not tracking.uri or the environment.
-    """
-    path = _database_file(uri)
-    if uri.startswith("sqlite:") and (path in (None, Path()) or "?" in uri):
-        raise ConfigError(f"{_named(uri, option)}: must name a file, sqlite:////ABSOLUTE/PATH.db")
-    if path is not None:
-        _check_database(uri, path, experiment, option)
-    elif uri.startswith(("http://", "https://")):
-        try:
-            urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=3).close()
-        except urllib.error.HTTPError as answer:  # somebody is there: mlflow will find out who
-            answer.close()
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if not required and isinstance(error, OSError):
-                return
-            reason = getattr(error, "reason", error)
-            raise ConfigError(
-                f"{_named(uri, option)}: no MLflow server answers there ({reason}). Start it, or "
-                f"{_how_to_choose(uri, option)}"
-            ) from error
-    elif not uri.startswith(_SERVED):
-        raise ConfigError(
-            f"{_named(uri, option)}: must be sqlite:////ABSOLUTE/PATH.db, the http(s) address of a "
-            f"server, or one of {', '.join(_SERVED)}... (MLflow no longer keeps runs in plain "
-            f"folders)"
-        )
-    elif required:
-        Store(uri)
-
-
-def _database_file(uri: str) -> Path | None:
-    """Return the file of a store that is an SQLite database, or None."""
-    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
-
-
-def _check_database(uri: str, path: Path, experiment: str | None, option: str) -> None:
-    """Do what `check_store` does for an SQLite database that is a file."""
-    problem, deleted = _file_problem(path), None
-    if not problem and path.exists():
-        try:
-            problem, deleted = mlflow_internals.inspect_database(path, experiment)
-        except sqlite3.DatabaseError as error:
-            problem = str(error)
-    if problem:
-        raise ConfigError(
-            f"{_named(uri, option)}: cannot be opened, {problem}. To go on, "
-            f"{_how_to_choose(uri, option)}"
-        )
-    if deleted is not None:
-        raise _deleted(uri, str(experiment), deleted)
-
-
-def _file_problem(path: Path) -> str:
-    """Return why the file of a database could not be written, or ""."""
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent}"
-    try:  # SQLite needs its journal beside the database
-        files.check_writable_folder(path.parent)
-    except OSError as error:
-        return f"the folder {path.parent} cannot be written ({error.strerror})"
-    if path.is_dir():
-        return "it is a folder"
-    if path.exists() and not os.access(path, os.R_OK | os.W_OK):
-        return "the file cannot be read and written"
-    return ""
-
-
-def _deleted(uri: str, experiment: str, number: object) -> ConfigError:
-    """Return the error of an experiment that was deleted."""
-    return ConfigError(
-        f"tracking.experiment={experiment}: it was deleted. Choose another name, or restore it: "
-        f"{ENVIRONMENT}={uri} mlflow experiments restore -x {number}"
-    )
-
-
-def _named(uri: str, option: str = "") -> str:
-    """Return a store with what has named it, which would have to be changed."""
-    if option:
-        return f"{option} {uri}"
-    return f"{ENVIRONMENT if os.environ.get(ENVIRONMENT) == uri else 'tracking.uri'}={uri}"
-
-
-def _how_to_choose(uri: str, option: str) -> str:
-    """Return how to name another store, where this one will not do."""
-    if option:
-        return f"choose another store: {option} sqlite:////ABSOLUTE/PATH.db"
-    if os.environ.get(ENVIRONMENT) == uri:
-        return f"set {ENVIRONMENT} to another store, or unset it: it counts before tracking.uri"
-    return "choose another store: tracking.uri=sqlite:////ABSOLUTE/PATH.db"
+    each: BaseException | None = error
+    while each is not None:
+        if isinstance(each, ImportError) or type(each).__name__ in _FOR_GOOD:
+            return False
+        if isinstance(each, OSError) and each.errno in _FILE_SYSTEM_REFUSES:
+            return False
+        if isinstance(each, MlflowException) and 400 <= each.get_http_status_code() < 500:
+            return each.get_http_status_code() in _BUSY
+        each = each.__cause__ or each.__context__
+    return True
 
 
 def has_runs(uri: str) -> bool:
     """Return whether the store may hold a run; a database that was never made does not."""
-    path = _database_file(uri)
+    path = database_file(uri)
     return path is None or path.exists()
 
 
@@ -162,7 +72,7 @@ def list_runs(uri: str, sweep: bool | None) -> list[tuple[str, str]]:
 
     From a database that is a file they come at once, as mlflow's import would hold up a completion.
     """
-    if path := _database_file(uri):
+    if path := database_file(uri):
         return mlflow_internals.runs_in_database(path, sweep) if path.exists() else []
     return [(run.id, run.name) for run in Store(uri).of_kind(sweep, newest=True)]
 
@@ -249,7 +159,7 @@ class Store:
 
         for name in ("mlflow", "alembic"):  # its import sets them up
             logging.getLogger(name).setLevel(logging.ERROR)
-        self.uri, self.database = uri, _database_file(uri)
+        self.uri, self.database = uri, database_file(uri)
         self._experiments: dict[str, str] = {}  # name -> id
         before = os.environ.get(ENVIRONMENT)
         mlflow.set_tracking_uri(uri)
@@ -264,7 +174,7 @@ class Store:
                 self.client = mlflow.MlflowClient(uri)
                 self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever the driver of this kind of store raises
-            raise ConfigError(f"{_named(uri)}: cannot be opened, {first_line(error)}") from error
+            raise ConfigError(f"{named(uri)}: cannot be opened, {first_line(error)}") from error
 
     def lock(self) -> AbstractContextManager[object]:
         """Return a lock of one process, where MLflow has none: in a database that is a file."""
@@ -288,7 +198,7 @@ class Store:
         if experiment is None:
             location = None  # a server keeps artifacts where it was told to
             if self.database is not None:
-                location = (self.database.resolve().parent / "mlruns").as_uri()
+                location = artifact_root(self.database)
             tags = {"mlflow.experimentKind": "custom_model_development", ui_view.TAG: ui_view.tag()}
             try:
                 return str(self.client.create_experiment(name, location, tags))
@@ -297,7 +207,7 @@ class Store:
                 if experiment is None:
                     raise
         if experiment.lifecycle_stage == "deleted":
-            raise _deleted(self.uri, name, experiment.experiment_id)
+            raise deleted_experiment(self.uri, name, experiment.experiment_id)
         if ui_view.TAG not in experiment.tags:
             self.client.set_experiment_tag(experiment.experiment_id, ui_view.TAG, ui_view.tag())
         return str(experiment.experiment_id)

@@ -22,7 +22,8 @@ from mnist_exp.tracking.journal import Entry, RunHistory
 from mnist_exp.tracking.mlflow_internals import PARENT
 from mnist_exp.tracking.mlflow_model import log_model
 from mnist_exp.tracking.run_log import OpenRuns, open_histories
-from mnist_exp.tracking.store import Store, check_store
+from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.store_check import check_store
 
 log = logging.getLogger(__name__)
 

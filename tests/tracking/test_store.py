@@ -6,8 +6,8 @@ from typing import Any
 import mlflow
 import pytest
 
-from mnist_exp.tracking import store as tracking
 from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.store_check import check_store
 from tests.helpers import fresh_store
 
 
@@ -22,7 +22,7 @@ def test_a_database_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
         patched.setattr(mlflow.MlflowClient, "search_experiments", killed)
         Store(uri)
     assert not (tmp_path / "new.db").exists()
-    tracking.check_store(uri)
+    check_store(uri)
     (tmp_path / "new.db.a.part").write_bytes(b"half of it")
     (tmp_path / "new.db.a.part-journal").write_bytes(b"half of it")
     assert Store(uri).client.search_experiments()
