@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.measure import machine
 from benchmarks.page import write_torture
-from mnist_exp.tracking import upload
+from mnist_exp.tracking import uploader
 from mnist_exp.tracking.run_log import OpenRuns
 from tests.faults.checkpoints import damage_is_refused, kill_save_anywhere
 from tests.faults.delivery import MODES, MOMENTS, eight_writers, faults_in, recorded_through
@@ -168,7 +168,7 @@ def main() -> None:
     lines = [machine(), "", f"| fault | times injected | {' | '.join(KINDS)} |"]
     torch.set_num_threads(1)
     # the uploader looks often, and asks a server for a second at most
-    upload.PAUSE = 0.05
+    uploader.PAUSE = 0.05
     os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     began = time.monotonic()
     found = list(rows(arguments.share, lambda text: print(text, flush=True)))

@@ -112,15 +112,16 @@ def train(
 def train_composed(composed: "DictConfig", verbose: bool = False) -> "Result":
     """Train one run from its composed config, which has Hydra's own part in it. See `train`."""
     from mnist_exp.tracking import address
+    from mnist_exp.tracking.uploader import Uploader
 
     # before torch's seconds of import
     address.warn_if_environment_wins(_config(composed).tracking.uri)
+    with Uploader() as uploader:
+        from mnist_exp.runs import train as training
+        from mnist_exp.runs.job import prepare
 
-    from mnist_exp.runs import train as training
-    from mnist_exp.runs.job import prepare
-
-    job = prepare(composed)
-    return training.train(job, job.folder, _reporter(verbose))
+        job = prepare(composed)
+        return training.train(job, job.folder, _reporter(verbose), uploader)
 
 
 def train_sweep(
@@ -141,6 +142,7 @@ def train_sweep(
     from mnist_exp.config.compose import compose_sweep
     from mnist_exp.sweeps import grid
     from mnist_exp.tracking import address
+    from mnist_exp.tracking.uploader import Uploader
 
     def say(text: str) -> None:
         if verbose:
@@ -149,10 +151,10 @@ def train_sweep(
     context, master = compose_sweep(overrides, config_name, config_dir)
     jobs = grid.jobs(context, master, say)  # before torch's seconds of import
     address.warn_if_environment_wins(master.tracking.uri)
+    with Uploader() as uploader:
+        from mnist_exp.sweeps import sweep
 
-    from mnist_exp.sweeps import sweep
-
-    return sweep.run_sweep(context, master, jobs, verbose)
+        return sweep.run_sweep(context, master, jobs, uploader, verbose)
 
 
 def resume(
@@ -182,12 +184,14 @@ def resume(
 
     from mnist_exp.runs import resume as resuming
     from mnist_exp.sweeps import sweep
+    from mnist_exp.tracking.uploader import Uploader
 
     folder = resuming.find(run, uri, lookup.open_runs())
     try:
-        if sweep.is_sweep(folder):
-            return sweep.resume_sweep(folder, failed, verbose)
-        return resuming.resume_run(folder, _reporter(verbose))
+        with Uploader() as uploader:
+            if sweep.is_sweep(folder):
+                return sweep.resume_sweep(folder, failed, uploader, verbose)
+            return resuming.resume_run(folder, _reporter(verbose), uploader)
     except (KeyboardInterrupt, Terminated) as error:
         if not getattr(error, "__notes__", []):  # it had not begun
             error.add_note(str(folder))

@@ -36,6 +36,7 @@ from mnist_exp.tracking.run_log import open_runs_at
 from mnist_exp.tracking.store import Store, StoredRun
 from mnist_exp.tracking.store_check import check_store
 from mnist_exp.tracking.upload import UploadState
+from mnist_exp.tracking.uploader import Uploader
 
 PREFIX, OWNER = "mnist-exp-reproduce-", "owner.json"  # the temporary folder, and whose it is
 STEPS = "first steps"
@@ -271,14 +272,16 @@ def _train(
         plan = StackPlan([job], [job.folder], uri, open_runs_at(folder), defer_test=defer_test)
         return train_stack(plan, reporter, last_epoch=last_epoch)[0]
     try:
-        return train(
-            job,
-            job.folder,
-            reporter,
-            store=keep,
-            defer_test=defer_test,
-            last_epoch=last_epoch,
-        )
+        with Uploader() as uploader:
+            return train(
+                job,
+                job.folder,
+                reporter,
+                uploader,
+                store=keep,
+                defer_test=defer_test,
+                last_epoch=last_epoch,
+            )
     except ConfigError:  # nothing was trained
         raise
     except Exception as error:  # a model can raise anything

@@ -16,6 +16,7 @@ from mnist_exp.tracking.run_log import OpenRuns, open_histories
 from mnist_exp.tracking.store import Store, StoredRun, has_runs
 from mnist_exp.tracking.store_check import check_store
 from mnist_exp.tracking.upload import UploadState
+from mnist_exp.tracking.uploader import Uploader
 
 
 def find(word: str, uri: str, open_runs: OpenRuns) -> Path:
@@ -97,7 +98,7 @@ def _resumable(folder: Path) -> Path:
     return folder
 
 
-def resume_run(folder: Path, reporter: Reporter) -> Result | None:
+def resume_run(folder: Path, reporter: Reporter, uploader: Uploader) -> Result | None:
     """Go on with a run to the end it would have had, or return None if it has reached it.
 
     Raises:
@@ -121,4 +122,4 @@ def resume_run(folder: Path, reporter: Reporter) -> Result | None:
         f"{name}: goes on in {folder}; {last_epoch_of(history)} of {job.config.training.epochs} "
         f"epochs are recorded"
     )
-    return train(job, folder, reporter, store=history.uri, resume=True)
+    return train(job, folder, reporter, uploader, store=history.uri, resume=True)

@@ -29,7 +29,8 @@ from mnist_exp.tracking.address import store_uri
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import open_runs_at
 from mnist_exp.tracking.store_check import check_store
-from mnist_exp.tracking.upload import Uploader, UploadState
+from mnist_exp.tracking.upload import UploadState
+from mnist_exp.tracking.uploader import Uploader
 from mnist_exp.training import loop
 from mnist_exp.training.compile import worth_compiling
 from mnist_exp.training.events import Epoch, Message, Progress
@@ -48,6 +49,7 @@ def train(
     job: Job,
     folder: Path,
     reporter: Reporter,
+    uploader: Uploader,
     *,
     store: str | None = None,
     resume: bool = False,
@@ -60,6 +62,7 @@ def train(
         job: The run.
         folder: Its output folder.
         reporter: Shows how it gets on.
+        uploader: Uploads the record; it is closed with the run.
         store: The URI of the store to upload to, if it is not the config's.
         resume: Go on with the run in `folder` from its newest checkpoint.
         defer_test: Leave the test set and the model to `record_deferred_test`.
@@ -78,9 +81,8 @@ def train(
         check_output_folder(folder)
         check_vacant(folder)
     plan = StackPlan([job], [folder], uri, open_runs, defer_test=defer_test)
-    uploader = Uploader(uri, open_runs, reporter.line)
+    uploader.open(uri, open_runs, reporter.line)
     uploader.watch([folder])
-    uploader.start()
     flush_seconds = INTERRUPTED_SECONDS
     try:
         (outcome,) = train_stack(plan, reporter, resume=resume, last_epoch=last_epoch)

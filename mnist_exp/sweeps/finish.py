@@ -33,7 +33,8 @@ from mnist_exp.system import files
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import RunWriter, open_runs_at
 from mnist_exp.tracking.store import Store, StoredRun
-from mnist_exp.tracking.upload import Uploader, UploadState
+from mnist_exp.tracking.upload import UploadState
+from mnist_exp.tracking.uploader import Uploader
 
 BEST = "best.yaml"  # the recipe of the chosen cell
 DESCRIBED = 20  # cells of the leaderboard that the parent run's description has room for

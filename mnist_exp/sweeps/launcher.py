@@ -40,7 +40,6 @@ from mnist_exp.system import signals, streams
 from mnist_exp.system.processes import END_SECONDS, end, fork, is_running, receive
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import open_runs_at
-from mnist_exp.tracking.upload import Uploader
 from mnist_exp.training.compile import warm_up_compiler
 
 STOP = "stop"  # a file in the sweep's folder: no more jobs are to be started
@@ -100,8 +99,7 @@ class SweepSetup:
         train_stack(plan, reporter, resume=self.resume)
 
 
-# A launcher trains checked jobs. It begins the uploader, which a process that forks has to pause.
-Launcher = Callable[[SweepSetup, Jobs, Uploader], Results]
+Launcher = Callable[[SweepSetup, Jobs], Results]  # it trains checked jobs
 
 
 def choose_launcher(context: HydraContext, master: DictConfig) -> Launcher:
@@ -133,17 +131,15 @@ def with_swept_values_in_name(job: Job, values: Mapping[str, str]) -> Job:
 # the stacked launcher
 
 
-def launch_stacked(
-    setup: SweepSetup, jobs: Jobs, uploader: Uploader, max_stack: int | None
-) -> Results:
+def launch_stacked(setup: SweepSetup, jobs: Jobs, max_stack: int | None) -> Results:
     """Train jobs, those that can share a stack together: `max_stack` at most, None for the best."""
     planned = stacks.plan(jobs, max_stack)
     numbers = [[job.number for job in stack] for stack in planned]
     replace(Manifest.load(setup.folder), stacks=numbers).save(setup.folder)
-    return train_stacks(setup, planned, uploader)
+    return train_stacks(setup, planned)
 
 
-def train_stacks(setup: SweepSetup, planned: Sequence[Jobs], uploader: Uploader) -> Results:
+def train_stacks(setup: SweepSetup, planned: Sequence[Jobs]) -> Results:
     """Train stacks, several at a time where that is faster."""
     processes = stacks.process_count(planned)
     at_a_time = f", {processes} at a time" if processes > 1 else ""
@@ -152,9 +148,9 @@ def train_stacks(setup: SweepSetup, planned: Sequence[Jobs], uploader: Uploader)
     setup.reporter().line(text)
     named = [(f"stack {i} of {len(planned)}", stack) for i, stack in enumerate(planned, start=1)]
     if processes == 1:
-        trained = train_sequentially(setup, named, uploader)
+        trained = train_sequentially(setup, named)
     else:
-        trained = train_in_parallel(setup, named, uploader, processes)
+        trained = train_in_parallel(setup, named, processes)
     results: Results = {}
     with contextlib.closing(trained):  # at once, and with it the processes
         for stack_results in trained:
@@ -163,12 +159,9 @@ def train_stacks(setup: SweepSetup, planned: Sequence[Jobs], uploader: Uploader)
     return {job.number: results.get(job.number) or setup.not_run(job) for job in jobs}
 
 
-def train_sequentially(
-    setup: SweepSetup, named: Sequence[tuple[str, Jobs]], uploader: Uploader
-) -> Generator[Results]:
+def train_sequentially(setup: SweepSetup, named: Sequence[tuple[str, Jobs]]) -> Generator[Results]:
     """Train stacks, each with its name, in this process, and yield the results of each."""
     reporter = setup.reporter()
-    uploader.start_once()
     for name, stack in named:
         if not setup.is_stopped:
             reporter.line(f"\n{name}: {stacks.describe_stack(stack)}")
@@ -176,7 +169,7 @@ def train_sequentially(
 
 
 def train_in_parallel(
-    setup: SweepSetup, named: Sequence[tuple[str, Jobs]], uploader: Uploader, processes: int
+    setup: SweepSetup, named: Sequence[tuple[str, Jobs]], processes: int
 ) -> Generator[Results]:
     """Train stacks, each with its name, in so many processes; yield the results as they come."""
     if any(stacks.is_compiled(stack) for _, stack in named):
@@ -188,12 +181,10 @@ def train_in_parallel(
             while waiting and len(running) < processes and not setup.is_stopped:
                 name, stack = waiting.pop()
                 signals.check()
-                with uploader.paused():
-                    connection, process = fork(worker, setup, name, stack, THREADS // processes)
+                connection, process = fork(worker, setup, name, stack, THREADS // processes)
                 running[connection] = process, stack
             if not running:
                 return
-            uploader.start_once()  # after the first forks, which need not wait for its imports
             for ready in multiprocessing.connection.wait(list(running)):
                 assert isinstance(ready, Connection)
                 process, stack = running[ready]
@@ -245,14 +236,13 @@ def _train_or_halve(setup: SweepSetup, stack: Jobs, reporter: Reporter, threads:
 
 
 def launch_by_hydra(
-    setup: SweepSetup, jobs: Jobs, uploader: Uploader, context: HydraContext, master: DictConfig
+    setup: SweepSetup, jobs: Jobs, context: HydraContext, master: DictConfig
 ) -> Results:
     """Train jobs by the launcher of Hydra's that the config names."""
     task = HydraTask(setup, {job.number: job.values for job in jobs}, launcher_name(master))
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=context, task_function=task, config=master
     )
-    uploader.start_once()
     try:
         returns = launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
     except BaseException:

@@ -40,7 +40,7 @@ from mnist_exp.tracking.address import store_uri
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import open_runs_at
 from mnist_exp.tracking.store_check import check_store
-from mnist_exp.tracking.upload import Uploader
+from mnist_exp.tracking.uploader import Uploader
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,11 @@ class SweepResult:
 
 
 def run_sweep(
-    context: HydraContext, master: DictConfig, jobs: Sequence[SweepJob], verbose: bool = True
+    context: HydraContext,
+    master: DictConfig,
+    jobs: Sequence[SweepJob],
+    uploader: Uploader,
+    verbose: bool = True,
 ) -> SweepResult:
     """Run a sweep from beginning to end. Raise ConfigError, with nothing created, if it cannot be.
 
@@ -73,6 +77,7 @@ def run_sweep(
         context: What Hydra's launchers need.
         master: The config that the jobs have in common.
         jobs: The jobs, as `grid.jobs` gives them.
+        uploader: Uploads their records.
         verbose: Whether the jobs and the report are shown.
     """
     name = launcher_name(master)
@@ -97,7 +102,7 @@ def run_sweep(
     setup = SweepSetup(folder, uri, settings, shlex.join(sys.argv), verbose)
     setup.reporter().line(f"sweep of {count_of(len(valid), 'job')}, in {folder}")
     launcher = choose_launcher(context, master)
-    return _conduct(setup, manifest, config, lambda uploader: launcher(setup, valid, uploader))
+    return _conduct(setup, manifest, config, uploader, lambda: launcher(setup, valid))
 
 
 def is_sweep(folder: Path) -> bool:
@@ -105,7 +110,9 @@ def is_sweep(folder: Path) -> bool:
     return any((folder / name).exists() for name in (MANIFEST, CONFIGS))
 
 
-def resume_sweep(folder: Path, failed: bool, verbose: bool = True) -> SweepResult | None:
+def resume_sweep(
+    folder: Path, failed: bool, uploader: Uploader, verbose: bool = True
+) -> SweepResult | None:
     """Go on with a sweep from its folder alone; return None if there is nothing to go on with.
 
     Raise ConfigError, with nothing changed, if it cannot be. If `failed`, the jobs that failed
@@ -124,13 +131,14 @@ def resume_sweep(folder: Path, failed: bool, verbose: bool = True) -> SweepResul
     _check_unchanged([job for job in jobs if job.number in to_run], setup)
     check_store(parent.uri, parent.experiment, required=False)
 
-    def launch(uploader: Uploader) -> Results:
+    def launch() -> Results:
         results: Results = {}
         for stacks in filter(None, rounds):
-            results |= train_stacks(setup, stacks, uploader)
+            results |= train_stacks(setup, stacks)
         return results
 
-    return _conduct(setup, manifest, validate(task_config(jobs[0].config)), launch)
+    config = validate(task_config(jobs[0].config))
+    return _conduct(setup, manifest, config, uploader, launch)
 
 
 def _remaining_stacks(
@@ -159,7 +167,11 @@ def _remaining_stacks(
 
 
 def _conduct(
-    setup: SweepSetup, manifest: Manifest, config: Config, launch: Callable[[Uploader], Results]
+    setup: SweepSetup,
+    manifest: Manifest,
+    config: Config,
+    uploader: Uploader,
+    launch: Callable[[], Results],
 ) -> SweepResult:
     """Run the jobs of a sweep under its parent run, and report on them.
 
@@ -167,16 +179,16 @@ def _conduct(
         setup: What the jobs have in common.
         manifest: The jobs.
         config: The config of one of them, for what all have in common.
+        uploader: Uploads their records; it is closed with the sweep.
         launch: Trains the jobs.
     """
     failure = ""
-    with _opened(setup, manifest, config) as sweep:
+    with _opened(setup, manifest, config, uploader) as sweep:
         try:
-            sweep.results.update(launch(sweep.uploader))
+            sweep.results.update(launch())
         except Exception as error:  # the launcher itself
             failure = f"the launcher failed: {first_line(error)}"
         signals.check()
-        sweep.uploader.start_once()
         summary = finish.finish_sweep(sweep, failure)
         failure = failure or summary.failure
         with signals.deferred():  # an end is an end
@@ -193,8 +205,10 @@ def _conduct(
 
 
 @contextlib.contextmanager
-def _opened(setup: SweepSetup, manifest: Manifest, config: Config) -> Iterator[finish.OpenSweep]:
-    """Open the parent run and the uploader of a sweep, and end both, whatever is raised meanwhile.
+def _opened(
+    setup: SweepSetup, manifest: Manifest, config: Config, uploader: Uploader
+) -> Iterator[finish.OpenSweep]:
+    """Open the parent run and the uploader of a sweep; end both, whatever is raised meanwhile.
 
     Raise RunFailed if the report cannot be made.
     """
@@ -202,7 +216,7 @@ def _opened(setup: SweepSetup, manifest: Manifest, config: Config) -> Iterator[f
     with signals.deferred():  # what is opened has to be closed again
         parent = finish.open_parent(setup, manifest, config)
         (folder / STOP).unlink(missing_ok=True)  # of an earlier try, which is over
-        uploader = Uploader(setup.store_uri, open_runs_at(paths.output_root()), reporter.line)
+        uploader.open(setup.store_uri, open_runs_at(paths.output_root()), reporter.line)
         uploader.watch([folder, *(job.folder for job in manifest.valid)])
     sweep = finish.OpenSweep(setup, manifest, parent, uploader, reporter)
     try:
@@ -224,7 +238,6 @@ def _opened(setup: SweepSetup, manifest: Manifest, config: Config) -> Iterator[f
             parent.end("FAILED", reason_of(error))
         raise RunFailed(f"the sweep in {folder}: no report: {reason_of(error)}") from error
     finally:
-        uploader.start_once()
         uploader.close(patience)
 
 

@@ -47,8 +47,13 @@ def follow_parent() -> None:
     """
     global _follows_parent
     _follows_parent = True
+    end_with_parent(signal.SIGTERM)
+
+
+def end_with_parent(number: int) -> None:
+    """Let the system send a signal to this forked process when its parent ends (Linux)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _raise_at_once(number: int, frame: Any) -> NoReturn:

@@ -8,11 +8,14 @@ and each of them has to be looked at again when it changes. (The view of its UI 
 import functools
 import glob
 import importlib.util
+import logging
+import os
 import re
 import sqlite3
 import uuid
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from mnist_exp.system import files
 
@@ -20,6 +23,26 @@ SQLITE = "sqlite:///"  # how the address of a database that is a file begins
 PARENT = "mlflow.parentRunId"  # the tag of a run that belongs to a sweep: the id of the sweep's run
 LOGGED_IMAGES = {"mlflow.loggedImages": "True"}  # the tag that makes the UI look for images
 THUMBNAIL_PIXELS = 256  # the longer side of what the UI shows in a list
+_SETTINGS = {  # of MLflow's own, unless the user has some
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # a connection to SQLite must not be used on both sides of a fork: none is kept open
+    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
+    # a call to a server that does not answer ends soon, as the uploader tries again by itself
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+def import_mlflow() -> Any:
+    """Import MLflow, which takes seconds, with settings that suit it here, and return it."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    for name in ("mlflow", "alembic"):  # its import sets them up
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return mlflow
 
 
 def sqlite_uri(path: Path) -> str:

@@ -34,15 +34,6 @@ _FILE_SYSTEM_REFUSES = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 )
 _LOCK_SECONDS = 30.0  # that a process waits for another one, which makes the tables of a database
-_SETTINGS = {  # of MLflow's own, unless the user has some
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    # a connection to SQLite must not be used on both sides of a fork: none is kept open
-    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
-    # a call to a server that does not answer ends soon, as the uploader tries again by itself
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
 
 
 def may_pass(error: BaseException) -> bool:
@@ -153,12 +144,7 @@ class Store:
 
     def __init__(self, uri: str) -> None:
         """Open a store; an SQLite database that is not there is made. Raises ConfigError."""
-        for name, value in _SETTINGS.items():
-            os.environ.setdefault(name, value)
-        import mlflow
-
-        for name in ("mlflow", "alembic"):  # its import sets them up
-            logging.getLogger(name).setLevel(logging.ERROR)
+        mlflow = mlflow_internals.import_mlflow()
         self.uri, self.database = uri, database_file(uri)
         self._experiments: dict[str, str] = {}  # name -> id
         before = os.environ.get(ENVIRONMENT)

@@ -1,20 +1,16 @@
-"""The way of journals to MLflow: in the background while runs are trained, or later by `sync`."""
+"""The way of journals to MLflow, which an uploader or `sync` takes."""
 
-import contextlib
 import json
 import logging
-import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from mnist_exp.errors import ConfigError, Terminated, first_line
+from mnist_exp.errors import ConfigError, first_line
 from mnist_exp.system import files
 from mnist_exp.system.processes import is_running
 from mnist_exp.tracking import journal
@@ -27,11 +23,7 @@ from mnist_exp.tracking.store_check import check_store
 
 log = logging.getLogger(__name__)
 
-PAUSE = 5.0  # seconds between two looks at the journals: each costs 10 ms a run that has news
-LONGEST_PAUSE = 30.0  # seconds between two tries while the server fails
-SWITCH_SECONDS = 2e-4  # between threads that want Python's lock
 MOST_FAILURES = 2  # in a row: it is not the run, it is the server
-FORK_SECONDS = 5.0  # at most, that a fork waits for an upload to end
 
 RUN_KEY = "run_key"  # the tag that tells which journal a run is made from
 _STATE = ".delivery.json"
@@ -251,11 +243,11 @@ def sync(open_runs: OpenRuns, uri: str = "") -> tuple[int, dict[Path, str]]:
         if not history.key and journal.size(run.folder) > 0
     }
     waiting = waiting_runs(open_runs, uri)
-    problems = _upload_all(waiting, open_runs, {}, tries_again=True)
+    problems = upload_all(waiting, open_runs, {}, tries_again=True)
     return len(waiting) - len(problems), damaged | problems
 
 
-def _upload_all(
+def upload_all(
     waiting: Sequence[tuple[str, Path]],
     open_runs: OpenRuns,
     stores: dict[str, Store],
@@ -298,115 +290,3 @@ def _upload_all(
             if failures[uri] == MOST_FAILURES and not tries_again:
                 closed[uri] = problems[folder]
     return problems
-
-
-class Uploader(threading.Thread):
-    """A thread that uploads the journals of some runs while they are written.
-
-    Whatever happens to the server, nothing is raised, and nobody waits: what cannot be uploaded
-    stays in the journals, for a later try, or for `mnist-exp sync`. What earlier commands could not
-    bring to this store is uploaded as well.
-    """
-
-    def __init__(self, uri: str, open_runs: OpenRuns, say: Callable[[str], None]) -> None:
-        """Prepare an uploader to the store `uri`, which does nothing before it is started.
-
-        open_runs: a run leaves it once the store has all of it. say: is told when the server goes.
-        """
-        super().__init__(daemon=True, name="uploader")
-        self.uri, self.open_runs, self.say = uri, open_runs, say
-        self.folders: list[Path] = []
-        self.problem = ""  # why the newest try has failed
-        self._stores: dict[str, Store] = {}
-        self._earlier: list[Path] | None = None
-        self._closing, self._late = threading.Event(), threading.Event()
-        self._wake = threading.Event()
-        self._working = threading.Lock()
-
-    def watch(self, folders: Sequence[Path]) -> None:
-        """Also upload from these folders; a sweep's own comes before those of its jobs."""
-        self.folders = [*self.folders, *(f for f in folders if f not in self.folders)]
-
-    def run(self) -> None:
-        """Upload what is new, again and again, until the uploader is closed."""
-        # Whoever trains lets go of Python's lock in every operation, and would wait 5 ms to have it
-        # back from a thread that is busy, as this one is when it imports MLflow.
-        sys.setswitchinterval(SWITCH_SECONDS)
-        wait = PAUSE
-        while True:
-            last = self._closing.is_set()
-            with self._working:
-                self._upload_news()
-            wait = PAUSE if not self.problem else min(2 * wait, LONGEST_PAUSE)
-            if self._late.is_set() or (last and not self.pending()):
-                return
-            self._wake.wait(wait if not last else min(wait, 1.0))
-            self._wake.clear()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Keep the uploader from working, so that the process can be forked.
-
-        Waits for an upload to end, for FORK_SECONDS at most.
-        """
-        is_locked = self._working.acquire(timeout=FORK_SECONDS)
-        try:
-            yield
-        finally:
-            if is_locked:
-                self._working.release()
-
-    def pending(self) -> list[Path]:
-        """Return the folders whose journals MLflow does not have to the end."""
-        return [folder for folder in self.folders if _has_news(folder, self.uri)]
-
-    def flush(self, seconds: float) -> None:
-        """Return once MLflow has all that is written by now, or does not take it, or it is late."""
-        end = time.monotonic() + seconds
-        while self.pending() and time.monotonic() < end:
-            self._wake.set()
-            time.sleep(0.02)
-            if self.problem:
-                return
-
-    def start_once(self) -> None:
-        """Start the thread, unless it has started."""
-        if self.ident is None:
-            self.start()
-
-    def close(self, seconds: float) -> list[Path]:
-        """Upload the rest, for some seconds at most, and return the folders that are pending."""
-        self._closing.set()
-        self._wake.set()
-        if self.ident is not None:
-            self.join(seconds)
-        self._late.set()
-        self._wake.set()
-        return self.pending()
-
-    def _upload_news(self) -> None:
-        """Try to upload all that is new, and say so when the server goes, and comes back."""
-        if self._earlier is None:
-            self._earlier = [folder for _, folder in waiting_runs(self.open_runs, self.uri)]
-        earlier = [folder for folder in self._earlier if _has_news(folder, self.uri)]
-        waiting = [(self.uri, folder) for folder in dict.fromkeys([*self.pending(), *earlier])]
-        problems = _upload_all(waiting, self.open_runs, self._stores, tries_again=False)
-        # of the others, an earlier command has told
-        problem = next((text for folder, text in problems.items() if folder in self.folders), "")
-        if problem and not self.problem:
-            self._tell(
-                f"MLflow at {self.uri} does not take the record ({problem}). It is kept in the "
-                f"output folder, and delivered when MLflow answers"
-            )
-        elif self.problem and not problem:
-            self._tell(f"MLflow at {self.uri} answers again")
-        self.problem = problem
-
-    def _tell(self, text: str) -> None:
-        with contextlib.suppress(OSError, Terminated):  # who trains finds out that nobody reads
-            self.say(text)
-
-
-def _has_news(folder: Path, uri: str) -> bool:
-    """Return whether a journal holds what the store `uri` does not have."""
-    return journal.size(folder) > UploadState.of(folder, uri).offset

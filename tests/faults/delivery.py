@@ -11,7 +11,7 @@ import numpy as np
 from mnist_exp.tracking import journal, upload
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns, RunWriter
-from mnist_exp.tracking.upload import Uploader
+from mnist_exp.tracking.uploader import Uploader
 from tests.faults.server import FaultyServer, Mode
 
 EPOCHS = 6
@@ -108,29 +108,28 @@ def recorded_through(
 ) -> None:
     """A record, made while the server fails from a moment on, and brought there by `sync`."""
     said: list[str] = []
-    thread = Uploader(server.uri, open_runs, said.append)
-    thread.watch([folder])
-    thread.start()
-    if moment == "start":
-        server.mode = mode
-    began = time.monotonic()
-    writer = begin(folder, open_runs, server.uri)
-    first_part(writer)
-    for number in range(1, EPOCHS + 1):
-        if number == EPOCHS // 2 and moment == "middle":
+    with Uploader() as uploader:
+        uploader.open(server.uri, open_runs, said.append)
+        uploader.watch([folder])
+        if moment == "start":
             server.mode = mode
-        epoch(writer, number)
-    if moment == "end":
-        thread.flush(20)
-        server.mode = mode
-    last_part(writer)
-    if moment != "end":
-        assert time.monotonic() - began < 2
-    time.sleep(0.3)
-    assert thread.close(0.5) == [folder]
+        began = time.monotonic()
+        writer = begin(folder, open_runs, server.uri)
+        first_part(writer)
+        for number in range(1, EPOCHS + 1):
+            if number == EPOCHS // 2 and moment == "middle":
+                server.mode = mode
+            epoch(writer, number)
+        if moment == "end":
+            uploader.flush(20)
+            server.mode = mode
+        last_part(writer)
+        if moment != "end":
+            assert time.monotonic() - began < 2
+        time.sleep(0.3)
+        assert uploader.close(0.5) == [folder]
     assert any("does not take the record" in text for text in said) or mode == "hang"
     assert [entry.folder for entry in open_runs.entries()] == [folder]
-    thread.join(10)  # it is in the middle of a call
     server.mode = "ok"
     for _ in range(2):  # a second time changes nothing
         answer = upload.sync(open_runs)
@@ -155,13 +154,13 @@ def eight_writers(place: Path, uri: str) -> list[str]:
 
 def _write(place: Path, uri: str, number: int) -> None:
     open_runs, folder = OpenRuns(place / "open"), place / f"run{number}"
-    thread = Uploader(uri, open_runs, lambda text: None)
-    thread.watch([folder])
-    thread.start()
-    writer = begin(folder, open_runs, uri)
-    first_part(writer)
-    for n in range(1, EPOCHS + 1):
-        epoch(writer, n)
-        time.sleep(0.01)
-    last_part(writer)
-    assert thread.close(100) == []
+    with Uploader() as uploader:
+        uploader.open(uri, open_runs, lambda text: None)
+        uploader.watch([folder])
+        writer = begin(folder, open_runs, uri)
+        first_part(writer)
+        for n in range(1, EPOCHS + 1):
+            epoch(writer, n)
+            time.sleep(0.01)
+        last_part(writer)
+        assert uploader.close(100) == []

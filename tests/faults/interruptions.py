@@ -25,7 +25,7 @@ from mnist_exp.runs import recorder, train
 from mnist_exp.runs.trial import STEPS
 from mnist_exp.sweeps import results
 from mnist_exp.system.processes import is_running
-from mnist_exp.tracking import checkpoint, journal, upload
+from mnist_exp.tracking import checkpoint, journal, uploader
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.training.step import TrainStep
 
@@ -57,7 +57,7 @@ LEFT_OUT: list[tuple[ModuleType, str]] = [
 ]
 # seconds that forked programs wait: they are over before the usual pause, and no server is there
 WAITS: list[tuple[ModuleType, str, float]] = [
-    (upload, "PAUSE", 0.1),
+    (uploader, "PAUSE", 0.1),
     (train, "INTERRUPTED_SECONDS", 0.2),
 ]
 

@@ -197,6 +197,8 @@ class _Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Stops listening, and keeps the port: a bound socket refuses until it listens."""
         self.shutdown()
         self._accepting.join()  # a thread that has only just started outlives shutdown()
+        with contextlib.suppress(OSError):  # a process that was forked has it open as well
+            self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
         self.socket = socket.socket(self.address_family, self.socket_type)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

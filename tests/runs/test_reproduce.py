@@ -27,6 +27,7 @@ from mnist_exp.runs.reproduce import Agreement, Reproduction, reproduce
 from mnist_exp.runs.train import train
 from mnist_exp.sweeps.sweep import SweepResult
 from mnist_exp.system.processes import process_identity
+from mnist_exp.tracking.uploader import Uploader
 from mnist_exp.training import loop, metrics
 from mnist_exp.training.events import Epoch
 from mnist_exp.training.stack import Stack
@@ -236,8 +237,8 @@ def test_no_more_is_trained_than_was_recorded(
 ) -> None:
     words = [f"tracking.uri={store}", f"hydra.run.dir={tmp_path}/run", "training.epochs=50"]
     job = prepare(compose([*SMALL, *words, "schedule=cosine"]))
-    with pytest.raises(KeyboardInterrupt):
-        train(job, job.folder, Interrupting(2))
+    with pytest.raises(KeyboardInterrupt), Uploader() as uploader:
+        train(job, job.folder, Interrupting(2), uploader)
     predict, splits = metrics.predict, []
 
     def counted(stack: Stack, dataset: Dataset, split: Split) -> torch.Tensor:

@@ -15,6 +15,7 @@ from mnist_exp.runs.job import prepare
 from mnist_exp.runs.train import train
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.uploader import Uploader
 from tests.helpers import Interrupting, write_idx
 
 SMALL = [
@@ -91,8 +92,8 @@ def test_a_damaged_checkpoint(store: str, tmp_path: Path) -> None:
 def test_a_run_that_was_interrupted_before_it_had_a_model(store: str, tmp_path: Path) -> None:
     there = [f"tracking.uri={store}"]
     job = prepare(compose([*SMALL, *there, f"hydra.run.dir={tmp_path}/run"]))
-    with pytest.raises(KeyboardInterrupt):
-        train(job, job.folder, Interrupting(1))
+    with pytest.raises(KeyboardInterrupt), Uploader() as uploader:
+        train(job, job.folder, Interrupting(1), uploader)
     with pytest.raises(
         ConfigError, match=r"no artifact checkpoint; the run is KILLED.*mnist-exp res"
     ):

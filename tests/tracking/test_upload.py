@@ -1,5 +1,6 @@
 """From journals to MLflow: nothing is lost, nothing is doubled, whatever the server does."""
 
+import multiprocessing
 import threading
 import time
 from contextlib import closing
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 
 from mnist_exp.system.processes import process_identity
-from mnist_exp.tracking import journal, upload
+from mnist_exp.tracking import journal, upload, uploader
 from mnist_exp.tracking.journal import Journal
 from mnist_exp.tracking.run_log import OpenRuns, mark_dead_runs
 from mnist_exp.tracking.store import Store
-from mnist_exp.tracking.upload import Uploader, UploadState, upload_journal
+from mnist_exp.tracking.upload import UploadState, upload_journal
+from mnist_exp.tracking.uploader import Uploader, UploadLoop
 from tests.faults.delivery import (
     EPOCHS,
     MODES,
@@ -33,7 +35,7 @@ from tests.helpers import fresh_store
 
 @pytest.fixture
 def server(faulty: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> FaultyServer:
-    monkeypatch.setattr(upload, "PAUSE", 0.05)
+    monkeypatch.setattr(uploader, "PAUSE", 0.05)
     return faulty
 
 
@@ -61,18 +63,18 @@ def test_it_comes_back(
     server: FaultyServer, upstream: Upstream, open_runs: OpenRuns, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    thread = Uploader(server.uri, open_runs, said.append)
-    thread.watch([tmp_path / "run"])
     server.mode = "refuse"
-    thread.start()
-    writer = begin(tmp_path / "run", open_runs, server.uri)
-    first_part(writer)
-    for number in range(1, EPOCHS + 1):
-        epoch(writer, number)
-        time.sleep(0.05)
-    server.mode = "ok"
-    last_part(writer)
-    assert thread.close(20) == []
+    with Uploader() as background:
+        background.open(server.uri, open_runs, said.append)
+        background.watch([tmp_path / "run"])
+        writer = begin(tmp_path / "run", open_runs, server.uri)
+        first_part(writer)
+        for number in range(1, EPOCHS + 1):
+            epoch(writer, number)
+            time.sleep(0.05)
+        server.mode = "ok"
+        last_part(writer)
+        assert background.close(20) == []
     assert ["does not take" in said[0], "answers again" in said[-1]] == [True, True]
     assert len(said) == 2  # once each
     assert faults_in(tmp_path / "run", upstream.uri) == []
@@ -174,7 +176,7 @@ def test_an_earlier_run_does_not_hold_up(
     """One that cannot be delivered; what it is now about is, and nobody waits or is told."""
     store = Store(fresh_store(tmp_path))
     whole(tmp_path / "bad", open_runs, store.uri)
-    monkeypatch.setattr(upload, "PAUSE", 0.05)
+    monkeypatch.setattr(uploader, "PAUSE", 0.05)
     real = upload_journal
 
     def failing(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
@@ -184,19 +186,19 @@ def test_an_earlier_run_does_not_hold_up(
 
     monkeypatch.setattr(upload, "upload_journal", failing)
     said: list[str] = []
-    thread = Uploader(store.uri, open_runs, said.append)
-    thread.watch([tmp_path / "good"])
-    thread.start()
-    whole(tmp_path / "good", open_runs, store.uri)
-    began = time.monotonic()
-    assert thread.close(20) == [] and time.monotonic() - began < 10
+    with Uploader() as background:
+        background.open(store.uri, open_runs, said.append)
+        background.watch([tmp_path / "good"])
+        whole(tmp_path / "good", open_runs, store.uri)
+        began = time.monotonic()
+        assert background.close(20) == [] and time.monotonic() - began < 10
     assert said == [] and [e.folder.name for e in open_runs.entries()] == ["bad"]
 
 
 def test_a_server_that_fails_twice_is_left_alone_until_the_next_round(
     open_runs: OpenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each call to one that hangs takes seconds, in which the process cannot be forked."""
+    """Each call to one that hangs takes seconds, in which nothing else is uploaded."""
     store = Store(fresh_store(tmp_path))
     folders = [tmp_path / f"run{number}" for number in range(5)]
     for folder in folders:
@@ -208,13 +210,13 @@ def test_a_server_that_fails_twice_is_left_alone_until_the_next_round(
         raise OSError("no answer")
 
     monkeypatch.setattr(upload, "upload_journal", failing)
-    told: list[str] = []
-    uploader = Uploader(store.uri, open_runs, told.append)
-    uploader.watch(folders)
+    told, connection = multiprocessing.Pipe(duplex=False)
+    loop = UploadLoop(store.uri, open_runs, connection)
+    loop.folders = folders
     for rounds in (1, 2):
-        uploader._upload_news()
+        loop.upload_news()
         assert tried == folders[:2] * rounds
-    assert len(told) == 1 and "no answer" in told[0]
+    assert told.recv()[0] == "no answer" and not told.poll()
     upload.sync(open_runs)  # a person waits for all
     assert sorted(tried[4:]) == folders
 

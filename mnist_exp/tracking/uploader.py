@@ -1,0 +1,188 @@
+"""The uploader: it brings the journals of runs to MLflow while they are trained."""
+
+import contextlib
+import logging
+import multiprocessing
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from mnist_exp.errors import Terminated
+from mnist_exp.system import signals
+from mnist_exp.tracking import journal, upload
+from mnist_exp.tracking.mlflow_internals import import_mlflow
+from mnist_exp.tracking.run_log import OpenRuns
+from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.upload import UploadState
+
+log = logging.getLogger(__name__)
+
+PAUSE = 5.0  # seconds between two looks at the journals: each costs 10 ms a run that has news
+LONGEST_PAUSE = 30.0  # seconds between two tries while the server fails
+CLOSING_PAUSE = 1.0  # seconds between two tries, at most, when it is to end
+
+
+class Uploader:
+    """A process that uploads the journals of some runs while they are written.
+
+    Whatever happens to the server, nothing is raised, and nobody waits: what cannot be uploaded
+    stays in the journals, for a later try, or for `mnist-exp sync`. What earlier commands could not
+    bring to this store is uploaded as well.
+
+    It is a context manager. The process begins with the block, and imports MLflow while this one
+    imports torch. It is forked, where that is safe: elsewhere than on Linux it is a thread.
+    """
+
+    def __init__(self) -> None:
+        self.folders: list[Path] = []
+        self.uri = ""
+        self.problem = ""  # why the newest try has failed
+        self._report: Callable[[str], None] = log.warning
+        self._listener = threading.Thread(target=self._listen, daemon=True, name="uploads")
+
+    def __enter__(self) -> "Uploader":
+        self._connection, other_end = multiprocessing.Pipe()
+        self._worker: Any
+        if sys.platform == "linux":
+            context = multiprocessing.get_context("fork")
+            arguments = (other_end, self._connection)
+            self._worker = context.Process(target=_serve_process, args=arguments, daemon=True)
+            self._worker.start()
+            other_end.close()
+        else:
+            self._worker = threading.Thread(target=_serve, args=(other_end,), daemon=True)
+            self._worker.start()
+        self._listener.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if sys.platform == "linux":
+            self._worker.kill()
+            self._worker.join()
+            self._listener.join(1.0)  # which the end of the process ends
+        self._connection.close()
+
+    def open(self, uri: str, open_runs: OpenRuns, report: Callable[[str], None]) -> None:
+        """Begin to upload.
+
+        Args:
+            uri: The store to upload to.
+            open_runs: A run leaves it once the store has all of it.
+            report: Is told when the server goes, and when it comes back.
+        """
+        self.uri, self._report = uri, report
+        self._tell("open", uri, open_runs)
+
+    def watch(self, folders: Sequence[Path]) -> None:
+        """Also upload from these folders; a sweep's own comes before those of its jobs."""
+        self.folders = [*self.folders, *(f for f in folders if f not in self.folders)]
+        self._tell("watch", self.folders)
+
+    def pending(self) -> list[Path]:
+        """Return the folders whose journals MLflow does not have to the end."""
+        return [folder for folder in self.folders if _has_news(folder, self.uri)]
+
+    def flush(self, seconds: float) -> None:
+        """Return once MLflow has all that is written by now, or does not take it, or it is late."""
+        end = time.monotonic() + seconds
+        self._tell("upload")
+        while self.pending() and not self.problem and time.monotonic() < end:
+            time.sleep(0.02)
+
+    def close(self, seconds: float) -> list[Path]:
+        """Upload the rest, for some seconds at most, and return the folders that are pending."""
+        self._tell("close")
+        self._worker.join(seconds)
+        return self.pending()
+
+    def _tell(self, *message: Any) -> None:
+        with contextlib.suppress(OSError):  # the process has ended, which _listen has reported
+            self._connection.send(message)
+
+    def _listen(self) -> None:
+        """Pass on what the process reports, until it ends."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self.problem, text = self._connection.recv()
+                with contextlib.suppress(OSError, Terminated):  # who trains sees that nobody reads
+                    self._report(text)
+
+
+def _serve_process(connection: Connection, other_end: Connection) -> None:
+    """Serve an uploader in the process that was forked for it."""
+    other_end.close()
+    signals.ignore()  # they ask those to end whose records are to be uploaded
+    signals.end_with_parent(signal.SIGKILL)
+    _serve(connection)
+
+
+def _serve(connection: Connection) -> None:
+    """Upload what is new, again and again, until the other end of the connection is closed."""
+    import_mlflow()  # which takes seconds, in which the other process gets ready to train
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        _, uri, open_runs = connection.recv()
+        UploadLoop(uri, open_runs, connection).run()
+
+
+class UploadLoop:
+    """What the process of an uploader does."""
+
+    def __init__(self, uri: str, open_runs: OpenRuns, connection: Connection) -> None:
+        """Prepare to upload to the store `uri`, as the other end of `connection` says."""
+        self.uri, self.open_runs, self.connection = uri, open_runs, connection
+        self.folders: list[Path] = []
+        self.problem = ""
+        self.is_closing = False
+        self._stores: dict[str, Store] = {}
+        self._earlier: list[Path] | None = None
+
+    def run(self) -> None:
+        """Upload until all is uploaded that there was when the uploader was closed."""
+        pause = 0.0
+        while True:
+            self._receive(min(pause, CLOSING_PAUSE) if self.is_closing else pause)
+            is_last = self.is_closing
+            self.upload_news()
+            if is_last and not any(_has_news(folder, self.uri) for folder in self.folders):
+                return
+            pause = min(2 * pause, LONGEST_PAUSE) if self.problem and pause else PAUSE
+
+    def _receive(self, seconds: float) -> None:
+        """Do what the other process asks for, which is waited for, for some seconds at most."""
+        while self.connection.poll(seconds):
+            kind, *rest = self.connection.recv()
+            if kind == "watch":
+                (self.folders,) = rest
+            self.is_closing = self.is_closing or kind == "close"
+            seconds = 0.0  # what else has come already
+
+    def upload_news(self) -> None:
+        """Try to upload all that is new, and say so when the server goes, and comes back."""
+        if self._earlier is None:
+            self._earlier = [folder for _, folder in upload.waiting_runs(self.open_runs, self.uri)]
+        folders = dict.fromkeys([*self.folders, *self._earlier])
+        waiting = [(self.uri, folder) for folder in folders if _has_news(folder, self.uri)]
+        problems = upload.upload_all(waiting, self.open_runs, self._stores, tries_again=False)
+        # of the others, an earlier command has told
+        problem = next((text for folder, text in problems.items() if folder in self.folders), "")
+        text = ""
+        if problem and not self.problem:
+            text = (
+                f"MLflow at {self.uri} does not take the record ({problem}). It is kept in the "
+                f"output folder, and delivered when MLflow answers"
+            )
+        elif self.problem and not problem:
+            text = f"MLflow at {self.uri} answers again"
+        self.problem = problem
+        if text:
+            self.connection.send((problem, text))
+
+
+def _has_news(folder: Path, uri: str) -> bool:
+    """Return whether a journal holds what the store `uri` does not have."""
+    return journal.size(folder) > UploadState.of(folder, uri).offset
