@@ -407,13 +407,6 @@ def command_line(*words: str, store: str | None = None) -> str:
 
 
 def _print_run(result: "Result") -> int:
-    loss = result.test["test/loss"]
-    print(f"test accuracy {result.test_accuracy:.2%}  (loss {loss:.4f})")
-    if "best/epoch" in result.test:
-        print(
-            f"the weights are those of epoch {result.test['best/epoch']:.0f}, the best of "
-            f"validation ({result.test['best/val_accuracy']:.2%})"
-        )
     print(f"run {result.run_id}")
     print(f"output {result.output_dir}")
     _print_next_step(result.run_id, result.store, result.uploaded)

@@ -47,6 +47,9 @@ class Reporter:
     def stop(self) -> None:
         """Give the terminal back: nothing more comes of these runs."""
 
+    def tested(self, test: Mapping[str, float]) -> None:
+        """Show the result of a run on the test set, and of its best epoch if there is one."""
+
 
 class Terminal(Reporter):
     """A reporter that prints a line an epoch, in a terminal with a live bar under them."""
@@ -116,6 +119,15 @@ class Terminal(Reporter):
             )
         elif live:
             self.line(epoch_line(event.epoch, self.epochs, live[0]))
+
+    def tested(self, test: Mapping[str, float]) -> None:
+        """Print the test accuracy, and which weights have it."""
+        self.line(f"test accuracy {test['test/accuracy']:.2%}  (loss {test['test/loss']:.4f})")
+        if "best/epoch" in test:
+            self.line(
+                f"the weights are those of epoch {test['best/epoch']:.0f}, the best of "
+                f"validation ({test['best/val_accuracy']:.2%})"
+            )
 
     def line(self, text: str) -> None:
         """Print a line after the prefix."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from mnist_exp.config import paths
 from mnist_exp.config.schema import leaves
@@ -20,12 +20,12 @@ from mnist_exp.errors import RunFailed, Terminated, reason_of
 from mnist_exp.figures import samples, style
 from mnist_exp.figures.curves import learning_curves
 from mnist_exp.runs import saved_model
-from mnist_exp.runs.console import epoch_line
+from mnist_exp.runs.console import Reporter, epoch_line
 from mnist_exp.runs.job import Job, Load
+from mnist_exp.runs.model_export import recording_model
 from mnist_exp.runs.provenance import run_tags
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.journal import RunHistory
-from mnist_exp.tracking.mlflow_model import save_model
 from mnist_exp.tracking.run_log import OpenRuns, RunWriter, open_runs_at
 from mnist_exp.training import metrics
 from mnist_exp.training.events import Epoch, Message, Progress
@@ -186,13 +186,21 @@ class RunRecorder:
         if every is not None and (epoch % every == 0 or epoch == epochs or reason):
             record_predictions(event.model(self.index), self.dataset, self.writer, epoch)
 
-    def end(self, stack: Stack) -> None:
-        """End the run as FINISHED. `stack`: its trained model alone."""
+    def end(self, stack: Stack, reporter: Reporter) -> None:
+        """End the run as FINISHED.
+
+        Args:
+            stack: Its trained model alone.
+            reporter: Shows the result of the test before that is drawn and the model saved.
+        """
         path = self._save_checkpoint(stack)
         self.writer.metrics(self.best, len(self.history))
         test = self.best
         if not self.plan.defer_test:
-            test = record_test_and_model(stack, self.dataset, self.writer) | self.best
+            logits, scores = read_test_set(stack, self.dataset)
+            test = scores | self.best
+            reporter.tested(test)
+            record_test_and_model(stack, self.dataset, self.writer, logits, scores)
         self.log.write("  ".join(f"{key} {value:.6g}" for key, value in test.items()) + "\n")
         model = _deployed(stack, self.dataset)
         self.outcome = Result("", self.history, test, model, path.parent, self.plan.store_uri)
@@ -294,34 +302,46 @@ def record_deferred_test(folder: Path, load: Load) -> None:
     if dataset.val is not None:  # the weights are those of the best epoch
         epoch = int(history.newest().get("best/epoch") or last_epoch_of(history))
         record_predictions(stack, dataset, writer, epoch)
-    record_test_and_model(stack, dataset, writer)
+    record_test_and_model(stack, dataset, writer, *read_test_set(stack, dataset))
     writer.journal.close()
 
 
-def record_test_and_model(stack: Stack, dataset: Dataset, writer: RunWriter) -> dict[str, float]:
+def read_test_set(stack: Stack, dataset: Dataset) -> tuple[Tensor, dict[str, float]]:
+    """Evaluate a stack of one on the official test set, which is read here once for a run.
+
+    Returns:
+        The logits [images, classes], and test/loss and test/accuracy.
+    """
+    logits = metrics.predict(stack, dataset, dataset.test)
+    (scores,) = metrics.score(logits, dataset.test, "test")
+    return logits[0], scores
+
+
+def record_test_and_model(
+    stack: Stack, dataset: Dataset, writer: RunWriter, logits: Tensor, scores: dict[str, float]
+) -> None:
     """Record a trained run's results on the official test set, its curves and its model.
 
-    The test set is read here once. Its metrics are recorded last: they say that all this is done.
+    The scores are recorded last: they say that all this is done.
 
     Args:
         stack: The trained model, as a stack of one.
         dataset: The data set it was trained on.
         writer: The writer of the run's journal, which holds its epochs.
-
-    Returns:
-        test/loss and test/accuracy.
+        logits: Of the test set, [images, classes].
+        scores: test/loss and test/accuracy.
     """
     history = RunHistory.of(writer.folder)
     epoch = last_epoch_of(history)
-    logits = metrics.predict(stack, dataset, dataset.test)
-    for name, figure in samples.draw_test_results(dataset, logits[0]).items():
-        writer.image(f"test/{name}", style.pixels(figure), epoch)
-    (test,) = metrics.score(logits, dataset.test, "test")
-    best_epoch = history.newest().get("best/epoch")
-    record_curves(history, writer, best_epoch, test["test/accuracy"])
-    record_model(_deployed(stack, dataset), dataset, writer, epoch)
-    writer.metrics(test, epoch)
-    return test
+    model = _deployed(stack, dataset)
+    with recording_model(model, dataset, writer):
+        for name, figure in samples.draw_test_results(dataset, logits).items():
+            writer.image(f"test/{name}", style.pixels(figure), epoch)
+        best_epoch = history.newest().get("best/epoch")
+        record_curves(history, writer, best_epoch, scores["test/accuracy"])
+        if (layer := samples.first_layer(model.model, dataset.shape)) is not None:
+            writer.image("model/first_layer", style.pixels(layer), epoch)
+    writer.metrics(scores, epoch)
 
 
 def last_epoch_of(history: RunHistory) -> int:
@@ -349,23 +369,6 @@ def record_curves(
     path = writer.folder / "curves.png"
     style.save(figure, path)
     writer.artifact(path)
-
-
-def record_model(model: DeployedModel, dataset: Dataset, writer: RunWriter, epoch: int) -> None:
-    """Record a model as MLflow keeps and serves it, and a picture of its first layer.
-
-    Args:
-        model: The model.
-        dataset: The data set that it was trained on.
-        writer: The writer of the run's journal.
-        epoch: The last epoch of its training.
-    """
-    if (layer := samples.first_layer(model.model, dataset.shape)) is not None:
-        writer.image("model/first_layer", style.pixels(layer), epoch)
-    example = dataset.preview.images[:2].cpu().numpy().astype(np.float32) / 255
-    path = writer.folder / "model"
-    save_model(path, model, dataset.shape, len(dataset.classes), example)
-    writer.model(path)
 
 
 def record_preview(dataset: Dataset, writer: RunWriter) -> None:

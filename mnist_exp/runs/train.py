@@ -159,7 +159,7 @@ def train_stack(
             reporter.stop()
         for recorder in open_recorders(recorders):
             with recorder.failing_alone():
-                recorder.end(stack.select([recorder.index]))
+                recorder.end(stack.select([recorder.index]), reporter)
                 signals.check()
     return [recorder.outcome for recorder in recorders]
 

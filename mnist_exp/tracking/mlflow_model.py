@@ -1,6 +1,8 @@
 """The model of a run, as MLflow keeps and serves it: saved in a folder, and registered."""
 
+import json
 import logging
+import platform
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -36,7 +38,8 @@ def save_model(
     """Save a model in MLflow's format, with its signature and an example of its input.
 
     It is saved as an exported program, which loads where this package is not; a module that cannot
-    be exported (its control flow depends on values) is pickled instead.
+    be exported (its control flow depends on values) is pickled instead. MLflow itself, which takes
+    seconds to import and looks through all that is installed, is not needed for an exported one.
 
     Args:
         folder: Where the model is saved; what an earlier, killed process left there is removed.
@@ -45,6 +48,83 @@ def save_model(
         classes: How many there are.
         example: float32 [B, C, H, W], with B at least 2.
     """
+    import torch
+
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        batch = {0: torch.export.Dim.AUTO}
+        program = torch.export.export(model, (torch.from_numpy(example),), dynamic_shapes=(batch,))
+    except Exception as error:  # torch.export raises whatever it meets
+        log.warning("the model is pickled, as it cannot be exported: %s", first_line(error))
+        _save_pickled(folder, model, shape, classes, example)
+    else:
+        (folder / "data").mkdir(parents=True)
+        torch.export.save(program, folder / "data" / "model.pt2")
+        _describe(folder, shape, classes, example)
+
+
+def _describe(folder: Path, shape: Sequence[int], classes: int, example: "np.ndarray") -> None:
+    """Write the files with which MLflow loads and serves the program in a folder."""
+    import torch
+    from omegaconf import OmegaConf
+
+    python, torch_version = platform.python_version(), str(torch.__version__)
+
+    def tensors(*shape: int) -> str:
+        tensor = {"dtype": "float32", "shape": list(shape)}
+        return json.dumps([{"type": "tensor", "tensor-spec": tensor}])
+
+    environment: dict[str, Any] = {
+        "python": python,
+        "build_dependencies": ["pip", "setuptools", "wheel"],
+        "dependencies": ["-r requirements.txt"],
+    }
+    served = {
+        "loader_module": "mlflow.pytorch",
+        "data": "data",
+        "env": {"virtualenv": "python_env.yaml"},
+        "python_version": python,
+        "config": {"device": None},
+    }
+    examples = {
+        "type": "ndarray",
+        "artifact_path": "input_example.json",
+        "serving_input_path": "serving_input_example.json",
+    }
+    description = {
+        "flavors": {
+            "python_function": served,
+            "pytorch": {"model_data": "data", "pytorch_version": torch_version, "code": None},
+        },
+        "mlflow_version": version("mlflow"),
+        "model_size_bytes": (folder / "data" / "model.pt2").stat().st_size,
+        "saved_input_example_info": examples,
+        "signature": {"inputs": tensors(-1, *shape), "outputs": tensors(-1, classes)},
+    }
+    texts = {
+        "MLmodel": OmegaConf.to_yaml(OmegaConf.create(description)),
+        "python_env.yaml": OmegaConf.to_yaml(OmegaConf.create(environment)),
+        "requirements.txt": "\n".join(_requirements()) + "\n",
+        examples["artifact_path"]: json.dumps(example.tolist()),
+        examples["serving_input_path"]: json.dumps({"inputs": example.tolist()}),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _requirements() -> list[str]:
+    """Return what an exported model needs to be loaded and served."""
+    return [f"{name}=={version(name)}" for name in ("torch", "mlflow")]
+
+
+def _save_pickled(
+    folder: Path,
+    model: "torch.nn.Module",
+    shape: Sequence[int],
+    classes: int,
+    example: "np.ndarray",
+) -> None:
+    """Save a model as `save_model` does, but pickled."""
     import mlflow.pytorch
     import numpy as np
     from mlflow.models import ModelSignature
@@ -54,25 +134,15 @@ def save_model(
     signature = ModelSignature(
         Schema([TensorSpec(real, (-1, *shape))]), Schema([TensorSpec(real, (-1, classes))])
     )
-    # given outright, as MLflow would load the model in another process to find out
-    requirements = [f"{name}=={version(name)}" for name in ("torch", "mlflow")]
-    for form in ("pt2", "pickle"):
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            mlflow.pytorch.save_model(
-                model,
-                str(folder),
-                signature=signature,
-                input_example=example,
-                pip_requirements=requirements,
-                serialization_format=form,
-            )
-        except Exception as error:  # torch.export raises whatever it meets
-            if form == "pickle":
-                raise
-            log.warning("the model is pickled, as it cannot be exported: %s", first_line(error))
-        else:
-            return
+    mlflow.pytorch.save_model(
+        model,
+        str(folder),
+        signature=signature,
+        input_example=example,
+        # given outright, as MLflow would load the model in another process to find out
+        pip_requirements=_requirements(),
+        serialization_format="pickle",
+    )
 
 
 def log_model(client: "MlflowClient", run_id: str, saved: Path) -> None:

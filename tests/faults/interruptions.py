@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +54,7 @@ LEFT_OUT: list[tuple[ModuleType, str]] = [
     (samples, "confusion_matrix"),
     (recorder, "learning_curves"),
     (results, "sweep_curves"),
-    (recorder, "record_model"),
+    (samples, "first_layer"),
 ]
 # seconds that forked programs wait: they are over before the usual pause, and no server is there
 WAITS: list[tuple[ModuleType, str, float]] = [
@@ -81,6 +82,7 @@ def replacements(folder: Path) -> list[tuple[ModuleType, str, Callable[..., Any]
         (style, "save", _save_no_figure),
         (style, "pixels", _no_pixels),
         *((module, name, _nothing) for module, name in LEFT_OUT),
+        (recorder, "recording_model", lambda *arguments: nullcontext()),
     ]
 
 

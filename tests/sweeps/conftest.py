@@ -4,6 +4,7 @@ import functools
 import logging
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ def traces() -> Iterator[None]:
     handlers, threads = logging.root.handlers[:], torch.get_num_threads()
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record, "record_model", lambda *arguments: None)
+        patch.setattr(record, "recording_model", lambda *arguments: nullcontext())
         figures = [
+            (samples, "first_layer"),
             (samples, "sample_grid"),
             (samples, "confusion_matrix"),
             (record, "learning_curves"),
