@@ -108,10 +108,17 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
 
 
 def check_unchanged(job: Job, history: RunHistory) -> None:
-    """Raise ConfigError if a run that is to be resumed began with another config."""
+    """Raise ConfigError if a run that is to be resumed began with another config, or other data."""
     if history.tags.get("config_hash") not in (None, identity(job.task_config)):
         raise ConfigError(
             "the run began with another config than this. Restore it, or train a new run"
+        )
+    dataset = job.load(job.config.dataset)
+    if history.dataset_digest not in ("", dataset.digest):
+        raise ConfigError(
+            f"the run began with other data than is in {dataset.source} now: its SHA-256 is "
+            f"{dataset.digest[:12]}..., and was {history.dataset_digest[:12]}... Restore it, or "
+            f"train a new run"
         )
 
 

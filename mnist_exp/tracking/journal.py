@@ -197,6 +197,7 @@ class RunHistory:
     start_time: int = 0  # ms since 1970
     owner: Mapping[str, Any] = field(default_factory=dict)  # the process that writes it
     tags: Mapping[str, str] = field(default_factory=dict)
+    dataset_digest: str = ""  # the SHA-256 of the data that it began with
     # key -> step -> value, in the order in which they were recorded
     metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     status: str = ""  # "" while it runs
@@ -220,6 +221,8 @@ class RunHistory:
                 values |= {"owner": fields["owner"], "status": "", "reason": ""}
             elif entry.kind == "tags":
                 tags |= fields["values"]
+            elif entry.kind == "dataset":
+                values.setdefault("dataset_digest", fields["digest"])
             elif entry.kind == "metrics":
                 for key, value in fields["values"].items():
                     metrics.setdefault(key, {})[fields["step"]] = value

@@ -29,7 +29,7 @@ from tests.faults.interruptions import (
     state_of,
     words_of,
 )
-from tests.helpers import fresh_store
+from tests.helpers import fresh_store, write_idx
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +248,12 @@ def began(folder: Path) -> list[str]:
     return [e.kind for e in journal.read(folder)[0] if e.kind in ("begin", "resume")]
 
 
+def forget_the_end(folder: Path) -> None:
+    """Leave a finished run's journal as if the run had been killed at its end."""
+    lines = (folder / journal.NAME).read_text().splitlines(keepends=True)
+    (folder / journal.NAME).write_text("".join(lines[:-1]))
+
+
 @pytest.mark.parametrize(
     ("file", "change", "part"),
     [
@@ -262,13 +268,28 @@ def test_a_folder_that_was_changed(
 ) -> None:
     folder = tmp_path / "the run"
     shutil.copytree(whole, folder)
-    lines = (folder / journal.NAME).read_text().splitlines(keepends=True)
-    (folder / journal.NAME).write_text("".join(lines[:-1]))  # as if it had been killed at its end
+    forget_the_end(folder)
     (folder / file).write_text(change((folder / file).read_text()))
     process = Forked(["resume", str(folder)], tmp_path)
     assert process.wait() == 2
     said = process.text.read_text()
     assert str(folder) in said and part in said and "Traceback" not in said, said
+
+
+def test_data_that_was_changed(tmp_path: Path) -> None:
+    data = write_idx(tmp_path / "data", size=8, classes=3)
+    words = words_of(tmp_path, "dataset=idx", f"dataset.root={data}", "dataset.train_size=null")
+    process = Forked(["train", *words, "dataset.val_size=10"], tmp_path)
+    assert process.wait() == 0, process.text.read_text()
+    folder = tmp_path / "the run"
+    forget_the_end(folder)
+    shutil.rmtree(data)
+    write_idx(data, size=8, classes=4)
+    process = Forked(["resume", str(folder)], tmp_path)
+    assert process.wait() == 2
+    text = process.text.read_text()
+    assert f"the run began with other data than is in {data} now" in text, text
+    assert began(folder) == ["begin"]
 
 
 def test_an_older_run_is_found_beside_a_waiting_one(whole: Path, tmp_path: Path) -> None:
