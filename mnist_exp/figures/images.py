@@ -61,8 +61,10 @@ def sample_grid(
     if confidence is not None:
         notes.append("confidence")
 
-    # About 140 pixels wide, each pixel of the image a whole number of the figure's if it can be.
-    tiles = style.resample(images, _scale(images.shape[2], 140))
+    # About 140 pixels wide, if that is not too tall, each pixel of the image a whole number of the
+    # figure's if it can be.
+    height, width = images.shape[1:]
+    tiles = style.resample(images, min(_scale(width, 140), _scale(height, 280)))
     high, wide = tiles.shape[1:3]
     strip = 14 + 20 * max(1 + text.count("\n") for text in texts)
     widest = max(text_width(line, TEXT) for line in {*"\n".join(texts).split("\n")})
