@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +110,7 @@ def load(
     """
     spec = _resolve(name, root, classes)
     embedded = name == "mnist" and root is None
-    folder = sources.EMBEDDED if embedded else cache if root is None else Path(root).expanduser()
+    folder = sources.EMBEDDED if embedded else cache if root is None else Path(root)
     files, digest = _read(name, spec, folder)
 
     if not spec.classes:
@@ -145,10 +147,15 @@ def _resolve(name: str, root: str | None, classes: Sequence[str] | None) -> Data
         raise ConfigError("dataset.root: missing; dataset.name=idx needs the folder of its files")
     if name != "idx" and classes is not None:
         raise ConfigError(f"dataset.classes: only for dataset.name=idx; {name} has its own names")
-    folder = None if root is None else Path(root).expanduser()
-    if folder is not None and not folder.is_dir():
-        why = "is not a folder" if folder.exists() else "there is no such folder"
-        raise ConfigError(f"dataset.root={root}: {why}; it must hold the files of {name}")
+    if root is not None:
+        try:
+            why = "" if stat.S_ISDIR(os.stat(root).st_mode) else "is not a folder"
+        except FileNotFoundError:
+            why = "there is no such folder"
+        except OSError as error:
+            why = f"cannot be read ({error.strerror})"
+        if why:
+            raise ConfigError(f"dataset.root={root}: {why}; it must hold the files of {name}")
     return DATASETS.get(name) or DatasetSpec("", tuple(map(str, classes or ())))
 
 

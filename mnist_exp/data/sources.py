@@ -175,13 +175,14 @@ def unpack(name: str, file: IO[bytes], size: int, magic: bytes) -> IdxFile:
     """Read an IDX file; raise ConfigError if it is not whole and of the kind expected.
 
     Args:
-        name: The name of the file, for messages; if it ends in .gz, the file is packed.
-        file: The file, open.
+        name: The name of the file, for messages.
+        file: The file, open; it may be packed by gzip, whatever its name says.
         size: Its size in bytes, as it is stored.
         magic: The four bytes that it must begin with.
     """
-    zipped = name.endswith(".gz")
-    stream: Any = gzip.GzipFile(fileobj=file) if zipped else file
+    is_packed = file.read(2) == b"\x1f\x8b"  # RFC 1952
+    file.seek(0)
+    stream: Any = gzip.GzipFile(fileobj=file) if is_packed else file
     try:
         start = stream.read(4)
         if start != magic:
@@ -198,7 +199,7 @@ def unpack(name: str, file: IO[bytes], size: int, magic: bytes) -> IdxFile:
         length = len(header) + math.prod(shape) * element.itemsize
         # A false header must not reserve more memory than the file can fill: deflate packs at best
         # 1032 to 1 (https://zlib.net/zlib_tech.html).
-        raw = np.empty(min(length, size * 1032 if zipped else size), np.uint8)
+        raw = np.empty(min(length, size * 1032 if is_packed else size), np.uint8)
         raw[: len(header)] = header
         done = len(header)
         while block := stream.read(min(BLOCK, len(raw) - done)):

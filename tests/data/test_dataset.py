@@ -220,6 +220,11 @@ def _a_file(folder: Path) -> None:
     folder.write_text("")
 
 
+def _a_link_to_itself(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.symlink_to(folder)
+
+
 def _a_folder_as_file(folder: Path) -> None:
     (folder / FILES[3]).unlink()
     (folder / FILES[3]).mkdir()
@@ -254,6 +259,7 @@ IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = arrays()
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no folder": (shutil.rmtree, r"dataset\.root=.*there is no such folder"),
     "a file": (_a_file, r"dataset\.root=.*is not a folder"),
+    "a link to itself": (_a_link_to_itself, r"dataset\.root=.*cannot be read \(Too many levels"),
     "missing": (
         lambda folder: (folder / FILES[3]).unlink(),
         r"missing: t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte\.gz or .*test-labels\.idx1",
@@ -269,7 +275,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut": (_break(2, lambda raw: raw[:-1]), r"t10k-images.*7x32x20.*4496 bytes.*4495: truncated"),
     "trailing": (_break(3, lambda raw: raw + b"\0"), r"t10k-labels.*15 bytes.*trailing"),
     "cut gz": (lambda f: _gz(f, lambda raw: raw[:-9]), r"train-images.*\.gz: damaged gzip"),
-    "no gz": (lambda f: _gz(f, lambda raw: b"x" * 99), r"train-images.*\.gz: damaged gzip"),
+    "no gz": (lambda f: _gz(f, lambda raw: b"x" * 99), r"train-images.*\.gz: not an IDX.*78 78"),
     "bad checksum": (
         lambda f: _gz(f, lambda raw: raw[:-8] + b"\0\0\0\0" + raw[-4:]),
         r"train-images.*\.gz: damaged gzip.*CRC",
@@ -300,6 +306,20 @@ def test_bad_idx_folder(damage: Callable[[Path], None], message: str, tmp_path: 
     damage(folder)
     with pytest.raises(ConfigError, match=message):
         read("idx", folder)
+
+
+def test_packed_files_are_known_by_their_content(tmp_path: Path) -> None:
+    contents = arrays()
+    write(tmp_path, contents)
+    plain, packed = (tmp_path / name for name in FILES[:2])
+    plain.rename(plain.with_suffix(".gz"))
+    packed.write_bytes(gzip.compress(packed.read_bytes()))
+    assert holds(read("idx", tmp_path), contents)
+
+
+def test_a_root_whose_name_is_too_long() -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.root=.*cannot be read \(File name too long\)"):
+        read("idx", Path("x" * 5000))
 
 
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
