@@ -228,7 +228,7 @@ def predict(args: argparse.Namespace) -> int:
     figure: Path | None = args.figure
     _check_figure("--figure", figure)
     files, typed = _divide(args.images)
-    if figure is not None and figure.resolve() in [file.resolve() for file in files]:
+    if figure is not None and os.path.realpath(figure) in map(os.path.realpath, files):
         raise ConfigError(f"--figure {figure}: it is one of the images. Name another file")
     predictions = api.predict(files, args.run, typed, args.raw)
     readable = [p for p in predictions if not p.problem]

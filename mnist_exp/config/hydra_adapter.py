@@ -54,8 +54,8 @@ def hydra_words(overrides: Sequence[str], config_dir: str | None) -> list[str]:
     words = [_as_choice(word) for word in overrides]
     if config_dir is None:
         return words
-    folder = Path(config_dir).resolve()
-    if not folder.is_dir():
+    folder = os.path.realpath(config_dir)
+    if not os.path.isdir(folder):
         raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
     return [*words, f"hydra.searchpath=['file://{paths.project_root()}','file://{folder}']"]
 

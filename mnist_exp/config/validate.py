@@ -1,10 +1,10 @@
 """A typed config from a composed one: values out of range are refused, by their key."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +28,7 @@ def _one_of(key: str) -> Rule:
 
 RULES: list[Rule] = [
     ("seed", lambda n: 0 <= n < 2**63, "0 or more, below 2**63"),
+    ("dataset.root", lambda folder: folder != "", "a folder, or null for the usual one"),
     ("dataset.val_size", lambda n: n is None or n >= 0, "0 or more, or null for a tenth"),
     ("dataset.train_size", lambda n: n is None or n >= 1, "1 or more, or null for all"),
     ("dataset.split_seed", lambda n: 0 <= n < 2**63, "0 or more, below 2**63"),
@@ -68,10 +69,10 @@ def validate(config: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(typed, Config)
-    if typed.dataset.root is not None:  # a record must not depend on where the command was typed
-        root = str(Path(typed.dataset.root).expanduser().resolve())
-        typed.dataset.root = config.dataset.root = root
     _check(RULES, typed)
+    if typed.dataset.root is not None:  # a record must not depend on where the command was typed
+        root = os.path.realpath(os.path.expanduser(typed.dataset.root))
+        typed.dataset.root = config.dataset.root = root
     for part in OPEN_PARTS:
         for name, value in leaves(getattr(typed, part), f"{part}."):
             if isinstance(value, float) and not abs(value) < FLOAT32_MAX:

@@ -547,6 +547,10 @@ def test_predict_what_cannot_be(finished: Started, call: Call, tmp_path: Path) -
     refused(call("predict", "x", image, store), "x: there is no such run")
     own = call("predict", "last", image, store, "--figure", image)
     refused(own, f"--figure {image}: it is one of the images")
+    loop = tmp_path / "loop.png"
+    loop.symlink_to(loop)
+    unreadable = call("predict", "last", str(loop), store, "--figure", f"{tmp_path}/a.png")
+    assert unreadable[0] == 1 and f"{loop}: it cannot be read" in unreadable[2]
     refused(call("predict", "last", image, store, "seed=1"), "seed=1: it would change nothing")
     refused(call("predict", "last", image, store, "--figure", "a.jpg"), "a.jpg", ".png, .svg")
 

@@ -398,6 +398,7 @@ RANGES = [
     bad("seed=-1", "seed=-1", "0 or more", good="seed=0"),
     bad(f"seed={2**63}", "seed=9223372036854775808", "2**63", good=f"seed={2**63 - 1}"),
     bad("dataset.split_seed=-1", "dataset.split_seed=-1", good="dataset.split_seed=0"),
+    bad("dataset.root=''", "dataset.root=: must be a folder", good="dataset.root=a"),
     bad("dataset.val_size=-1", "dataset.val_size=-1", "0 or more", good="dataset.val_size=0"),
     bad("dataset.val_size=60000", "dataset.val_size=60000", "0 to 59999",
         good="dataset.val_size=59999", real=True),
@@ -571,6 +572,8 @@ def test_folder_of_data(prepare: Prepare, tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     assert message(nowhere).startswith(f"dataset.root={nowhere}: there is no such folder")
     assert "is not a folder" in message(folder / "train-images-idx3-ubyte")
+    (tmp_path / "loop").symlink_to("loop")
+    assert "cannot be read (Too many levels" in message(tmp_path / "loop")
     (tmp_path / "empty").mkdir()
     assert "a file is missing: train-images" in message(tmp_path / "empty")
     job = prepare([*words, f"dataset.root={folder}"], real=True)
