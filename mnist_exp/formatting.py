@@ -1,12 +1,30 @@
-"""Numbers as text: one place for all tables, figures and messages."""
+"""Numbers and tables as text: one place for all tables, figures and messages."""
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-Table = tuple[list[str], list[list[str]]]  # a header, and rows
+
+class Table(NamedTuple):
+    """A table of texts, which a notebook shows as one."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """Return the table in GitHub's Markdown; what would end a cell or start HTML is escaped."""
+
+        def line(texts: Sequence[str]) -> str:
+            escaped = [re.sub(r"([\\|<])", r"\\\1", " ".join(text.split())) for text in texts]
+            return f"| {' | '.join(escaped)} |\n"
+
+        return "".join(map(line, [self.header, ["---"] * len(self.header), *self.rows]))
+
+    def _repr_markdown_(self) -> str:
+        return self.markdown()
 
 
 def is_number(value: Any) -> bool:

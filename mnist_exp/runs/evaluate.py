@@ -64,7 +64,7 @@ class Evaluation:
         for name, score in zip(self.dataset.classes, self.classes, strict=True):
             shares = (score.precision, score.recall, score.f1)
             rows.append([name, *(number_or_dash(s, ".2%") for s in shares), str(score.images)])
-        return ["class", "precision", "recall", "F1", "images"], rows
+        return Table(["class", "precision", "recall", "F1", "images"], rows)
 
     def draw(self) -> dict[str, Any]:
         """Return figures by name: of the test set, and of one model its curves and first layer."""

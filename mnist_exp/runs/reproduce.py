@@ -152,7 +152,7 @@ class Reproduction:
         """Return a table with a row for each kind of loss."""
         header = ["loss", "compared", "first to differ", "where", "recorded", "again"]
         header += ["difference", "allowed"]
-        return header, [agreement.row() for agreement in self.agreements]
+        return Table(header, [agreement.row() for agreement in self.agreements])
 
 
 def reproduce(

@@ -7,7 +7,7 @@ import torch
 
 from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import MeanStd, Table
-from mnist_exp.runs import saved_model as saved
+from mnist_exp.runs import saved_model
 from mnist_exp.runs.evaluate import Evaluation, evaluate_stack
 from mnist_exp.runs.job import cached_loader
 from mnist_exp.sweeps import results
@@ -41,7 +41,7 @@ class Ensemble:
         rows[-1][0] = "together"
         accuracy, loss = (self.spread(key) for key in ("test/accuracy", "test/loss"))
         rows.insert(-1, ["mean", "± deviation (n)", accuracy.percent(), f"{loss.mean:.4f}", ""])
-        return header, rows
+        return Table(header, rows)
 
     def gain(self, key: str) -> float:
         """Return what the whole has more than the mean of its members."""
@@ -75,7 +75,7 @@ def ensemble(store: Store, parent: StoredRun, root: str | None = None) -> Ensemb
     members = []
     for job in chosen.finished:
         run = store.get(job.run_id)
-        members.append(evaluate_stack(run, *saved.load_run(store, run, load, root)))
+        members.append(evaluate_stack(run, *saved_model.load_run(store, run, load, root)))
     first = members[0]
     # the logarithm of the mean probability: logits as good as any
     shares = torch.stack([m.logits.double().log_softmax(-1) for m in members])

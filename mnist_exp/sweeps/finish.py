@@ -7,20 +7,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mnist_exp.config import paths
-from mnist_exp.config.compose import compose
-from mnist_exp.config.schema import Config, leaves
-from mnist_exp.errors import ConfigError, reason_of
+from mnist_exp.config.schema import Config
+from mnist_exp.errors import reason_of
 from mnist_exp.figures import style
-from mnist_exp.runs import recorder
-from mnist_exp.runs import saved_model as saved
+from mnist_exp.formatting import Table
+from mnist_exp.runs import recorder, saved_model
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.provenance import described, process_tags
 from mnist_exp.sweeps import report
-from mnist_exp.sweeps.launcher import Results, SweepSetup, load
+from mnist_exp.sweeps.launcher import Results, SweepSetup, load_cached
 from mnist_exp.sweeps.manifest import MANIFEST, Manifest
+from mnist_exp.sweeps.recipe import recipe
 from mnist_exp.sweeps.report import Cell
 from mnist_exp.sweeps.results import (
     Report,
@@ -54,7 +54,13 @@ class OpenSweep:
 
 
 def open_parent(setup: SweepSetup, manifest: Manifest, config: Config) -> RunWriter:
-    """Begin the record of a sweep's parent run, or go on with it; `config` is that of a job."""
+    """Begin the record of a sweep's parent run, or go on with it.
+
+    Args:
+        setup: What the jobs have in common.
+        manifest: The jobs.
+        config: The config of one of them.
+    """
     swept: dict[str, dict[str, None]] = {}
     for job in manifest.jobs:
         for key, value in job.values.items():
@@ -111,27 +117,34 @@ def _test_cell(chosen: Cell, manifest: Manifest) -> list[str]:
         if job.metric("test/accuracy") is not None:
             continue  # by an earlier try: the test set is read once
         try:
-            recorder.record_deferred_test(manifest.jobs[job.number].folder, load)
+            recorder.record_deferred_test(manifest.jobs[job.number].folder, load_cached)
         except Exception as error:  # the report is made all the same
             failures.append(f"the test of {chosen.label} failed: {reason_of(error)}")
     return failures
 
 
 def _write_to_parent(parent: RunWriter, manifest: Manifest, summary: Report) -> None:
-    """Write the report to the sweep's folder and to its parent run."""
-    folder, recipe = parent.folder, ""
+    """Write the report to the sweep's folder and to its parent run.
+
+    Args:
+        parent: The record of the parent run.
+        manifest: The jobs.
+        summary: The report.
+    """
+    folder, best_recipe = parent.folder, ""
     # what has no run is known from here alone
     ended = {job.number: (job.status, job.reason) for job in summary.jobs}
-    replace(Manifest.load(folder), ended=ended).save(folder)
+    replace(manifest, ended=ended).save(folder)
     parent.artifact(folder / MANIFEST)
     _record_numbers(parent, summary)
     if summary.chosen is not None:
         best = manifest.jobs[summary.chosen.finished[0].number].folder
+        config = saved_model.load_config(best / "config.yaml")
         choices = json.loads(RunHistory.of(best).tags["choices"])
         name = UploadState.of(folder).run_id or folder.name
-        recipe = _recipe(saved.load_config(best / "config.yaml"), choices, name, summary.chosen)
+        best_recipe = _best_recipe(summary.chosen, name, config, choices)
     figures = summary.draw()
-    for path in write(summary, figures, recipe, folder):
+    for path in write(summary, figures, best_recipe, folder):
         parent.artifact(path)
     for name, figure in figures.items():
         parent.image(f"sweep/{name}", style.pixels(figure), 0)
@@ -153,9 +166,9 @@ def _record_numbers(parent: RunWriter, summary: Report) -> None:
                 if accuracy.std is not None:
                     values[f"{key}_std"] = accuracy.std
         header, rows = summary.table()
-        table = report.markdown(header, rows[:DESCRIBED])
-        recipe = f"experiments={parent.folder / BEST}"
-        description = described(f"{table}\nTo train the best again:", recipe)
+        table = Table(header, rows[:DESCRIBED]).markdown()
+        word = f"experiments={parent.folder / BEST}"
+        description = described(f"{table}\nTo train the best again:", word)
         parent.tags({"chosen": chosen.label, **description})
     # a sweep that is resumed comes to another end: its number is the step
     tries = RunHistory.of(parent.folder).history("jobs/finished")
@@ -167,25 +180,30 @@ def report_again(
 ) -> Report:
     """Report on a sweep from the store alone, and put the report onto its parent run.
 
-    It is written to the folder `output` as well, with figures of the kind `suffix`.
+    Args:
+        store: The store that has the sweep.
+        parent: The sweep's run.
+        output: A folder that the report is written to as well.
+        suffix: The format of the figures in there.
+        reporter: Shows the report.
     """
-    run_id = parent.id
-    summary, recipe = summarise(load_from_store(store, run_id)), ""
+    summary, best_recipe = summarise(load_from_store(store, parent.id)), ""
     with TemporaryDirectory() as temporary:
         if summary.chosen is not None:
             best = summary.chosen.finished[0].run_id
-            config = saved.fetch_config(store, best, Path(temporary))
-            recipe = _recipe(config, store.get(best).choices(), run_id, summary.chosen)
+            config = saved_model.fetch_config(store, best, Path(temporary))
+            choices = store.get(best).choices()
+            best_recipe = _best_recipe(summary.chosen, parent.id, config, choices)
         figures = summary.draw()
         if output is not None:
             with files.reporting_write_errors("--output", output):
                 output.mkdir(parents=True, exist_ok=True)
-                write(summary, figures, recipe, output, suffix)
-        written = write(summary, figures, recipe, Path(temporary))
+                write(summary, figures, best_recipe, output, suffix)
+        written = write(summary, figures, best_recipe, Path(temporary))
         for file in written:
-            store.put(run_id, file)
+            store.put(parent.id, file)
     show(summary, reporter)
-    return replace(summary, run_id=run_id, files=tuple(file.name for file in written))
+    return replace(summary, run_id=parent.id, files=tuple(file.name for file in written))
 
 
 def show(summary: Report, reporter: Reporter) -> None:
@@ -210,47 +228,46 @@ def show(summary: Report, reporter: Reporter) -> None:
 
 
 def write(
-    summary: Report, figures: Mapping[str, Any], recipe: str, folder: Path, suffix: str = "png"
+    summary: Report,
+    figures: Mapping[str, Any],
+    best_recipe: str,
+    folder: Path,
+    suffix: str = "png",
 ) -> list[Path]:
-    """Write the report into a folder, with the recipe if there is one, and return its files."""
+    """Write a report into a folder, and return its files.
+
+    Args:
+        summary: The report.
+        figures: Its figures, by name.
+        best_recipe: The recipe of its chosen cell; "" where there is none.
+        folder: The folder.
+        suffix: The format of the figures.
+    """
     texts = {
-        "leaderboard.md": report.markdown(*summary.table()),
+        "leaderboard.md": summary.table().markdown(),
         "leaderboard.csv": report.csv_text(summary.ranked, summary.chosen),
     }
-    if recipe:
-        texts[BEST] = recipe
+    if best_recipe:
+        texts[BEST] = best_recipe
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    drawn = {folder / f"{name}.{suffix}": figure for name, figure in figures.items()}
-    for path, figure in drawn.items():
-        style.save(figure, path)
-    return [*(folder / name for name in texts), *drawn]
+    for name, figure in figures.items():
+        style.save(figure, folder / f"{name}.{suffix}")
+    return [folder / name for name in (*texts, *(f"{name}.{suffix}" for name in figures))]
 
 
-def _recipe(config: DictConfig, choices: Mapping[str, str | None], sweep: str, chosen: Cell) -> str:
-    """Return the recipe of the chosen cell, from config and choices of its first run."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
+def _best_recipe(
+    chosen: Cell, sweep: str, config: DictConfig, choices: Mapping[str, str | None]
+) -> str:
+    """Return the recipe of the chosen cell of a sweep.
+
+    Args:
+        chosen: The cell.
+        sweep: The name of the sweep.
+        config: The config of the cell's first run.
+        choices: The option of each group, in that run.
+    """
     comment = f"The best of sweep {sweep[:8]}: {chosen.label}"
     if val := chosen.val_accuracy:
         comment += f", validation accuracy {val.percent()}"
-    options = _options(choices, config)
-    return report.recipe({str(k): v for k, v in plain.items()}, options, comment)
-
-
-def _options(choices: Mapping[str, str | None], config: DictConfig) -> dict[str, str | None]:
-    """Return the options of a recipe's groups.
-
-    None where there is no option, or where it would bring back a key that the run had deleted.
-    """
-    options = {group: choices.get(group) for group in report.GROUPS}
-    try:
-        composed = compose([f"{group}={option}" for group, option in options.items() if option])
-    except ConfigError:  # of a --config-dir, or of other code than today's
-        return dict.fromkeys(options)
-
-    def adds_no_key(group: str) -> bool:
-        keys, run_keys = ({key for key, _ in leaves(c[group])} for c in (composed, config))
-        return keys <= run_keys
-
-    return {g: option if option and adds_no_key(g) else None for g, option in options.items()}
+    return recipe(config, choices, comment)

@@ -1,26 +1,21 @@
-"""What a sweep's jobs come to: averages over seeds, their ranking, the choice, and its recipe.
+"""What a sweep's jobs come to: averages over seeds, their ranking, and the choice.
 
-Pure functions of what is known of each job. Accuracies are shares, 0 to 1; epochs count from 1. A
-table is a header and rows of strings, for the terminal and for `markdown` alike.
+Pure functions of what is known of each job. Accuracies are shares, 0 to 1; epochs count from 1.
 """
 
 import csv
 import io
 import math
-import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from mnist_exp.formatting import MeanStd, Table, percent
 
-GROUPS = ("dataset", "model", "optimizer", "schedule")  # that a recipe chooses in
 REASON_LENGTH = 100
 _PARTS = ("mean", "std", "n")  # of a MeanStd
 
@@ -171,7 +166,7 @@ def leaderboard(ranked: Sequence[Cell], chosen: Cell | None) -> Table:
                 f"{len(cell.jobs) - len(cell.finished)} of {len(cell.jobs)}",
             ]
         )
-    return header, rows
+    return Table(header, rows)
 
 
 def csv_text(ranked: Sequence[Cell], chosen: Cell | None) -> str:
@@ -210,17 +205,8 @@ def job_table(jobs: Sequence[JobResult]) -> Table:
         values = [job.values.get(key, "") for key in keys]
         best = "" if accuracy is None else percent(accuracy)
         rows.append([f"{job.number}", *values, job.status, best, reason])
-    return ["job", *(names[key] for key in keys), "status", "validation accuracy", "reason"], rows
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in GitHub's Markdown; what would end a cell or start HTML is escaped."""
-
-    def line(texts: Sequence[str]) -> str:
-        escaped = [re.sub(r"([\\|<])", r"\\\1", " ".join(text.split())) for text in texts]
-        return f"| {' | '.join(escaped)} |\n"
-
-    return "".join(map(line, [header, ["---"] * len(header), *rows]))
+    header = ["job", *(names[key] for key in keys), "status", "validation accuracy", "reason"]
+    return Table(header, rows)
 
 
 def heat_maps(ranked: Sequence[Cell], chosen: Cell | None) -> list[HeatMapData]:
@@ -266,33 +252,3 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
-
-
-def recipe(config: Mapping[str, Any], choices: Mapping[str, str | None], comment: str) -> str:
-    """Return the text of a recipe that composes to exactly `config`, `tracking` aside.
-
-    Args:
-        config: The config, plain and resolved.
-        choices: The option of each group. None, or no entry, leaves the group empty, so that the
-            config's values stand alone; a group needs that where the config lacks a key of its
-            option, which would come back.
-        comment: What stands above it.
-    """
-    lines = ["# @package _global_"]
-    for line in comment.splitlines():  # what cannot be printed is not allowed in YAML
-        lines.append(f"# {''.join(c if c.isprintable() else ' ' for c in line)}".rstrip())
-    defaults = [{f"override /{group}": choices.get(group)} for group in GROUPS]
-    values = {key: _escaped(value) for key, value in config.items() if key != "tracking"}
-    parts = (OmegaConf.to_yaml({"defaults": defaults}), OmegaConf.to_yaml(values))
-    return "\n".join(lines) + "\n" + "\n".join(parts)
-
-
-def _escaped(node: Any) -> Any:
-    """Return a node with every `${` made literal, by an odd number of backslashes before it."""
-    if isinstance(node, Mapping):
-        return {key: _escaped(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_escaped(value) for value in node]
-    if isinstance(node, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", node)
-    return node

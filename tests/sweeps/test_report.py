@@ -1,19 +1,15 @@
-"""What a sweep comes to: averages and ranks by hand, tables, heat maps, recipes that compose."""
+"""What a sweep comes to: averages and ranks by hand, tables, heat maps."""
 
 import csv
 import io
 import math
 from collections.abc import Mapping
 from dataclasses import astuple
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
-from mnist_exp.config.compose import compose
-from mnist_exp.config.schema import task_config
 from mnist_exp.formatting import MeanStd
 from mnist_exp.sweeps import report
 from mnist_exp.sweeps.report import Cell, JobResult
@@ -225,16 +221,6 @@ def test_csv_round_trip() -> None:
     assert third["val_accuracy_mean"] == third["val_accuracy_n"] == ""
 
 
-def test_markdown() -> None:
-    text = report.markdown(["a|b", "c"], [["x", "<class 'int'>"], ["1\n2", r"\|"]])
-    assert text.splitlines() == [
-        r"| a\|b | c |",
-        "| --- | --- |",
-        r"| x | \<class 'int'> |",
-        r"| 1 2 | \\\| |",
-    ]
-
-
 def test_outcomes() -> None:
     jobs = [
         job(2, {"lr": "1e9", "seed": "0"}, status="INVALID", reason="\n" + 300 * "x"),
@@ -311,116 +297,3 @@ def test_every_pair_of_three() -> None:
 def test_no_pairs_without_validation() -> None:
     jobs = [job(n, {"a": str(n), "b": str(n)}, test=0.9) for n in range(2)]
     assert report.heat_maps(report.cells(jobs), None) == []
-
-
-def composed(overrides: list[str], folder: Path | None = None) -> tuple[dict[str, Any], Any]:
-    """The plain, resolved config less `tracking`, and the groups' choices."""
-    config = compose(overrides, config_dir=None if folder is None else str(folder))
-    choices = config.hydra.runtime.choices
-    plain = OmegaConf.to_container(task_config(config), resolve=True)
-    assert isinstance(plain, dict)
-    del plain["tracking"]
-    return {str(key): value for key, value in plain.items()}, choices
-
-
-def recomposed(text: str, folder: Path) -> dict[str, Any]:
-    (folder / "experiments").mkdir()
-    (folder / "experiments" / "best.yaml").write_text(text, encoding="utf-8")
-    return composed(["experiments=best"], folder)[0]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal, and of equal types: 1 is not 1.0."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and bool(a == b)
-
-
-LAYERS = (
-    "[{_target_: torch.nn.Flatten},{_target_: torch.nn.LazyLinear, out_features: 10, bias: true}]"
-)
-SEQUENTIAL = [
-    *("~model.hidden", "~model.dropout", "model._target_=torch.nn.Sequential"),
-    f"+model._args_={LAYERS}",
-]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "empty"),
-    [
-        ([], []),
-        (["model=cnn", "optimizer=adamw", "schedule=cosine", "dataset=kmnist", "seed=7"], []),
-        (["optimizer.lr=1e-05", "optimizer.momentum=1.0", "schedule.warmup_epochs=2"], []),
-        (["model=linear", "trusted_packages=[mine,yours]", "dataset.classes=['1','null']"], []),
-        (["model.hidden=[]", "dataset.val_size=null", "dataset.root='/data/größe: 1 #2'"], []),
-        (["+optimizer.text='1e6'", "+optimizer.on='yes'", "+optimizer.a='0o17'"], []),
-        (["+optimizer.rest={}", "+optimizer.big=1e+30", "+optimizer.none=null"], []),
-        ([r"+model.path='\${dataset.name}'", r"+model.more='C:\\\${a} $ {'"], []),
-        (["debug=overfit", "training.batch_size=32"], []),
-        (["~optimizer.weight_decay", "~model.dropout"], ["optimizer", "model"]),
-        (SEQUENTIAL, ["model"]),
-        (["optimizer=adam", "~schedule.warmup_epochs"], [*report.GROUPS]),
-    ],
-)  # fmt: skip
-def test_recipe_composes_to_the_same(
-    overrides: list[str], empty: list[str], tmp_path: Path
-) -> None:
-    config, choices = composed(overrides)
-    wanted = {group: None if group in empty else choices[group] for group in report.GROUPS}
-    text = report.recipe(config, wanted, "the best of a sweep")
-    found = recomposed(text, tmp_path)
-    assert same(found, config), (found, config)
-
-
-def test_recipe_of_a_group_without_choice_or_entry(tmp_path: Path) -> None:
-    config, _ = composed(["model=cnn"])
-    assert same(recomposed(report.recipe(config, {"dataset": "mnist"}, ""), tmp_path), config)
-
-
-def test_a_deleted_key_comes_back_with_its_option(tmp_path: Path) -> None:
-    """Why a group can be left empty; else every recipe could name its options."""
-    config, choices = composed(["~optimizer.weight_decay"])
-    found = recomposed(report.recipe(config, choices, ""), tmp_path)
-    assert found["optimizer"] == config["optimizer"] | {"weight_decay": 0.0}
-
-
-def test_recipe_text() -> None:
-    config = {"seed": 1, "model": {"lr": 1e-05, "x": 1.0}, "tracking": {"uri": "elsewhere"}}
-    choices = {"dataset": "mnist", "model": None, "optimizer": "1", "schedule": "step"}
-    text = report.recipe(config, choices, "The best of 4.\n\nAnd \x1bmore: {")
-    assert (
-        text
-        == """\
-# @package _global_
-# The best of 4.
-#
-# And  more: {
-defaults:
-- override /dataset: mnist
-- override /model: null
-- override /optimizer: '1'
-- override /schedule: step
-
-seed: 1
-model:
-  lr: 1.0e-05
-  x: 1.0
-"""
-    )
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("${a}", r"\${a}", r"\\${a}", r"\\\${a}", "${${a}", "$${a}", "${", r"\$ {a} \ ${b} \\"),
-        *("1e6", "1_000", "0x10", "1:30", "null", "~", "true", "off", "", " ", "- a", "#", "a: b"),
-        *("2026-01-01", ".inf", "é\n\t'\"", "@a", "{a", "[", "%", "!b", "&c", "*d", "=", "<<"),
-    ],
-)
-def test_any_text_stays_what_it_is(text: str) -> None:
-    config = {"model": {"a": text, "list": [text, {"b": text}]}}
-    back = OmegaConf.to_container(OmegaConf.create(report.recipe(config, {}, "")), resolve=True)
-    assert isinstance(back, dict)
-    assert back["model"] == config["model"]
