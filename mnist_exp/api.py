@@ -4,7 +4,6 @@ Overrides are those of the command line. A run is named by `last`, its id, or th
 Each function imports what is heavy when it is called, and prints nothing unless it is verbose.
 """
 
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
     from mnist_exp.sweeps.ensemble import Ensemble
     from mnist_exp.sweeps.results import Report
     from mnist_exp.sweeps.sweep import SweepResult
-
-log = logging.getLogger(__name__)
+    from mnist_exp.tracking.store import Store, StoredRun
 
 
 @dataclass(frozen=True)
@@ -111,17 +109,16 @@ def train(
 
 def train_composed(composed: "DictConfig", verbose: bool = False) -> "Result":
     """Train one run from its composed config, which has Hydra's own part in it. See `train`."""
-    from mnist_exp.tracking import address
+    from mnist_exp.tracking.address import warn_if_environment_wins
     from mnist_exp.tracking.uploader import Uploader
 
-    # before torch's seconds of import
-    address.warn_if_environment_wins(_config(composed).tracking.uri)
+    warn_if_environment_wins(_config(composed).tracking.uri)  # before torch's seconds of import
     with Uploader() as uploader:
-        from mnist_exp.runs import train as training
         from mnist_exp.runs.job import prepare
+        from mnist_exp.runs.train import train
 
         job = prepare(composed)
-        return training.train(job, job.folder, _reporter(verbose), uploader)
+        return train(job, job.folder, _reporter(verbose), uploader)
 
 
 def train_sweep(
@@ -141,16 +138,16 @@ def train_sweep(
     """
     from mnist_exp.config.compose import compose_sweep
     from mnist_exp.sweeps import grid
-    from mnist_exp.tracking import address
+    from mnist_exp.tracking.address import warn_if_environment_wins
     from mnist_exp.tracking.uploader import Uploader
 
-    def say(text: str) -> None:
+    def report_line(text: str) -> None:
         if verbose:
             print(text, file=sys.stderr, flush=True)
 
     context, master = compose_sweep(overrides, config_name, config_dir)
-    jobs = grid.jobs(context, master, say)  # before torch's seconds of import
-    address.warn_if_environment_wins(master.tracking.uri)
+    jobs = grid.jobs(context, master, report_line)  # before torch's seconds of import
+    warn_if_environment_wins(master.tracking.uri)
     with Uploader() as uploader:
         from mnist_exp.sweeps import sweep
 
@@ -200,10 +197,7 @@ def resume(
 
 def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
     """Evaluate the saved model of a run on the official test set. Raise ConfigError."""
-    from mnist_exp.runs import lookup
-
-    store, root = lookup.open_store(overrides, data=True), lookup.dataset_root(overrides)
-    stored_run = store.find(run)
+    store, stored_run, root = _find(run, overrides, data=True)
 
     from mnist_exp.runs import evaluate as evaluation
 
@@ -212,10 +206,7 @@ def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
 
 def ensemble(sweep: str = "last", overrides: Sequence[str] = ()) -> "Ensemble":
     """Evaluate the models of a sweep's chosen cell together, over its seeds. Raise ConfigError."""
-    from mnist_exp.runs import lookup
-
-    store, root = lookup.open_store(overrides, data=True), lookup.dataset_root(overrides)
-    parent = store.find(sweep, sweep=True)
+    store, parent, root = _find(sweep, overrides, sweep=True, data=True)
 
     from mnist_exp.sweeps import ensemble as ensembles
 
@@ -242,10 +233,7 @@ def predict(
     from mnist_exp.config.compose import check_list
 
     check_list("files", files)
-    from mnist_exp.runs import lookup
-
-    store = lookup.open_store(overrides)
-    stored_run = store.find(run)
+    store, stored_run, _ = _find(run, overrides)
 
     from mnist_exp.runs import predict as prediction
 
@@ -279,10 +267,7 @@ def report(
     Raises:
         ConfigError: There is no such sweep, or its report cannot be written.
     """
-    from mnist_exp.runs import lookup
-
-    store = lookup.open_store(overrides)
-    parent = store.find(sweep, sweep=True)
+    store, parent, _ = _find(sweep, overrides, sweep=True)
 
     from mnist_exp.sweeps import finish
 
@@ -312,10 +297,7 @@ def reproduce(
     Raises:
         ConfigError: There is no such run, or it cannot be trained again here.
     """
-    from mnist_exp.runs import lookup
-
-    store, root = lookup.open_store(overrides, data=True), lookup.dataset_root(overrides)
-    stored_run = store.find(run)
+    store, stored_run, root = _find(run, overrides, data=True)
 
     from mnist_exp.runs import reproduce as reproduction
 
@@ -373,14 +355,14 @@ def list_runs(
     Raises:
         ConfigError: The store cannot be opened.
     """
-    from mnist_exp.config import paths
     from mnist_exp.config.compose import compose
+    from mnist_exp.config.paths import output_root
     from mnist_exp.tracking import store
     from mnist_exp.tracking.address import store_uri
     from mnist_exp.tracking.store_check import check_store
 
     config = compose([word for word in overrides if word.startswith("tracking.")])
-    uri = store_uri(config.tracking.uri, paths.output_root())
+    uri = store_uri(config.tracking.uri, output_root())
     check_store(uri)
     return store.list_runs(uri, sweeps)
 
@@ -406,6 +388,26 @@ def mark_dead_runs() -> dict[Path, str]:
 
     marked = run_log.mark_dead_runs(run_log.open_runs_at(output_root()))
     return {folder: history.reason for folder, history in marked if not history.parent}
+
+
+def _find(
+    word: str, overrides: Sequence[str], *, sweep: bool = False, data: bool = False
+) -> "tuple[Store, StoredRun, str | None]":
+    """Return a store, a run in it, and the folder that the run's data has moved to, if any.
+
+    Args:
+        word: The run, by `last`, its id, or the beginning of it.
+        overrides: `tracking.uri=...`, the store.
+        sweep: The run is the parent of a sweep.
+        data: The overrides may have `dataset.root=...` as well, the folder of its data.
+
+    Raises:
+        ConfigError: There is no such run, or an override says something else.
+    """
+    from mnist_exp.runs import lookup
+
+    store = lookup.open_store(overrides, data=data)
+    return store, store.find(word, sweep=sweep), lookup.dataset_root(overrides)
 
 
 def _reporter(verbose: bool) -> "Reporter":

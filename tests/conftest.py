@@ -1,15 +1,20 @@
 """A small data set, learnable but not at once, made in a moment."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from mnist_exp.config.compose import compose
+from mnist_exp.config.schema import DatasetConfig
 from mnist_exp.data.dataset import Dataset, Split
+from mnist_exp.runs import job
+from mnist_exp.runs.job import Job
+from tests.config.bad_input import Prepare
 from tests.faults.server import FaultyServer, Upstream
-from tests.helpers import fresh_store
+from tests.helpers import fresh_store, tiny_dataset
 from tests.programs import Start, starting
 
 CLASSES = 4
@@ -89,3 +94,23 @@ def faulty(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faul
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with FaultyServer(upstream.uri) as server:
         yield server
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Iterator[Prepare]:
+    """`job.prepare` on overrides, with a tiny data set; nothing may have been created at the end.
+
+    `real`: with the data set that is asked for.
+    """
+
+    def call(overrides: Sequence[str], real: bool = False) -> Job:
+        store = f"tracking.uri=sqlite:///{tmp_path}/store.db"
+        composed = compose([store, f"hydra.run.dir={tmp_path}/run", *overrides])
+
+        def small(asked: DatasetConfig) -> Dataset:
+            return tiny_dataset(2 * composed.training.batch_size)
+
+        return job.prepare(composed, None if real else small)
+
+    yield call
+    assert [path.name for path in tmp_path.iterdir() if path.name in ("store.db", "run")] == []

@@ -31,16 +31,16 @@ Function = Callable[[argparse.Namespace], int]  # runs a command and returns the
 
 @dataclass(frozen=True)
 class Command:
-    """A verb of the program, with its arguments and the function that runs it."""
+    """A command of the program, with its arguments and the function that runs it."""
 
     name: str
-    usage: str  # the arguments, for the list of verbs
+    usage: str  # the arguments, for the list of commands
     summary: str
     arguments: Sequence[Argument]
     function: Function
 
     def parser(self) -> argparse.ArgumentParser:
-        """Return the parser of the words behind the verb."""
+        """Return the parser of the words behind its name."""
         parser = argparse.ArgumentParser(
             prog=f"mnist-exp {self.name}", description=self.summary, allow_abbrev=False
         )
@@ -49,7 +49,7 @@ class Command:
         return parser
 
     def run(self, words: Sequence[str]) -> int:
-        """Run the command on the words behind the verb, and return the exit status."""
+        """Run the command on the words behind its name, and return the exit status."""
         if self.name == "train" and any(word.split("=")[0] in HYDRA_FLAGS for word in words):
             return _train_with_hydra(words)
         return self.function(self.parser().parse_intermixed_args(words))
@@ -160,7 +160,7 @@ def show(args: argparse.Namespace) -> int:
 )
 def evaluate(args: argparse.Namespace) -> int:
     """Print what a saved model comes to on the test set, and draw it."""
-    _check_folder("--output", args.output)
+    _check_writable("--output", args.output)
     ensemble = api.ensemble(args.run, args.overrides) if args.ensemble else None
     evaluation = ensemble.whole if ensemble else api.evaluate(args.run, args.overrides)
 
@@ -263,7 +263,7 @@ def predict(args: argparse.Namespace) -> int:
 )
 def report(args: argparse.Namespace) -> int:
     """Print the report on a sweep again."""
-    _check_folder("--output", args.output)
+    _check_writable("--output", args.output)
     sweep = api.report(
         args.sweep, args.overrides, verbose=True, output=args.output, suffix=args.format
     )
@@ -445,26 +445,23 @@ def _divide(words: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 def _check_figure(option: str, file: Path | None) -> None:
     """Raise ConfigError, before the work, if the figure could not be written after it."""
-    if file is None:
-        return
-    if file.suffix.lower().removeprefix(".") not in FORMATS:
+    if file is not None and file.suffix.lower().removeprefix(".") not in FORMATS:
         raise ConfigError(f"{option} {file}: must end in .png, .svg or .pdf")
-
-    from mnist_exp.system import files
-
-    with files.reporting_write_errors(option, file):
-        files.check_writable_file(file)
+    _check_writable(option, file, is_folder=False)
 
 
-def _check_folder(option: str, folder: Path | None) -> None:
-    """Raise ConfigError, before the work, if no figure could be written to a folder after it."""
-    if folder is None:
+def _check_writable(option: str, place: Path | None, *, is_folder: bool = True) -> None:
+    """Raise ConfigError, before the work, if what an option names could not be written after it."""
+    if place is None:
         return
 
     from mnist_exp.system import files
 
-    with files.reporting_write_errors(option, folder):
-        files.check_writable_folder(folder)
+    with files.reporting_write_errors(option, place):
+        if is_folder:
+            files.check_writable_folder(place)
+        else:
+            files.check_writable_file(place)
 
 
 def _save_figures(option: str, place: Path, figures: Mapping[Path, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `mnist-exp VERB`. A thin layer that imports nothing heavy before it must."""
+"""The command line: `mnist-exp COMMAND`. A thin layer that imports nothing heavy before it must."""
 
 import atexit
 import contextlib
@@ -14,9 +14,9 @@ from mnist_exp.errors import BROKEN_PIPE, ConfigError, RunFailed, Terminated, di
 from mnist_exp.system import signals, streams
 
 _HELP = """\
-usage: mnist-exp VERB [ARGUMENT ...]
+usage: mnist-exp COMMAND [ARGUMENT ...]
 
-{verbs}
+{commands}
 
 RUN is an MLflow run id, the beginning of one, or last; SWEEP is that of a sweep's parent run;
 FOLDER is the output of a run or a sweep.
@@ -26,7 +26,7 @@ An OVERRIDE is key=value or group=option.
   mnist-exp train model=cnn optimizer=adamw optimizer.lr=3e-3 training.epochs=3
   mnist-exp train -m optimizer.lr=0.01,0.1 seed=0,1,2
   mnist-exp report last
-  mnist-exp VERB --help     more of a verb
+  mnist-exp COMMAND --help  more of a command
 """
 
 
@@ -105,21 +105,22 @@ def _run(words: Sequence[str]) -> int:
 
         complete()
     if not words or words[0] in ("-h", "--help", "help"):
-        verbs = COMMANDS.values()
-        lines = [f"  {f'{verb.name} {verb.usage}':25} {verb.summary}" for verb in verbs]
-        print(_HELP.format(verbs="\n".join(lines)), end="")
+        lines = [f"  {f'{c.name} {c.usage}':25} {c.summary}" for c in COMMANDS.values()]
+        print(_HELP.format(commands="\n".join(lines)), end="")
         return 0 if words else 2
-    verb, *rest = words
-    if verb == "--version":
+    name, *rest = words
+    if name == "--version":
         print(f"mnist-exp {__version__}")
         return 0
-    if verb not in COMMANDS:
-        hint = did_you_mean(verb, COMMANDS)
-        raise ConfigError(f"{verb}: there is no such verb. {hint}Verbs: {', '.join(COMMANDS)}")
-    if verb != "completion":  # which starts with every shell
+    if name not in COMMANDS:
+        raise ConfigError(
+            f"{name}: there is no such command. {did_you_mean(name, COMMANDS)}"
+            f"Commands: {', '.join(COMMANDS)}"
+        )
+    if name != "completion":  # which starts with every shell
         for folder, reason in api.mark_dead_runs().items():
             _print_error(
                 f"the run in {folder} is KILLED: {reason}. To go on with it: "
                 f"{command_line('resume', str(folder))}"
             )
-    return COMMANDS[verb].run(rest)
+    return COMMANDS[name].run(rest)

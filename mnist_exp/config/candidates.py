@@ -1,30 +1,36 @@
 """The overrides that a word which is being typed can become: for completion with TAB."""
 
-import contextlib
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from hydra.core.object_type import ObjectType
-from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from mnist_exp.config.hydra_adapter import COMPOSITION_ERRORS, compose_sweep_raw, hydra_words
-from mnist_exp.config.schema import ONE_OF, leaves
+from mnist_exp.config.hydra_adapter import compose_leniently, hydra_words
+from mnist_exp.config.schema import leaves, values_of
 
 
 def candidates(
     word: str, others: Sequence[str], config_name: str = "config", config_dir: str | None = None
 ) -> list[str]:
-    """Return what an override that begins with `word` can become, once `others` are there.
+    """Return what an override that is being typed can become.
 
     Of a key, these are not all that follow but the next part of each; of a value, all that are
-    known: a group's options, one of a few names, or else the one that the config has. Raise one
-    of COMPOSITION_ERRORS.
+    known: a group's options, one of a few names, or else the one that the config has.
+
+    Args:
+        word: What is typed of it.
+        others: The other overrides.
+        config_name: The config file to start from.
+        config_dir: One more folder of config groups.
+
+    Raises:
+        COMPOSITION_ERRORS: One of these, where there is no such config.
     """
     typed = word.lstrip("+~")
     sign = word.removesuffix(typed)
-    context, config = _compose_what_composes(others, config_name, config_dir)
+    context, config = compose_leniently(others, config_name, config_dir)
     groups = [str(group) for group in config.hydra.runtime.choices]
     keys = dict(leaves(OmegaConf.to_container(config, resolve=False)))
     key, equals, value = typed.partition("=")
@@ -54,19 +60,9 @@ def _next_parts(names: Sequence[str], typed: str, end: str) -> Collection[str]:
     return parts
 
 
-def _compose_what_composes(
-    overrides: Sequence[str], config_name: str, config_dir: str | None
-) -> tuple[HydraContext, DictConfig]:
-    """Compose the overrides as far as it goes: one may be wrong, or not be finished."""
-    for words in (overrides, [o for o in overrides if "." not in o]):
-        with contextlib.suppress(*COMPOSITION_ERRORS):  # ConfigError is one of them
-            return compose_sweep_raw(hydra_words(words, config_dir), config_name)
-    return compose_sweep_raw(hydra_words([], config_dir), config_name)
-
-
 def _values(key: str, value: Any) -> Sequence[str]:
-    if key in ONE_OF:
-        return ONE_OF[key]
+    if names := values_of(key):
+        return names
     if isinstance(value, bool):
         return ["true", "false"]
     return [str(value)] if re.fullmatch(r"[\w.+-]+", str(value)) and value is not None else []

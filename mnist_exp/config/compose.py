@@ -4,17 +4,11 @@ import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hydra.types import HydraContext
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
 from mnist_exp.config.explain import explain
-from mnist_exp.config.hydra_adapter import (
-    COMPOSITION_ERRORS,
-    compose_raw,
-    compose_sweep_raw,
-    hydra_words,
-    run_hydra_raw,
-)
+from mnist_exp.config.hydra_adapter import COMPOSITION_ERRORS, compose_raw, run_hydra_raw
 from mnist_exp.errors import ConfigError
 
 
@@ -31,22 +25,7 @@ def compose(
     Raises:
         ConfigError: An override is at fault; the message has the nearest that exists.
     """
-    check_list("overrides", overrides)
-    words = hydra_words(overrides, config_dir)
-    try:
-        config = compose_raw(words, config_name)
-        str(config.hydra.run.dir)  # an interpolation in it may lead nowhere
-    except COMPOSITION_ERRORS as error:
-        raise explain(error, overrides) from error
-    return config
-
-
-def check_list(name: str, given: object) -> None:
-    """Raise ConfigError for what is no list of texts or paths; a text is one of its letters."""
-    if isinstance(given, str | Path):
-        raise ConfigError(f"{name}: must be a list, as in [{given!r}], and not {given!r} itself")
-    if not isinstance(given, Sequence) or not all(isinstance(item, str | Path) for item in given):
-        raise ConfigError(f"{name}: must be a list of texts, and is {reprlib.repr(given)}")
+    return _compose(overrides, config_name, config_dir, RunMode.RUN)[1]
 
 
 def compose_sweep(
@@ -56,12 +35,27 @@ def compose_sweep(
 
     The arguments and errors are those of `compose`.
     """
+    return _compose(overrides, config_name, config_dir, RunMode.MULTIRUN)
+
+
+def _compose(
+    overrides: Sequence[str], config_name: str, config_dir: str | None, mode: RunMode
+) -> tuple[HydraContext, DictConfig]:
     check_list("overrides", overrides)
-    words = hydra_words(overrides, config_dir)
     try:
-        return compose_sweep_raw(words, config_name)
+        return compose_raw(overrides, config_name, config_dir, mode)
+    except ConfigError:
+        raise
     except COMPOSITION_ERRORS as error:
         raise explain(error, overrides) from error
+
+
+def check_list(name: str, given: object) -> None:
+    """Raise ConfigError for what is no list of texts or paths; a text is one of its letters."""
+    if isinstance(given, str | Path):
+        raise ConfigError(f"{name}: must be a list, as in [{given!r}], and not {given!r} itself")
+    if not isinstance(given, Sequence) or not all(isinstance(item, str | Path) for item in given):
+        raise ConfigError(f"{name}: must be a list of texts, and is {reprlib.repr(given)}")
 
 
 def run_hydra(words: Sequence[str], job: Callable[[DictConfig], object]) -> None:

@@ -1,21 +1,15 @@
 """What is wrong with an override or a recipe, in words."""
 
-import contextlib
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from mnist_exp.config.hydra_adapter import (
-    COMPOSITION_ERRORS,
-    RECIPE_FILES,
-    compose_raw,
-    hydra_words,
-)
+from mnist_exp.config.hydra_adapter import RECIPE_FILES, compose_leniently, compose_raw
 from mnist_exp.config.schema import OPEN_PARTS, leaves
 from mnist_exp.errors import ConfigError, did_you_mean
 
@@ -87,7 +81,8 @@ def _explain_override(fault: _Fault) -> str | None:
         return "a recipe has to begin with the line: # @package _global_"  # its keys are there
     if found := re.search(r"Could not override '([^']+)'", fault.text):
         return _unknown_key(fault.key or found[1], fault.overrides)
-    if fault.text.startswith("Config group override must be"):
+    is_no_name = fault.text.startswith("Config group override must be")
+    if is_no_name or isinstance(fault.error, TypeError):  # of a list with what is no text
         groups = [word for word in fault.overrides if "." not in word.split("=")[0]]
         return f"{' '.join(groups)}: a group takes the name of one of its choices, as in model=cnn"
     if found := re.match(r"Ambiguous value for argument '(.+)'", fault.text):
@@ -109,8 +104,9 @@ def _explain_value(fault: _Fault) -> str | None:
         return _unknown_key(key, fault.overrides)
     if key.startswith("tracking.tags."):
         return f"{key}: a tag's value is text. A name with dots: '+tracking.tags={{a.b: TEXT}}'"
-    if reason.startswith("Invalid type assigned"):
-        return f"{key}: takes no value itself. {_siblings(key, _known([]))}"
+    siblings = _siblings(key, _keys(compose_raw([])[1]))
+    if reason.startswith("Invalid type assigned") and siblings:
+        return f"{key}: takes no value itself. {siblings}"
     return f"{key}: {reason}"
 
 
@@ -140,11 +136,14 @@ _EXPLAINERS = (_explain_choice, _explain_override, _explain_value, _explain_gram
 
 def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     """Return the message for a key that is not there, with the keys that are."""
+    # once the other overrides are
+    _, config = compose_leniently([o for o in overrides if not o.lstrip("+~").startswith(key)])
+    known = _keys(config)
     if key.startswith("hydra."):
-        siblings = _siblings(key.rpartition(".")[0], _known(overrides, key, hydra=True))
+        known = [f"hydra.launcher.{name}" for name in config.hydra.launcher if name != "_target_"]
+        siblings = _siblings(key.rpartition(".")[0], known)
         return f"{key}: Hydra has no such key" + (f". {siblings}" if siblings else "")
-    known = _known(overrides, key)
-    groups = [str(g) for g in compose_raw([]).hydra.runtime.choices if "/" not in str(g)]
+    groups = [str(group) for group in config.hydra.runtime.choices if "/" not in str(group)]
     parent, _, name = key.rpartition(".")
     if parent == "tracking.tags":
         return f"{key}: there is no such tag yet. To add it: +{key}=VALUE"
@@ -158,16 +157,8 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     return f"{message}The keys and groups are: {', '.join(sorted(top))}"
 
 
-def _known(overrides: Sequence[str], wrong: str = "", hydra: bool = False) -> list[str]:
-    """Return the keys that can be set once the overrides are, those that begin with `wrong` not."""
-    others = [o for o in overrides if not wrong or not o.lstrip("+~").startswith(wrong)]
-    choices = [o for o in others if "." not in o and "," not in o]
-    for words in (others, choices, []):  # another override may be wrong as well, or swept
-        with contextlib.suppress(*COMPOSITION_ERRORS):
-            config = compose_raw(hydra_words(words, None))
-            break
-    if hydra:
-        return [f"hydra.launcher.{key}" for key in config.hydra.launcher if key != "_target_"]
+def _keys(config: DictConfig) -> list[str]:
+    """Return the dotted keys of a composed config, without Hydra's own."""
     kept = [str(key) for key in config if key != "hydra"]
     return [name for name, _ in leaves(OmegaConf.masked_copy(config, kept))]
 

@@ -2,11 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+def checked(is_allowed: Callable[[Any], object], allowed: str, names: Sequence[str] = ()) -> Any:
+    """Declare a key with the check of its value.
+
+    Args:
+        is_allowed: The check.
+        allowed: What the check allows, in words.
+        names: The values that completion offers.
+    """
+    metadata = {"is_allowed": is_allowed, "allowed": allowed, "names": names}
+    return field(default=MISSING, metadata=metadata)
+
+
+def one_of(*names: str) -> Any:
+    """Declare a key whose value is one of a few names."""
+    return checked(names.__contains__, f"{', '.join(names[:-1])} or {names[-1]}", names)
 
 
 @dataclass
@@ -14,10 +32,10 @@ class DatasetConfig:
     """The choice of a data set, and its split."""
 
     name: str = MISSING
-    root: str | None = MISSING
-    val_size: int | None = MISSING
-    train_size: int | None = MISSING
-    split_seed: int = MISSING
+    root: str | None = checked(lambda folder: folder != "", "a folder, or null for the usual one")
+    val_size: int | None = checked(lambda n: n is None or n >= 0, "0 or more, or null for a tenth")
+    train_size: int | None = checked(lambda n: n is None or n >= 1, "1 or more, or null for all")
+    split_seed: int = checked(lambda n: 0 <= n < 2**63, "0 or more, below 2**63")
     classes: list[str] | None = MISSING
 
 
@@ -25,14 +43,20 @@ class DatasetConfig:
 class TrainingConfig:
     """The training of a run, beside its model, optimizer and schedule."""
 
-    epochs: int = MISSING
-    batch_size: int = MISSING
-    device: str = MISSING
-    threads: int | None = MISSING
-    label_smoothing: float = MISSING
-    patience: int | None = MISSING
-    checkpoint_every: str = MISSING
-    compile: str = MISSING
+    epochs: int = checked(lambda n: n >= 1, "1 or more")
+    batch_size: int = checked(lambda n: 1 <= n < 2**31, "1 or more, below 2**31")
+    device: str = checked(
+        re.compile(r"auto|cpu|cuda(:\d{1,3})?|mps").fullmatch,
+        "auto, cpu, cuda, cuda:N or mps",
+        names=("auto", "cpu", "cuda", "mps"),
+    )
+    threads: int | None = checked(lambda n: n is None or 1 <= n <= 1024, "from 1 to 1024, or null")
+    label_smoothing: float = checked(lambda share: 0 <= share < 1, "from 0 to below 1")
+    patience: int | None = checked(lambda n: n is None or n >= 1, "1 or more, or null")
+    checkpoint_every: str = checked(
+        re.compile(r"[1-9]\d{0,8}( ?steps)?").fullmatch, "a number of epochs, or as in 500steps"
+    )
+    compile: str = one_of("auto", "always", "never")
 
 
 @dataclass
@@ -40,11 +64,11 @@ class TrackingConfig:
     """The record of a run in MLflow."""
 
     uri: str | None = MISSING
-    experiment: str = MISSING
+    experiment: str = checked(str.strip, "a name")
     run_name: str | None = MISSING
     tags: dict[str, str] = MISSING
-    image_every: int | None = MISSING
-    flush_seconds: float = MISSING
+    image_every: int | None = checked(lambda n: n is None or n >= 1, "1 or more, or null")
+    flush_seconds: float = checked(lambda seconds: 0 <= seconds <= 3600, "from 0 to 3600")
     required: bool = MISSING
 
 
@@ -52,7 +76,7 @@ class TrackingConfig:
 class Config:
     """The config of a run."""
 
-    seed: int = MISSING
+    seed: int = checked(lambda n: 0 <= n < 2**63, "0 or more, below 2**63")
     trusted_packages: list[str] = MISSING
     dataset: DatasetConfig = MISSING
     model: dict[str, Any] = MISSING
@@ -66,10 +90,10 @@ class Config:
 class SweepConfig:
     """The part of a config that concerns its sweep, and no run."""
 
-    on_error: str = MISSING
+    on_error: str = one_of("continue", "stop")  # what happens once a job has failed
     skip_invalid: bool = MISSING
-    test: str = MISSING
-    max_jobs: int = MISSING
+    test: str = one_of("chosen", "all")
+    max_jobs: int = checked(lambda n: n >= 1, "1 or more")
 
     @classmethod
     def from_record(cls, settings: Mapping[str, Any]) -> "SweepConfig":
@@ -95,13 +119,15 @@ class StackedLauncher:
     max_stack: int | None = None  # models trained together; None: what is fastest on the device
 
 
-ONE_OF = {  # what a key can be, where that is one of a few names
-    "training.device": ("auto", "cpu", "cuda", "mps"),
-    "training.compile": ("auto", "always", "never"),
-    "sweep.on_error": ("continue", "stop"),
-    "sweep.test": ("chosen", "all"),
-}
 OPEN_PARTS = ("model", "optimizer", "schedule")
+
+
+def values_of(key: str) -> Sequence[str]:
+    """Return the names that a dotted key can have as its value, where those are a few."""
+    part, _, name = key.partition(".")
+    (kind,) = [f.type for f in fields(Schema) if f.name == part] or [None]
+    declared = fields(kind) if is_dataclass(kind) else ()
+    return next((f.metadata.get("names", ()) for f in declared if f.name == name), ())
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,56 +1,20 @@
 """A typed config from a composed one: values out of range are refused, by their key."""
 
-import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from operator import attrgetter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.config.explain import explain
-from mnist_exp.config.schema import ONE_OF, OPEN_PARTS, Config, SweepConfig, leaves
+from mnist_exp.config.schema import OPEN_PARTS, Config, SweepConfig, leaves
 from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import is_number
 
 FLOAT32_MAX = 3.4e38
 OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")  # where targets may come from
-
-Rule = tuple[str, Callable[[Any], object], str]  # a key, the check of its value, what is allowed
-
-
-def _one_of(key: str) -> Rule:
-    *names, last = ONE_OF[key]
-    return key, ONE_OF[key].__contains__, f"{', '.join(names)} or {last}"
-
-
-RULES: list[Rule] = [
-    ("seed", lambda n: 0 <= n < 2**63, "0 or more, below 2**63"),
-    ("dataset.root", lambda folder: folder != "", "a folder, or null for the usual one"),
-    ("dataset.val_size", lambda n: n is None or n >= 0, "0 or more, or null for a tenth"),
-    ("dataset.train_size", lambda n: n is None or n >= 1, "1 or more, or null for all"),
-    ("dataset.split_seed", lambda n: 0 <= n < 2**63, "0 or more, below 2**63"),
-    ("training.epochs", lambda n: n >= 1, "1 or more"),
-    ("training.batch_size", lambda n: 1 <= n < 2**31, "1 or more, below 2**31"),
-    ("training.device", re.compile(r"auto|cpu|cuda(:\d{1,3})?|mps").fullmatch,
-     "auto, cpu, cuda, cuda:N or mps"),
-    ("training.threads", lambda n: n is None or 1 <= n <= 1024, "from 1 to 1024, or null"),
-    ("training.label_smoothing", lambda share: 0 <= share < 1, "from 0 to below 1"),
-    ("training.patience", lambda n: n is None or n >= 1, "1 or more, or null"),
-    ("training.checkpoint_every", re.compile(r"[1-9]\d{0,8}( ?steps)?").fullmatch,
-     "a number of epochs, or as in 500steps"),
-    _one_of("training.compile"),
-    ("tracking.image_every", lambda n: n is None or n >= 1, "1 or more, or null"),
-    ("tracking.flush_seconds", lambda seconds: 0 <= seconds <= 3600, "from 0 to 3600"),
-    ("tracking.experiment", str.strip, "a name"),
-]  # fmt: skip
-SWEEP_RULES: list[Rule] = [
-    _one_of("sweep.on_error"),
-    _one_of("sweep.test"),
-    ("sweep.max_jobs", lambda n: n >= 1, "1 or more"),
-]
 
 
 def validate(config: DictConfig) -> Config:
@@ -58,21 +22,7 @@ def validate(config: DictConfig) -> Config:
 
     Needs no torch: what a target takes, and a device's presence, are checked when it is built.
     """
-    try:
-        if missing := OmegaConf.missing_keys(config):
-            key = sorted(missing)[0]
-            raise ConfigError(f"{key} has no value yet: add {key}=VALUE")
-        OmegaConf.resolve(config)
-        # as plain values, because a typed node keeps the keys that +KEY=VALUE has added to it
-        plain = OmegaConf.to_container(config)
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
-    except OmegaConfBaseException as error:
-        raise explain(error) from error
-    assert isinstance(typed, Config)
-    _check(RULES, typed)
-    if typed.dataset.root is not None:  # a record must not depend on where the command was typed
-        root = os.path.realpath(os.path.expanduser(typed.dataset.root))
-        typed.dataset.root = config.dataset.root = root
+    typed: Config = _typed(Config, config)
     for part in OPEN_PARTS:
         for name, value in leaves(getattr(typed, part), f"{part}."):
             if isinstance(value, float) and not abs(value) < FLOAT32_MAX:
@@ -87,23 +37,37 @@ def validate(config: DictConfig) -> Config:
 
 def validate_sweep(config: DictConfig) -> SweepConfig:
     """Return the sweep's part of a composed config, typed. Raise ConfigError as `validate` does."""
-    try:
-        typed = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(SweepConfig), config.sweep)
-        )
-    except OmegaConfBaseException as error:
-        raise explain(error) from error
-    assert isinstance(typed, SweepConfig)
-    _check(SWEEP_RULES, typed, "sweep.")
+    typed: SweepConfig = _typed(SweepConfig, config.sweep, "sweep.")
     return typed
 
 
-def _check(rules: Iterable[Rule], config: Any, prefix: str = "") -> None:
-    """Raise ConfigError for the first rule that a config, whose keys lack `prefix`, breaks."""
-    for key, is_allowed, allowed in rules:
-        value = attrgetter(key.removeprefix(prefix))(config)
-        if not is_allowed(value):
-            raise _out_of_range(key, value, allowed)
+def _typed(kind: type, node: DictConfig, prefix: str = "") -> Any:
+    """Return a node as a dataclass of this kind, with its interpolations resolved.
+
+    Raise ConfigError for a value that is missing, or not allowed; its key begins with `prefix`.
+    """
+    try:
+        if missing := OmegaConf.missing_keys(node):
+            key = prefix + min(missing)
+            raise ConfigError(f"{key} has no value yet: add {key}=VALUE")
+        OmegaConf.resolve(node)
+        # as plain values, because a typed node keeps the keys that +KEY=VALUE has added to it
+        plain = OmegaConf.to_container(node)
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    _check_values(typed, prefix)
+    return typed
+
+
+def _check_values(config: Any, prefix: str = "") -> None:
+    """Raise ConfigError for the first value that its declaration in a dataclass does not allow."""
+    for declared in fields(config):
+        key, value = f"{prefix}{declared.name}", getattr(config, declared.name)
+        if is_dataclass(value):
+            _check_values(value, f"{key}.")
+        elif declared.metadata and not declared.metadata["is_allowed"](value):
+            raise _out_of_range(key, value, declared.metadata["allowed"])
 
 
 def _out_of_range(key: str, value: Any, allowed: str) -> ConfigError:

@@ -90,16 +90,16 @@ def test_candidates(words: str, expected: list[str]) -> None:
     assert offered(words) == expected
 
 
-def test_every_verb_and_flag_is_offered() -> None:
+def test_every_command_and_flag_is_offered() -> None:
     assert offered("") == list(COMMANDS)
-    for verb in COMMANDS.values():
+    for each in COMMANDS.values():
         flags = {
             name
-            for action in verb.parser()._actions
+            for action in each.parser()._actions
             for name in action.option_strings
             if name.startswith("--") and action.help != argparse.SUPPRESS
         }
-        assert flags <= {*offered(f"{verb.name} --")}
+        assert flags <= {*offered(f"{each.name} --")}
 
 
 def test_folder_of_ones_own_groups(tmp_path: Path) -> None:
@@ -186,11 +186,11 @@ def test_runs(chosen: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
         word = [f"tracking.uri={store}"]
-    for verb, sweep in (("predict", False), ("report", True), ("resume", None)):
+    for name, sweep in (("predict", False), ("report", True), ("resume", None)):
         short = [(run_id[:8], name) for run_id, name in tracking.list_runs(store, sweep)]
-        found = candidates([verb, *word, ""])
+        found = candidates([name, *word, ""])
         assert list(found.items()) == [("last", "the newest"), *short]
-        assert candidates([verb, *word, short[0][0][:6]]) == dict(short[:1])
+        assert candidates([name, *word, short[0][0][:6]]) == dict(short[:1])
 
 
 def test_ids_that_begin_alike(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

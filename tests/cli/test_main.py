@@ -183,7 +183,7 @@ def test_bad_words_with_flags_of_hydras(
 def test_help_is_quick(tmp_path: Path) -> None:
     status, out, err = command("--help", folder=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert status == 0
-    assert out.startswith("usage: mnist-exp VERB")
+    assert out.startswith("usage: mnist-exp COMMAND")
     libraries = imported(err)
     assert "argparse" in libraries  # else nothing was read
     heavy = {"torch", "hydra", "omegaconf", "mlflow", "numpy", "matplotlib", "rich", "yaml"}
@@ -237,12 +237,12 @@ def test_bad_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    verb, *rest = words.split()
+    name, *rest = words.split()
     if "--output" not in rest:
         rest.append(f"tracking.uri=sqlite:///{tmp_path}/store.db")
-    if verb == "train":
+    if name == "train":
         rest += [f"hydra.run.dir={tmp_path}/run"]
-    refused(call(verb, *rest), *parts)
+    refused(call(name, *rest), *parts)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -261,9 +261,9 @@ def test_usage(words: list[str], call: Call) -> None:
     assert f"usage: mnist-exp {words[0]}" in err
 
 
-def test_no_verb(call: Call) -> None:
+def test_no_command(call: Call) -> None:
     status, out, _ = call()
-    assert status == 2 and out.startswith("usage: mnist-exp VERB")
+    assert status == 2 and out.startswith("usage: mnist-exp COMMAND")
     assert call("--version") == (0, f"mnist-exp {mnist_exp.__version__}\n", "")
 
 
@@ -415,7 +415,7 @@ def test_ctrl_c(started: list[Started]) -> None:
     said, words = endless.err.splitlines()
     assert (endless.status, said) == (130, "mnist-exp: interrupted. To go on with it:")
     assert shlex.split(words)[-2:] == ["resume", f"{endless.folder / 'its output'}"]
-    # any verb brings there what the interrupted one had no time to say
+    # any command brings there what the interrupted one had no time to say
     command("evaluate", "last", f"tracking.uri={endless.store}", folder=endless.folder)
     killed(endless.store)
 

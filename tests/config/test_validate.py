@@ -1,0 +1,120 @@
+"""A value of the wrong type, or out of range, is named in one message; no run is made."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mnist_exp.errors import ConfigError
+from tests.config.bad_input import Bad, Prepare, bad, beside, is_named
+from tests.helpers import write_idx
+from tests.runs.helpers import dataset_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TYPES = [
+    bad("training.epochs=many", "training.epochs", "'many'", "a whole number",
+        good="training.epochs=3"),
+    bad("training.epochs=1.5", "training.epochs", "1.5", "a whole number",
+        good="training.epochs=2"),
+    bad("training.epochs=null", "training.epochs", good="training.threads=null"),
+    bad("training.label_smoothing=some", "training.label_smoothing", "'some'", "a number",
+        good="training.label_smoothing=0"),
+    bad("seed=[1]", "seed", good="seed=1"),
+    bad("tracking.tags=[a]", "tracking.tags", good="+tracking.tags.a=b"),
+    bad("trusted_packages=torch", "trusted_packages", good="trusted_packages=[torch]"),
+    bad("optimizer.lr=high", "optimizer.lr=high", "a number", good="optimizer.lr=1"),
+    bad("optimizer.lr=true", "optimizer.lr=True", "a number", good="optimizer.lr=1"),
+    bad("optimizer.lr=null", "optimizer.lr=None", "a number", good="optimizer.lr=0"),
+    bad("optimizer=adam optimizer.betas=3", "optimizer.betas=3", "a list of 2 numbers",
+        good="optimizer=adam optimizer.betas=[0.9,0.99]"),
+    bad("model.hidden=wide", "model.hidden=wide", "a list of whole numbers",
+        good="model.hidden=[8]"),
+]  # fmt: skip
+RANGES = [
+    bad("optimizer.lr=-1", "optimizer.lr=-1", "0 or more", good="optimizer.lr=0"),
+    bad("optimizer.lr=nan", "optimizer.lr=nan", "finite", good="optimizer.lr=1e-9"),
+    bad("optimizer.lr=inf", "optimizer.lr=inf", "finite", good="optimizer.lr=1e9"),
+    bad("optimizer.momentum=-1", "optimizer", "momentum", "-1", good="optimizer.momentum=0"),
+    bad("+optimizer.nesterov=true", "optimizer", "momentum",
+        good="+optimizer.nesterov=true optimizer.momentum=0.9"),
+    bad("optimizer=adam optimizer.betas=[1.0,0.9]", "optimizer", "beta", "1.0",
+        good="optimizer=adam optimizer.betas=[0.0,0.9]"),
+    bad("training.batch_size=0", "training.batch_size=0", "1 or more",
+        good="training.batch_size=1"),
+    bad("training.epochs=-1", "training.epochs=-1", "1 or more", good="training.epochs=1"),
+    bad("training.epochs=0", "training.epochs=0", "1 or more", good="training.epochs=1"),
+    bad("training.label_smoothing=1", "training.label_smoothing=1", "below 1",
+        good="training.label_smoothing=0.99"),
+    bad("training.label_smoothing=nan", "training.label_smoothing=nan", "below 1",
+        good="training.label_smoothing=0"),
+    bad("training.threads=0", "training.threads=0", "from 1", good="training.threads=1"),
+    bad("training.compile=maybe", "training.compile=maybe", "auto, always or never",
+        good="training.compile=always"),
+    bad("seed=-1", "seed=-1", "0 or more", good="seed=0"),
+    bad(f"seed={2**63}", "seed=9223372036854775808", "2**63", good=f"seed={2**63 - 1}"),
+    bad("dataset.split_seed=-1", "dataset.split_seed=-1", good="dataset.split_seed=0"),
+    bad("dataset.root=''", "dataset.root=: must be a folder", good="dataset.root=a"),
+    bad("dataset.val_size=-1", "dataset.val_size=-1", "0 or more", good="dataset.val_size=0"),
+    bad("dataset.val_size=60000", "dataset.val_size=60000", "0 to 59999",
+        good="dataset.val_size=59999", real=True),
+    bad("dataset.train_size=0", "dataset.train_size=0", "1 or more", good="dataset.train_size=1"),
+    bad("dataset.train_size=55001", "dataset.train_size=55001", "1 to 55000",
+        good="dataset.train_size=55000 dataset.val_size=5000", real=True),
+    bad("tracking.experiment=''", "tracking.experiment", "a name", good="tracking.experiment=a"),
+    bad("tracking.image_every=0", "tracking.image_every=0", "1 or more",
+        good="tracking.image_every=1"),
+    bad("schedule.warmup_epochs=10.5", "schedule.warmup_epochs=10.5", "training.epochs (10)",
+        good="schedule.warmup_epochs=10 training.epochs=10"),
+    bad("schedule.warmup_epochs=-1", "schedule", "warmup_epochs", "-1",
+        good="schedule.warmup_epochs=0.5"),
+    bad("schedule=cosine schedule.final=nan", "schedule.final=nan", "finite",
+        good="schedule=cosine schedule.final=0.1"),
+    bad("schedule=step schedule.every_epochs=0", "schedule", "every_epochs",
+        good="schedule=step schedule.every_epochs=1"),
+    bad("training.device=gpu", "training.device=gpu", "auto, cpu, cuda",
+        good="training.device=cpu"),
+    bad("training.device=cuda:99", "training.device=cuda:99", "This machine has: cpu",
+        good="training.device=auto"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*TYPES, *RANGES])
+def test_bad_input_is_named(case: Bad, prepare: Prepare) -> None:
+    is_named(case, prepare)
+
+
+@pytest.mark.parametrize("words, real", beside([*TYPES, *RANGES]))
+def test_what_is_beside_it_is_fine(words: list[str], real: bool, prepare: Prepare) -> None:
+    prepare(words, real)
+
+
+def test_folder_of_data(prepare: Prepare, tmp_path: Path) -> None:
+    folder = write_idx(tmp_path / "my images")
+    words = ["dataset=idx", "dataset.val_size=0"]
+
+    def message(root: Path) -> str:
+        with pytest.raises(ConfigError) as caught:
+            prepare([*words, f"dataset.root={root}"], real=True)
+        return str(caught.value)
+
+    with pytest.raises(ConfigError, match=r"dataset\.root"):
+        prepare(words, real=True)
+    nowhere = tmp_path / "nowhere"
+    assert message(nowhere).startswith(f"dataset.root={nowhere}: there is no such folder")
+    assert "is not a folder" in message(folder / "train-images-idx3-ubyte")
+    (tmp_path / "loop").symlink_to("loop")
+    assert "cannot be read (Too many levels" in message(tmp_path / "loop")
+    (tmp_path / "empty").mkdir()
+    assert "a file is missing: train-images" in message(tmp_path / "empty")
+    job = prepare([*words, f"dataset.root={folder}"], real=True)
+    assert dataset_of(job).source == str(folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_folder_that_may_not_be_read(prepare: Prepare, tmp_path: Path) -> None:
+    folder = write_idx(tmp_path / "locked")
+    file = folder / "train-labels-idx1-ubyte"
+    file.chmod(0)
+    with pytest.raises(ConfigError, match=f"{file}: cannot be read"):
+        prepare(["dataset=idx", "dataset.val_size=0", f"dataset.root={folder}"], real=True)
