@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mnist_exp.config.hydra_adapter import import_target, instantiate_target
 from mnist_exp.config.schema import Config
 from mnist_exp.config.validate import check_target
-from mnist_exp.errors import ConfigError, did_you_mean, first_line
-from mnist_exp.formatting import is_number
+from mnist_exp.errors import ConfigError, first_line
+from mnist_exp.runs.arguments import check_arguments
 from mnist_exp.training.optimizers import UNSUPPORTED
 from mnist_exp.training.schedules import Schedule
 from mnist_exp.training.stack import Stack
@@ -43,7 +43,7 @@ def build_model(
     parameters = inspect.signature(target).parameters
     sizes = {"input_shape": input_shape, "num_classes": num_classes}
     added = {k: v for k, v in sizes.items() if k in parameters and k not in node}
-    _check_arguments("model", target, node, tuple(added))
+    check_arguments("model", target, node, tuple(added))
 
     def build() -> nn.Module:
         module: nn.Module = instantiate_target(node, **added)
@@ -89,18 +89,19 @@ def optimizer_class(config: Config) -> tuple[type[torch.optim.Optimizer], dict[s
     """
     node = config.optimizer
     target = _target_class("optimizer", node, torch.optim.Optimizer, config.trusted_packages)
-    _check_arguments("optimizer", target, node, ("params",))
+    arguments = _named_arguments("optimizer", node)
+    check_arguments("optimizer", target, node, ("params",))
     for unsuited, why in UNSUPPORTED.items():
         if issubclass(target, unsuited):
             raise ConfigError(f"optimizer._target_: {target.__name__} cannot be used here: {why}")
-    return target, _named_arguments("optimizer", node)
+    return target, arguments
 
 
 def build_schedule(config: Config) -> Schedule:
     """Return the learning rate schedule. Raise ConfigError if it cannot be made."""
     target = _target_class("schedule", config.schedule, Schedule, config.trusted_packages)
-    _check_arguments("schedule", target, config.schedule)
     arguments = _named_arguments("schedule", config.schedule)
+    check_arguments("schedule", target, config.schedule)
     with explaining("schedule", target.__qualname__):
         schedule: Schedule = target(**arguments)
     if schedule.warmup_epochs > config.training.epochs:
@@ -129,7 +130,13 @@ def _check_nested_targets(key: str, node: Any, trusted: Sequence[str]) -> None:
         _check_nested_targets(f"{key}.{name}", child, trusted)
         if isinstance(child, Mapping) and "_target_" in child:
             target = _target_class(f"{key}.{name}", child, nn.Module, trusted)
-            _check_arguments(f"{key}.{name}", target, child)
+            check_arguments(f"{key}.{name}", target, child)
+
+
+def add_to_import_path(folder: str) -> None:
+    """Let the modules in a folder be imported, unless they can be already."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def _target_class(key: str, node: Mapping[str, Any], base: type, trusted: Sequence[str]) -> Any:
@@ -149,8 +156,8 @@ def _target_class(key: str, node: Mapping[str, Any], base: type, trusted: Sequen
     """
     path = node.get("_target_")
     check_target(f"{key}._target_", path, trusted)
-    if any(str(path).startswith(f"{p}.") for p in trusted) and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a module beside where the command is typed
+    if any(str(path).startswith(f"{p}.") for p in trusted):
+        add_to_import_path(os.getcwd())
     try:
         target = import_target(str(path))
     except Exception as error:  # importing somebody's module can raise anything
@@ -162,44 +169,6 @@ def _target_class(key: str, node: Mapping[str, Any], base: type, trusted: Sequen
     if not is_class or inspect.isabstract(target):
         raise ConfigError(f"{key}._target_={path}: must be a class that extends {base.__name__}")
     return target
-
-
-def _check_arguments(
-    key: str, target: Any, node: Mapping[str, Any], added: Sequence[str] = ()
-) -> None:
-    """Check the arguments in a node against the signature of its target.
-
-    Args:
-        key: The dotted key of the node, for messages.
-        target: A class.
-        node: A part of a config; keys that begin with an underscore are no arguments.
-        added: Names of the arguments that are added to those of the config.
-
-    Raises:
-        ConfigError: An argument is unknown, missing, or text in place of a number.
-    """
-    parameters = inspect.signature(target).parameters
-    name = f"{target.__module__}.{target.__qualname__}"
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for argument, value in node.items():
-        if argument not in parameters and not argument.startswith("_") and not takes_any:
-            known = [n for n in parameters if n not in added]
-            raise ConfigError(
-                f"{key}.{argument}: {name} takes no such argument. "
-                f"{did_you_mean(argument, known)}It takes: {', '.join(known) or 'none'}. "
-                f"To drop it: '~{key}.{argument}'"
-            )
-        default = parameters[argument].default if argument in parameters else None
-        if is_number(default) and not (value is None or is_number(value)):
-            raise ConfigError(
-                f"{key}.{argument}={value}: must be a number, as its default {default}"
-            )
-    if "_args_" in node:
-        return
-    for argument, p in parameters.items():
-        needed = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        if needed and argument not in node and argument not in added:
-            raise ConfigError(f"{key}.{argument}: {name} needs it. Add +{key}.{argument}=VALUE")
 
 
 def _named_arguments(key: str, node: Mapping[str, Any]) -> dict[str, Any]:
