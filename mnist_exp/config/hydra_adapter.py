@@ -7,11 +7,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra import main as hydra_main
 from hydra._internal.callbacks import Callbacks
@@ -25,7 +24,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.config import paths
@@ -106,35 +105,66 @@ def _recipe_name(value: str) -> str:
     return name
 
 
-def compose_raw(words: Sequence[str], config_name: str = "config") -> DictConfig:
-    """Compose the config of a run, with Hydra's part in it. Raise one of COMPOSITION_ERRORS."""
-    with _initialized():
-        return hydra_compose(config_name, list(words), return_hydra_config=True)
+def compose_raw(
+    overrides: Sequence[str],
+    config_name: str = "config",
+    config_dir: str | None = None,
+    mode: RunMode = RunMode.RUN,
+) -> tuple[HydraContext, DictConfig]:
+    """Compose a config, with Hydra's part in it; return also what Hydra's launchers need.
 
+    Args:
+        overrides: What differs from the config.
+        config_name: The config file to start from.
+        config_dir: One more folder of config groups.
+        mode: MULTIRUN composes what the jobs of a sweep have in common.
 
-def compose_sweep_raw(words: Sequence[str], config_name: str) -> tuple[HydraContext, DictConfig]:
-    """Compose what the jobs of a sweep have in common. Raise one of COMPOSITION_ERRORS.
-
-    Return also what Hydra's launchers need.
+    Raises:
+        COMPOSITION_ERRORS: One of these.
     """
-    with _initialized():
+    words = hydra_words(overrides, config_dir)
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(_conf(), job_name="train", version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        config = hydra.compose_config(config_name, list(words), run_mode=RunMode.MULTIRUN)
+        config = hydra.compose_config(config_name, words, mode, from_shell=False)
+    if mode == RunMode.MULTIRUN:
         str(config.hydra.sweep.dir)  # an interpolation in it may lead nowhere
-        return HydraContext(hydra.config_loader, Callbacks(config)), config
+    else:
+        make_paths_absolute(config)
+    return HydraContext(hydra.config_loader, Callbacks(config)), config
+
+
+def make_paths_absolute(config: DictConfig) -> None:
+    """Make the paths in a composed config absolute: they begin where the command was typed.
+
+    A record must not depend on that, and a job or a resumed run may be trained elsewhere.
+    """
+    start = config.hydra.runtime.cwd
+    if root := OmegaConf.select(config, "dataset.root", throw_on_missing=False):
+        path = os.path.join(start, os.path.expanduser(str(root)))
+        config.dataset.root = os.path.realpath(path)
+    if folder := str(config.hydra.run.dir).strip():
+        with read_write(config), open_dict(config):
+            config.hydra.run.dir = os.path.join(start, folder)
+
+
+def compose_leniently(
+    overrides: Sequence[str], config_name: str = "config", config_dir: str | None = None
+) -> tuple[HydraContext, DictConfig]:
+    """Do as `compose_raw` for a sweep, as far as the overrides go: one may be wrong or unfinished.
+
+    Raise one of COMPOSITION_ERRORS where there is no such config.
+    """
+    for words in (overrides, [word for word in overrides if "." not in word]):
+        with contextlib.suppress(*COMPOSITION_ERRORS):  # ConfigError is one of them
+            return compose_raw(words, config_name, config_dir, RunMode.MULTIRUN)
+    return compose_raw([], config_name, config_dir, RunMode.MULTIRUN)
 
 
 def _conf() -> str:
     return str(paths.project_root() / "conf")
-
-
-@contextlib.contextmanager
-def _initialized() -> Iterator[None]:
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(_conf(), job_name="train", version_base="1.3"):
-        yield
 
 
 def run_hydra_raw(words: Sequence[str], job: Callable[[DictConfig], object]) -> None:
@@ -151,6 +181,8 @@ def run_hydra_raw(words: Sequence[str], job: Callable[[DictConfig], object]) -> 
         sys.argv = argv  # for the record of the run
         with open_dict(config):
             config.hydra = OmegaConf.create({"hydra": HydraConfig.get()}).hydra
+        os.chdir(config.hydra.runtime.cwd)  # as where this project composes
+        make_paths_absolute(config)
         job(config)
 
     hydra_main(version_base="1.3", config_path=_conf(), config_name="config")(call_job)()

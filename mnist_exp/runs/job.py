@@ -16,7 +16,12 @@ from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as datasets
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.build import build_model, build_schedule, optimizer_class
+from mnist_exp.runs.build import (
+    add_to_import_path,
+    build_model,
+    build_schedule,
+    optimizer_class,
+)
 from mnist_exp.runs.trial import try_run
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.training.events import RunSpec
@@ -80,6 +85,8 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
     config = validate(plain)
     if not str(composed.hydra.run.dir).strip():
         raise ConfigError("hydra.run.dir=: must be a folder of its own for the run's output")
+    if config.trusted_packages:  # modules beside where the command was typed
+        add_to_import_path(composed.hydra.runtime.cwd)
     device = _device(config.training.device)
     schedule = build_schedule(config)
     optimizer, optimizer_arguments = optimizer_class(config)

@@ -11,7 +11,12 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mnist_exp.config.explain import explain
-from mnist_exp.config.hydra_adapter import COMPOSITION_ERRORS, combinations, set_overrides
+from mnist_exp.config.hydra_adapter import (
+    COMPOSITION_ERRORS,
+    combinations,
+    make_paths_absolute,
+    set_overrides,
+)
 from mnist_exp.config.schema import SweepConfig, task_config
 from mnist_exp.config.validate import validate, validate_sweep
 from mnist_exp.errors import ConfigError
@@ -21,14 +26,16 @@ CHECK_SECONDS = 0.035  # that a job takes to be composed, validated and built
 
 
 def jobs(
-    context: HydraContext, master: DictConfig, say: Callable[[str], None] = lambda text: None
+    context: HydraContext,
+    master: DictConfig,
+    report_line: Callable[[str], None] = lambda text: None,
 ) -> list[SweepJob]:
     """Return the jobs of a sweep, composed once and for all; each notes why it cannot be run.
 
     Args:
         context: What Hydra's launchers need.
         master: The config that the jobs have in common, with the overrides in `hydra.overrides`.
-        say: Is called with a line of text if the jobs take long to check.
+        report_line: Is called with a line of text if the jobs take long to check.
 
     Raises:
         ConfigError: Nothing is swept, or a job cannot be run.
@@ -51,7 +58,7 @@ def jobs(
     seconds = CHECK_SECONDS * len(jobs)
     if seconds > 5:
         wait = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-        say(f"checking {len(jobs):,} jobs before the first one starts: about {wait}")
+        report_line(f"checking {len(jobs):,} jobs before the first one starts: about {wait}")
     for job in compose(context.config_loader, master, overrides, jobs):
         if not job.problem:
             with open_dict(job.config):
@@ -140,6 +147,12 @@ def compose(
 
     Hydra takes 0.1 s for each. Jobs that differ only in values of keys that are there already are
     set in a copy of the first of them.
+
+    Args:
+        loader: Hydra's loader of configs.
+        master: The config that the jobs have in common.
+        overrides: All overrides of the sweep.
+        jobs: What `expand` has made of them.
     """
     groups = {str(group) for group in OmegaConf.select(master, "hydra.runtime.choices")}
     plain = {
@@ -165,6 +178,7 @@ def compose(
                     if override.get_key_element() in plain:
                         OmegaConf.update(job.config, override.key_or_group, override.value())
                 set_overrides(job.config, parsed)
+            make_paths_absolute(job.config)
         except COMPOSITION_ERRORS as error:
             job.problem = str(explain(error, words))
         yield job

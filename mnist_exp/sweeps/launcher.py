@@ -21,7 +21,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from mnist_exp.config import paths
 from mnist_exp.config.hydra_adapter import register
@@ -45,7 +45,7 @@ from mnist_exp.training.compile import warm_up_compiler
 STOP = "stop"  # a file in the sweep's folder: no more jobs are to be started
 Results = dict[int, JobResult]  # by the number of the job
 Jobs = Sequence[SweepJob]  # in a stack: those that share it
-load = cached_loader()  # the data sets of all jobs in this process
+load_cached = cached_loader()  # the data sets of all jobs in this process
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class SweepSetup:
         train_stack(plan, reporter, resume=self.resume)
 
 
-Launcher = Callable[[SweepSetup, Jobs], Results]  # it trains checked jobs
+Launcher = Callable[[SweepSetup, Manifest], Results]  # it trains the jobs that can be run, checked
 
 
 def choose_launcher(context: HydraContext, master: DictConfig) -> Launcher:
@@ -116,7 +116,7 @@ def launcher_name(master: DictConfig) -> str:
 
 def check_job(job: SweepJob) -> Job:
     """Return what a job's run needs, by building it. Raise ConfigError if it cannot be run."""
-    return with_swept_values_in_name(prepare(job.config, load), job.values)
+    return with_swept_values_in_name(prepare(job.config, load_cached), job.values)
 
 
 def with_swept_values_in_name(job: Job, values: Mapping[str, str]) -> Job:
@@ -131,11 +131,17 @@ def with_swept_values_in_name(job: Job, values: Mapping[str, str]) -> Job:
 # the stacked launcher
 
 
-def launch_stacked(setup: SweepSetup, jobs: Jobs, max_stack: int | None) -> Results:
-    """Train jobs, those that can share a stack together: `max_stack` at most, None for the best."""
-    planned = stacks.plan(jobs, max_stack)
-    numbers = [[job.number for job in stack] for stack in planned]
-    replace(Manifest.load(setup.folder), stacks=numbers).save(setup.folder)
+def launch_stacked(setup: SweepSetup, manifest: Manifest, max_stack: int | None) -> Results:
+    """Train jobs, those that can share a stack together.
+
+    Args:
+        setup: What the jobs have in common.
+        manifest: The jobs; its file is written again, with the stacks.
+        max_stack: The most jobs of a stack; None for as many as are fastest.
+    """
+    planned = stacks.plan(manifest.valid, max_stack)
+    manifest.stacks = [[job.number for job in stack] for stack in planned]
+    manifest.save(setup.folder)
     return train_stacks(setup, planned)
 
 
@@ -205,7 +211,14 @@ def worker(setup: SweepSetup, name: str, stack: Jobs, threads: int) -> Results:
 
 
 def _train_or_halve(setup: SweepSetup, stack: Jobs, reporter: Reporter, threads: int) -> Results:
-    """Train a stack; where it fails, train its halves, until the fault is alone."""
+    """Train a stack; where it fails, train its halves, until the fault is alone.
+
+    Args:
+        setup: What the jobs have in common.
+        stack: The jobs that share the stack.
+        reporter: Shows how they get on.
+        threads: How many are used where the config does not say.
+    """
     try:
         setup.train(stack, reporter, threads)
     except Exception as error:  # a model can raise anything; memory can run out
@@ -236,15 +249,25 @@ def _train_or_halve(setup: SweepSetup, stack: Jobs, reporter: Reporter, threads:
 
 
 def launch_by_hydra(
-    setup: SweepSetup, jobs: Jobs, context: HydraContext, master: DictConfig
+    setup: SweepSetup, manifest: Manifest, context: HydraContext, master: DictConfig
 ) -> Results:
-    """Train jobs by the launcher of Hydra's that the config names."""
-    task = HydraTask(setup, {job.number: job.values for job in jobs}, launcher_name(master))
+    """Train jobs by the launcher of Hydra's that the config names.
+
+    Args:
+        setup: What the jobs have in common.
+        manifest: The jobs.
+        context: What the launcher needs.
+        master: The config that the jobs have in common.
+    """
+    task = HydraTask(setup, is_isolating=launcher_name(master) != "basic")
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=context, task_function=task, config=master
     )
+    jobs = manifest.valid
+    # where the command was typed are the modules of the user, and what they read
+    overrides = [[*job.overrides, "hydra.job.chdir=false"] for job in jobs]
     try:
-        returns = launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
+        returns = launcher.launch(overrides, initial_job_idx=0)
     except BaseException:
         with contextlib.suppress(Exception):  # a disk, which must not hide why it ends
             end_workers([job.folder for job in jobs])
@@ -252,13 +275,15 @@ def launch_by_hydra(
     return {job.number: r.return_value for job, r in zip(jobs, returns, strict=True)}
 
 
+load_jobs = functools.cache(Manifest.load_configs)  # of a sweep's folder
+
+
 @dataclass
 class HydraTask:
     """The function that Hydra's launchers call for each job; it is pickled for other processes."""
 
     setup: SweepSetup
-    values: Mapping[int, Mapping[str, str]]  # what was swept, by the number of the job
-    launcher: str
+    is_isolating: bool  # each job is trained in a process of its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -266,16 +291,11 @@ class HydraTask:
         register()  # before Hydra composes there
 
     def __call__(self, config: DictConfig) -> JobResult:
-        """Train the job that Hydra has composed in this process, and return its result."""
-        with open_dict(config):
-            config.hydra = OmegaConf.create({"hydra": HydraConfig.get()}).hydra
-        hydra = config.hydra
-        number, overrides = int(hydra.job.num), list(hydra.overrides.task)
-        folder = Path(hydra.runtime.output_dir)
-        job = SweepJob(number, overrides, self.values[number], config, folder=folder)
+        """Train the job of the number that Hydra gives it, with the config that was checked."""
+        job = load_jobs(self.setup.folder)[HydraConfig.get().job.num]
         if self.setup.is_stopped:
             return self.setup.not_run(job)
-        result = self.train(job) if self.launcher == "basic" else self._train_isolated(job)
+        result = self._train_isolated(job) if self.is_isolating else self.train(job)
         self.setup.stop_after([result])
         return result
 
@@ -309,7 +329,6 @@ class HydraTask:
 def _isolated_worker(task: HydraTask, job: SweepJob) -> JobResult:
     """Train a job in the process that was forked for it."""
     streams.replace_standard_streams()  # joblib's processes have Python's own
-    HydraConfig.instance().set_config(job.config)
     return task.train(job)
 
 

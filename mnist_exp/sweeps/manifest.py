@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from mnist_exp.config.hydra_adapter import make_paths_absolute
 from mnist_exp.config.schema import SweepConfig
 from mnist_exp.errors import ConfigError
 from mnist_exp.system import files
@@ -112,13 +113,10 @@ class Manifest:
             raise ConfigError(
                 f"{folder / CONFIGS}: cannot be read ({error}), so the sweep cannot be resumed"
             ) from error
-        return [
-            SweepJob(
-                number=job["number"],
-                overrides=job["words"],
-                values=job["values"],
-                config=DictConfig(job["config"]),
-                folder=Path(job["folder"]),
-            )
-            for job in saved
-        ]
+        jobs = []
+        for job in saved:
+            config = DictConfig(job["config"])
+            make_paths_absolute(config)  # which an earlier version did not write
+            place = Path(job["folder"])
+            jobs.append(SweepJob(job["number"], job["words"], job["values"], config, folder=place))
+        return jobs

@@ -98,11 +98,11 @@ def run_sweep(
     check_store(uri, config.tracking.experiment, config.tracking.required)
     folder = _choose_folders(master, valid)
     check_vacant(folder)
-    _make_folder(master, folder, manifest)
+    _write_folder(master, folder, manifest)
     setup = SweepSetup(folder, uri, settings, shlex.join(sys.argv), verbose)
     setup.reporter().line(f"sweep of {count_of(len(valid), 'job')}, in {folder}")
     launcher = choose_launcher(context, master)
-    return _conduct(setup, manifest, config, uploader, lambda: launcher(setup, valid))
+    return _conduct(setup, manifest, config, uploader, lambda: launcher(setup, manifest))
 
 
 def is_sweep(folder: Path) -> bool:
@@ -146,7 +146,13 @@ def _remaining_stacks(
 ) -> list[list[list[SweepJob]]]:
     """Return the stacks to resume, and say how many jobs those are.
 
-    First stacks as they were, where a job has not ended; then jobs that `failed`, each alone.
+    First stacks as they were, where a job has not ended; then jobs that failed, each alone.
+
+    Args:
+        setup: What the jobs have in common.
+        manifest: The list of the jobs, with the stacks that they were in.
+        jobs: The jobs with their configs.
+        failed: Jobs that failed are to be run as well.
     """
     histories = {job.number: RunHistory.of(job.folder) for job in jobs}
     unfinished = {n for n, history in histories.items() if not history.is_over}
@@ -210,7 +216,7 @@ def _opened(
 ) -> Iterator[finish.OpenSweep]:
     """Open the parent run and the uploader of a sweep; end both, whatever is raised meanwhile.
 
-    Raise RunFailed if the report cannot be made.
+    The arguments are those of `_conduct`. Raise RunFailed if the report cannot be made.
     """
     folder, reporter, patience = setup.folder, setup.reporter(), INTERRUPTED_SECONDS
     with signals.deferred():  # what is opened has to be closed again
@@ -332,14 +338,20 @@ def _choose_folder(sweep: Path, job: SweepJob) -> Path:
     return folder
 
 
-def _make_folder(master: DictConfig, folder: Path, manifest: Manifest) -> None:
-    """Create the sweep's folder, with the files that list its jobs. Raise ConfigError."""
+def _write_folder(master: DictConfig, folder: Path, manifest: Manifest) -> None:
+    """Create a sweep's folder, with the files that list its jobs. Raise ConfigError.
+
+    Args:
+        master: The config that the jobs have in common.
+        folder: The folder.
+        manifest: The jobs.
+    """
+    with open_dict(master):
+        master.hydra.sweep.dir = str(folder)  # a time in it is now
+        if (n_jobs := master.hydra.launcher.get("n_jobs")) is not None:
+            # no process for nothing
+            master.hydra.launcher.n_jobs = min(n_jobs, len(manifest.valid))
     with new_output_folder(folder, "hydra.sweep.dir"):
-        with open_dict(master):
-            master.hydra.sweep.dir = str(folder)  # a time in it is now
-            if (n_jobs := master.hydra.launcher.get("n_jobs")) is not None:
-                # no process for nothing
-                master.hydra.launcher.n_jobs = min(n_jobs, len(manifest.valid))
         OmegaConf.save(master, folder / "multirun.yaml")
         manifest.save_configs(folder)
         manifest.save(folder)

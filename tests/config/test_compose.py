@@ -133,7 +133,7 @@ def test_paths_begin_where_the_command_was_typed(
     config = compose(["dataset=idx", "dataset.root=../images", "hydra.run.dir=here/run"])
     assert config.dataset.root == str(tmp_path.parent / "images")
     assert config.hydra.run.dir == str(tmp_path / "here" / "run")
-    assert compose(["dataset.root=~/images"]).dataset.root == str(Path.home() / "images")
+    assert compose(["dataset.root='~/images'"]).dataset.root == str(Path.home() / "images")
     absolute = compose(["dataset.root=${oc.env:HOME}", "hydra.run.dir=/a"])
     assert (absolute.dataset.root, absolute.hydra.run.dir) == (str(Path.home()), "/a")
     assert compose([]).dataset.root is None

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from mnist_exp.config.schema import task_config
 from mnist_exp.errors import ConfigError
 from mnist_exp.sweeps.manifest import CONFIGS, MANIFEST, Manifest, SweepJob
 
@@ -15,7 +16,8 @@ SETTINGS = {"on_error": "stop", "skip_invalid": True, "test": "all", "max_jobs":
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
     """Two jobs that can be run, and one that cannot."""
-    config = OmegaConf.create({"seed": 0, "twice": "${seed}"})
+    hydra = {"runtime": {"cwd": "/a"}, "run": {"dir": "/a/run"}}
+    config = OmegaConf.create({"seed": 0, "twice": "${seed}", "hydra": hydra})
     jobs = [
         SweepJob(n, [f"seed={n}"], {"seed": str(n)}, config, folder=tmp_path / str(n))
         for n in (0, 1)
@@ -34,7 +36,16 @@ def test_what_is_saved_is_loaded(manifest: Manifest, tmp_path: Path) -> None:
     assert [job.describe() for job in loaded.jobs] == [job.describe() for job in manifest.jobs]
     assert [job.folder for job in loaded.valid] == [tmp_path / "0", tmp_path / "1"]
     assert jobs == manifest.valid  # whose interpolations are kept as they are
-    assert OmegaConf.to_container(jobs[0].config) == {"seed": 0, "twice": "${seed}"}
+    assert OmegaConf.to_container(task_config(jobs[0].config)) == {"seed": 0, "twice": "${seed}"}
+
+
+def test_a_relative_path_of_an_earlier_version_begins_where_the_sweep_did(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    for job in manifest.valid:
+        OmegaConf.update(job.config, "dataset.root", "images", force_add=True)
+    manifest.save_configs(tmp_path)
+    assert Manifest.load_configs(tmp_path)[1].config.dataset.root == "/a/images"
 
 
 def test_the_keys_of_the_files_are_those_of_earlier_versions(
