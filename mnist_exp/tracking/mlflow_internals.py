@@ -8,7 +8,9 @@ and each of them has to be looked at again when it changes. (The view of its UI 
 import functools
 import glob
 import importlib.util
+import json
 import logging
+import math
 import os
 import re
 import sqlite3
@@ -103,16 +105,62 @@ def inspect_database(path: Path, experiment: str | None) -> tuple[str, dict[str,
     return "", None if row is None else dict(row)
 
 
-def runs_in_database(path: Path, sweep: bool | None) -> list[tuple[str, str]]:
-    """Return id and name of each run in a database, the newest first; sweep: as Store.of_kind."""
+def read_runs(
+    path: Path, run_id: str | None = None, tag: tuple[str, str] | None = None, newest: int = -1
+) -> list[dict[str, Any]]:
+    """Return the runs in a database, the newest first: the columns, with tags and metrics by name.
+
+    MLflow returns the same, after an import that takes seconds.
+
+    Args:
+        path: The database.
+        run_id: The id of the only run to return, which may have been deleted.
+        tag: The name and the value of a tag that the runs must have.
+        newest: How many to return at most; -1 for all.
+    """
     query = """
-        SELECT runs.run_uuid, runs.name FROM runs JOIN experiments USING (experiment_id)
-        LEFT JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = 'sweep'
-        WHERE runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active'
-        AND (:sweep IS NULL OR :sweep = (tags.value IS NOT NULL))
-        ORDER BY runs.start_time DESC, runs.run_uuid"""
-    with closing(_open_to_read(path, timeout=1)) as database:
-        return list(database.execute(query, {"sweep": sweep}))
+        SELECT run_uuid AS id, runs.name, status, CAST(experiment_id AS TEXT) AS experiment_id,
+            start_time, artifact_uri
+        FROM runs JOIN experiments USING (experiment_id)
+        WHERE CASE WHEN :id IS NULL
+            THEN runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active'
+            ELSE run_uuid = :id END
+        AND (:key IS NULL OR EXISTS (SELECT 1 FROM tags
+            WHERE tags.run_uuid = runs.run_uuid AND key = :key AND value = :value))
+        ORDER BY start_time DESC, run_uuid LIMIT :newest"""
+    of_runs = "run_uuid IN (SELECT value FROM json_each(?))"
+    key, value = tag or (None, None)
+    with closing(_open_to_read(path)) as database:
+        database.row_factory = sqlite3.Row
+        rows = database.execute(
+            query, {"id": run_id, "key": key, "value": value, "newest": newest}
+        ).fetchall()
+        runs = {row["id"]: {**row, "tags": {}, "metrics": {}, "digest": ""} for row in rows}
+        ids = (json.dumps(list(runs)),)
+        for row in database.execute(f"SELECT * FROM tags WHERE {of_runs}", ids):
+            runs[row["run_uuid"]]["tags"][row["key"]] = row["value"]
+        for row in database.execute(f"SELECT * FROM latest_metrics WHERE {of_runs}", ids):
+            runs[row["run_uuid"]]["metrics"][row["key"]] = _metric(row)
+        digests = f"""
+            SELECT destination_id AS run_uuid, input_tags.value AS digest
+            FROM inputs JOIN input_tags USING (input_uuid)
+            WHERE input_tags.name = 'sha256' AND {of_runs}"""
+        for row in database.execute(digests, ids):
+            runs[row["run_uuid"]]["digest"] = row["digest"]
+    return list(runs.values())
+
+
+def read_history(path: Path, run_id: str, key: str) -> list[tuple[int, float]]:
+    """Return the points of a metric in a database: (step, value), in the order of their times."""
+    query = "SELECT * FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY timestamp, step"
+    with closing(_open_to_read(path)) as database:
+        database.row_factory = sqlite3.Row
+        return [(row["step"], _metric(row)) for row in database.execute(query, (run_id, key))]
+
+
+def _metric(row: sqlite3.Row) -> float:
+    """Return the value of a metric in a row of its table."""
+    return math.nan if row["is_nan"] else float(row["value"])
 
 
 def make_database(path: Path) -> None:

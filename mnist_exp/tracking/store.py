@@ -2,15 +2,19 @@
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
 import shlex
+import shutil
+import sqlite3
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
@@ -33,6 +37,7 @@ _FOR_GOOD = ("SSLError", "InvalidURL", "ConfigError", "NoSuchModuleError")
 _FILE_SYSTEM_REFUSES = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 )
+_PAGE = 1000  # runs that a search returns at a time
 _LOCK_SECONDS = 30.0  # that a process waits for another one, which makes the tables of a database
 
 
@@ -59,12 +64,9 @@ def has_runs(uri: str) -> bool:
 
 
 def list_runs(uri: str, sweep: bool | None) -> list[tuple[str, str]]:
-    """Return id and name of the runs that `Store.find` chooses from, or of the newest page of them.
-
-    From a database that is a file they come at once, as mlflow's import would hold up a completion.
-    """
-    if path := database_file(uri):
-        return mlflow_internals.runs_in_database(path, sweep) if path.exists() else []
+    """Return id and name of the runs that `Store.find` chooses from."""
+    if not has_runs(uri):
+        return []
     return [(run.id, run.name) for run in Store(uri).of_kind(sweep, newest=True)]
 
 
@@ -81,6 +83,7 @@ class StoredRun:
     tags: Mapping[str, str]
     metrics: Mapping[str, float]  # the newest value of each
     dataset_digest: str  # the SHA-256 of the data that it was trained on, or ""
+    artifact_uri: str  # where its artifacts are
 
     @classmethod
     def from_entity(cls, store_uri: str, entity: Any) -> "StoredRun":
@@ -98,7 +101,14 @@ class StoredRun:
             tags=data.tags,
             metrics=data.metrics,
             dataset_digest=digests[0] if digests else "",
+            artifact_uri=info.artifact_uri,
         )
+
+    @property
+    def artifacts(self) -> Path | None:
+        """The folder of its artifacts; None if they are not in the file system."""
+        parts = urlsplit(self.artifact_uri)
+        return Path(unquote(parts.path)) if parts.scheme in ("", "file") else None
 
     @property
     def parent(self) -> str:
@@ -140,15 +150,25 @@ class StoredRun:
 
 
 class Store:
-    """An MLflow store that is open."""
+    """An MLflow store that is open.
+
+    What an SQLite database holds is read from its tables: that takes milliseconds, and MLflow's
+    import seconds. MLflow does the rest, and all with other stores.
+    """
 
     def __init__(self, uri: str) -> None:
         """Open a store; an SQLite database that is not there is made. Raises ConfigError."""
-        mlflow = mlflow_internals.import_mlflow()
         self.uri, self.database = uri, database_file(uri)
         self._experiments: dict[str, str] = {}  # name -> id
+        if self.database is None or not self.database.exists():
+            self.client  # noqa: B018  an error is raised here
+
+    @functools.cached_property
+    def client(self) -> Any:
+        """MLflow's client of the store. Raises ConfigError."""
+        mlflow = mlflow_internals.import_mlflow()
         before = os.environ.get(ENVIRONMENT)
-        mlflow.set_tracking_uri(uri)
+        mlflow.set_tracking_uri(self.uri)
         # which also sets the variable, and store_uri() would take this store for the next run's
         os.environ.pop(ENVIRONMENT, None)
         if before is not None:
@@ -157,10 +177,13 @@ class Store:
             with self.lock():
                 if self.database is not None:
                     mlflow_internals.make_database(self.database)
-                self.client = mlflow.MlflowClient(uri)
-                self.client.search_experiments(max_results=1)
+                client = mlflow.MlflowClient(self.uri)
+                client.search_experiments(max_results=1)
         except Exception as error:  # whatever the driver of this kind of store raises
-            raise ConfigError(f"{named(uri)}: cannot be opened, {first_line(error)}") from error
+            raise ConfigError(
+                f"{named(self.uri)}: cannot be opened, {first_line(error)}"
+            ) from error
+        return client
 
     def lock(self) -> AbstractContextManager[object]:
         """Return a lock of one process, where MLflow has none: in a database that is a file."""
@@ -202,36 +225,75 @@ class Store:
         """Forget what is known of the experiments, as where the store was made anew."""
         self._experiments.clear()
 
-    def _search(self, condition: str = "", newest: bool = False) -> list[StoredRun]:
-        """Return the runs of all experiments, newest first; `newest`: a page of them will do."""
+    def _search(self, tag: tuple[str, str] | None = None, newest: bool = False) -> list[StoredRun]:
+        """Return the runs of all experiments, newest first.
+
+        Args:
+            tag: The name and the value of a tag that they must have.
+            newest: Whether a page of them will do.
+        """
+        if self.database is not None:
+            return self._read_runs(tag=tag, newest=_PAGE if newest else -1)
         experiments = [e.experiment_id for e in self.client.search_experiments()]
+        condition = "" if tag is None else f"tags.`{tag[0]}` = '{tag[1]}'"
         token, runs = None, []
         while True:
             page = self.client.search_runs(
-                experiments, condition, order_by=["attributes.start_time DESC"], page_token=token
+                experiments,
+                condition,
+                max_results=_PAGE,
+                order_by=["attributes.start_time DESC"],
+                page_token=token,
             )
             runs += [StoredRun.from_entity(self.uri, entity) for entity in page]
             token = page.token
             if newest or not token:
                 return runs
 
+    def _read_runs(self, **conditions: Any) -> list[StoredRun]:
+        """Return what `mlflow_internals.read_runs` does under these conditions. Raise ConfigError.
+
+        A database that was made in this moment may have no tables yet.
+        """
+        assert self.database is not None
+        try:
+            rows = mlflow_internals.read_runs(self.database, **conditions)
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(f"{named(self.uri)}: cannot be read, {error}") from error
+        return [StoredRun(self.uri, dataset_digest=row.pop("digest"), **row) for row in rows]
+
     def get(self, run_id: str) -> StoredRun:
-        """Return the run of this id."""
-        return StoredRun.from_entity(self.uri, self.client.get_run(run_id))
+        """Return the run of this id. Raise ConfigError if there is none in an SQLite database."""
+        if self.database is None:
+            return StoredRun.from_entity(self.uri, self.client.get_run(run_id))
+        runs = self._read_runs(run_id=run_id)
+        if not runs:
+            raise ConfigError(f"{run_id}: there is no such run in {self.uri}")
+        return runs[0]
 
     def put(self, run_id: str, path: Path) -> None:
         """Put a file among the artifacts of a run."""
-        self.client.log_artifact(run_id, str(path))
+        if (artifacts := self._local_artifacts(run_id)) is None:
+            self.client.log_artifact(run_id, str(path))
+        else:
+            artifacts.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, artifacts)
+
+    def _local_artifacts(self, run_id: str) -> Path | None:
+        """Return the folder of the artifacts of a run in an SQLite database, if it is a folder."""
+        return None if self.database is None else self.get(run_id).artifacts
 
     def children(self, parent: str) -> dict[int, StoredRun]:
         """Return the runs of a sweep by the number of their job, in its order."""
-        runs = self._search(f"tags.`{PARENT}` = '{parent}'")
+        runs = self._search((PARENT, parent))
         # what somebody else has nested has no number
         jobs = {run.job: run for run in runs if run.job is not None}
         return dict(sorted(jobs.items()))
 
     def history(self, run_id: str, key: str) -> list[tuple[int, float]]:
         """Return the points of a metric: (step, value)."""
+        if self.database is not None:
+            return mlflow_internals.read_history(self.database, run_id, key)
         return [(m.step, m.value) for m in self.client.get_metric_history(run_id, key)]
 
     def of_kind(self, sweep: bool | None, newest: bool = False) -> list[StoredRun]:
@@ -239,7 +301,7 @@ class Store:
 
         sweep: only the parent runs of sweeps, or only the others; None: all.
         """
-        runs = self._search("tags.sweep = 'true'" if sweep else "", newest)
+        runs = self._search(("sweep", "true") if sweep else None, newest)
         return [run for run in runs if sweep is not False or "sweep" not in run.tags]
 
     def find(self, word: str, sweep: bool | None = False) -> StoredRun:
@@ -305,17 +367,23 @@ class Store:
 
     def has(self, run_id: str, artifact: str) -> bool:
         """Return whether a run has an artifact of this name, at the top."""
+        if (artifacts := self._local_artifacts(run_id)) is not None:
+            return (artifacts / artifact).exists()
         return artifact in (file.path for file in self.client.list_artifacts(run_id))
 
     def fetch(self, run_id: str, artifact: str, folder: Path) -> Path:
         """Return the path of a copy of a run's artifact, made in a folder. Raises ConfigError."""
-        from mlflow.exceptions import MlflowException
-
         try:
-            return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
-        except (MlflowException, OSError) as error:
+            if (artifacts := self._local_artifacts(run_id)) is None:
+                return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
+            source, copy = artifacts / artifact, folder / artifact
+            folder.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                return Path(shutil.copytree(source, copy, dirs_exist_ok=True))
+            return Path(shutil.copyfile(source, copy))
+        except Exception as error:  # whatever a network or a file system raises
             reason = f"its artifact {artifact} cannot be fetched, {first_line(error)}"
-            with contextlib.suppress(MlflowException, OSError):
+            with contextlib.suppress(Exception):
                 if not self.has(run_id, artifact):
                     reason = f"it has no artifact {artifact}"
             raise ConfigError(f"run {run_id}: {reason}") from error
