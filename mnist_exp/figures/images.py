@@ -15,7 +15,6 @@ from mnist_exp.figures.style import INK, ORANGE, TEXT, Bytes, Floats, PixelFigur
 from mnist_exp.formatting import rounded_percent
 
 ROWS, COLUMNS = 5, 6  # of a sample grid
-PAIRS = 60  # photos in a figure of predictions
 UNITS = 64  # of a first layer
 
 # The sign of a number is a hue and its magnitude a shade.
@@ -132,21 +131,21 @@ def predictions_figure(photos: Sequence[PredictedPhoto], title: str, total: int 
     """Return a figure of photos beside what the network sees of them, and what it takes them for.
 
     The most probable class is large, and orange with a question mark where its probability is below
-    50 %. The first 60 photos are shown; `total` is how many there are, if these are not all.
+    50 %. `total` is how many photos there are, if these are the first of more.
     """
-    shown, total = photos[:PAIRS], max(total, len(photos))
-    doubtful = [photo.ranking[0][1] < 0.5 for photo in shown]
+    total = max(total, len(photos))
+    doubtful = [photo.ranking[0][1] < 0.5 for photo in photos]
     notes = ["given → as the network sees it"]
     if any(doubtful):
         notes.append("?: below 50%")
-    if len(shown) < total:
-        notes.append(f"the first {len(shown)} of {total}")
-    classes = [style.shorten(photo.ranking[0][0]) for photo in shown]
+    if len(photos) < total:
+        notes.append(f"the first {len(photos)} of {total}")
+    classes = [style.shorten(photo.ranking[0][0]) for photo in photos]
     classes = [
         f"{name} ?" if doubt else name for name, doubt in zip(classes, doubtful, strict=True)
     ]
     below = []  # of each photo: the probability, and the next classes
-    for (_, share), *others in (photo.ranking for photo in shown):
+    for (_, share), *others in (photo.ranking for photo in photos):
         lines = [f"{style.shorten(name)}  {rounded_percent(share)}" for name, share in others]
         below.append([rounded_percent(share), *lines])
 
@@ -155,15 +154,15 @@ def predictions_figure(photos: Sequence[PredictedPhoto], title: str, total: int 
     large = min(18.0, 18.0 * 150 / max(1.0, *(text_width(name, 18.0) for name in classes)))
     widths = [text_width(line, TEXT) for lines in below for line in lines]
     widths += [text_width(name, large) for name in classes]
-    across = min(3, len(shown))
+    across = min(3, len(photos))
     pitch = 2 * box + arrow + gap + math.ceil(max(widths)) + 28, box + 40
-    content = across * pitch[0] - 28, math.ceil(len(shown) / across) * pitch[1]
+    content = across * pitch[0] - 28, math.ceil(len(photos) / across) * pitch[1]
     figure = PixelFigure(content, title, "; ".join(notes))
-    for i, (x, y) in enumerate(_corners(len(shown), across, pitch, figure.top + 30)):
-        _paste_boxed(figure, shown[i].original, x, y, box)
-        _paste_boxed(figure, shown[i].preprocessed, x + box + arrow, y, box)
+    for i, (x, y) in enumerate(_corners(len(photos), across, pitch, figure.top + 30)):
+        _paste_boxed(figure, photos[i].original, x, y, box)
+        _paste_boxed(figure, photos[i].preprocessed, x + box + arrow, y, box)
         colour, right = ORANGE if doubtful[i] else INK, x + 2 * box + arrow + gap
-        figure.write(x, y - 6, style.shorten(shown[i].name, 32), style.SMALL, style.DISCREET)
+        figure.write(x, y - 6, style.shorten(photos[i].name, 32), style.SMALL, style.DISCREET)
         figure.write(x + box + 5, y + 64, "→", style.TITLE, style.DISCREET)
         figure.write(right, y + 34, classes[i], large, colour)
         figure.write(right, y + 58, below[i][0], TEXT, colour)

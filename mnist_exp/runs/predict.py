@@ -9,11 +9,11 @@ import torch
 
 from mnist_exp.data import photos
 from mnist_exp.data.photos import Photo, UnreadableImage
-from mnist_exp.figures import images
 from mnist_exp.runs.saved_model import check_finite, load_model
 from mnist_exp.tracking.store import Store, StoredRun
 
 CLASSES = 3  # of a prediction, the most probable first
+DRAWN = 60  # files in a figure; the memory would not do for the photos of all
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Prediction:
 
     file: Path
     run_name: str  # of the run whose model predicts
-    # kept for as many files as a figure shows: the memory would not do for all
+    # kept for the DRAWN first files
     photo: Photo | None = field(default=None, repr=False)
     classes: Sequence[tuple[str, float]] = ()  # the most probable three, with their probabilities
     problem: str = ""
@@ -63,7 +63,7 @@ def predict(store: Store, run: StoredRun, files: Sequence[Path], raw: bool) -> l
         best = probabilities.topk(min(CLASSES, len(probabilities)))
         names = [info.classes[i] for i in best.indices.tolist()]
         classes = list(zip(names, best.values.tolist(), strict=True))
-        kept = photo if shown < images.PAIRS else None
+        kept = photo if shown < DRAWN else None
         predictions.append(Prediction(file, run.name, kept, classes))
         shown += 1
     return predictions
@@ -71,6 +71,8 @@ def predict(store: Store, run: StoredRun, files: Sequence[Path], raw: bool) -> l
 
 def draw(predictions: Sequence[Prediction], title: str) -> Any:
     """Return a figure of the files, one or more of which were read, beside what the network saw."""
+    from mnist_exp.figures import images  # half a second, for those who draw
+
     drawn = [
         images.PredictedPhoto(p.file.name, p.photo.original, p.photo.preprocessed, p.classes)
         for p in predictions

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 import mnist_exp
-from mnist_exp.figures import images
 from mnist_exp.runs import predict
 from mnist_exp.runs.predict import Prediction
 from mnist_exp.runs.recorder import Result
@@ -68,7 +67,7 @@ def test_as_json_begins_with_the_most_probable_class(predictions: list[Predictio
 def test_no_more_photos_are_kept_than_a_figure_shows(
     run: Result, store: str, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "PAIRS", 2)
+    monkeypatch.setattr(predict, "DRAWN", 2)
     made = mnist_exp.predict(files, run.run_id, [f"tracking.uri={store}"], raw=True)
     assert [p.file for p in made if p.photo] == [files[0], files[2]]  # the text takes no place
     predict.draw(made, "a title")
