@@ -181,11 +181,10 @@ def resume(
 
     from mnist_exp.runs import resume as resuming
     from mnist_exp.sweeps import sweep
-    from mnist_exp.tracking.uploader import Uploader
 
     folder = resuming.find(run, uri, lookup.open_runs())
     try:
-        with Uploader() as uploader:
+        with lookup.uploading(folder) as uploader:
             if sweep.is_sweep(folder):
                 return sweep.resume_sweep(folder, failed, uploader, verbose)
             return resuming.resume_run(folder, _reporter(verbose), uploader)
@@ -306,15 +305,22 @@ def reproduce(
     )
 
 
-def sync() -> tuple[int, dict[Path, str]]:
-    """Bring to MLflow what waits to be uploaded, each run to the store it is meant for.
+def sync(
+    folders: Sequence[str | Path] = (), *, to: str | None = None, forget: bool = False
+) -> tuple[int, dict[Path, str]]:
+    """Bring what waits to MLflow; return how many runs are there now, and why others are not.
 
-    Return how many runs are there now, and for the others the reason, by the folder of the run.
+    Args:
+        folders: The output folders of runs and sweeps; without them, all that waits.
+        to: The URI of another store, which the runs are meant for from now on.
+        forget: Give up the runs in `folders`, and return how many they are. Their records stay.
+
+    Raises:
+        ConfigError: That cannot be done with one of the folders. Nothing has been changed.
     """
     from mnist_exp.runs import lookup
-    from mnist_exp.tracking import upload
 
-    return upload.sync(lookup.open_runs())
+    return lookup.sync(folders, to=to, forget=forget)
 
 
 def save_figure(figure: Any, path: str | Path) -> None:

@@ -326,15 +326,35 @@ def reproduce(args: argparse.Namespace) -> int:
     return 1 if again.verdict == "different" else 0
 
 
-@command("", "brings to MLflow what a server that failed has not got")
+@command(
+    "[FOLDER ...]",
+    "brings to MLflow what a server that failed has not got",
+    argument("folders", nargs="*", type=path, metavar="FOLDER", help="of a run or a sweep"),
+    argument("--to", metavar="URI", help="bring it to this store instead, from now on"),
+    argument("--forget", action="store_true", help="give up the runs in these folders"),
+)
 def sync(args: argparse.Namespace) -> int:
     """Upload what waits, each run to the store it is meant for."""
-    count, problems = api.sync()
+    if args.forget and (args.to is not None or not args.folders):
+        raise ConfigError(
+            "--forget: needs the folders to give up, and cannot go with --to: mnist-exp sync "
+            "FOLDER --forget"
+        )
+    count, problems = api.sync(args.folders, to=args.to, forget=args.forget)
+    if args.forget:
+        print(f"{count} of the waiting runs given up; the records stay in their folders")
+        return 0
     print(f"{count} of {count + len(problems)} waiting runs delivered")
     if problems:
-        raise RunFailed(
-            "\n".join(f"{folder}: not delivered: {reason}" for folder, reason in problems.items())
+        lines = [f"{folder}: not delivered: {reason}" for folder, reason in problems.items()]
+        to_another, given_up = (
+            command_line("sync", "FOLDER", *words) for words in (["--to", "URI"], ["--forget"])
         )
+        lines.append(f"To bring one to another store: {to_another}. To give it up: {given_up}")
+        text = "\n".join(lines)
+        if any(folder.exists() for folder in problems):
+            raise RunFailed(text)
+        print(text)  # nothing is left that could be delivered
     return 0
 
 

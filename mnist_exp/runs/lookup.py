@@ -1,19 +1,20 @@
 """Which store and which data a command looks into, by the overrides that were typed."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from mnist_exp.config import paths
 from mnist_exp.config.compose import check_list, compose
 from mnist_exp.config.schema import task_config
 from mnist_exp.config.validate import validate
 from mnist_exp.errors import ConfigError
-from mnist_exp.tracking import address, upload
+from mnist_exp.tracking import address, waiting
+from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns, open_runs_at
 from mnist_exp.tracking.store import Store, has_runs
 from mnist_exp.tracking.store_check import check_store
-
-log = logging.getLogger(__name__)
+from mnist_exp.tracking.uploader import Uploader
 
 
 def open_runs() -> OpenRuns:
@@ -54,6 +55,39 @@ def store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = 
     return uri
 
 
+@contextmanager
+def uploading(folder: Path) -> Iterator[Uploader]:
+    """Yield an uploader for a run or sweep, and upload its record where the block trains nothing.
+
+    That is so where it has ended, or cannot be gone on with.
+    """
+    try:
+        with Uploader() as uploader:
+            yield uploader
+    except ConfigError:
+        waiting.deliver_to(open_runs(), RunHistory.of(folder).uri)
+        raise
+    if not uploader.folders:
+        waiting.deliver_to(open_runs(), RunHistory.of(folder).uri)
+
+
+def sync(
+    folders: Sequence[str | Path], *, to: str | None, forget: bool
+) -> tuple[int, dict[Path, str]]:
+    """Deliver the records that wait, or give them up, as `mnist_exp.sync` does."""
+    check_list("folders", folders)
+    registry, places = open_runs(), [Path(folder).resolve() for folder in folders]
+    if forget:
+        if to is not None or not places:
+            raise ConfigError("forget: needs the folders to give up, and cannot go with `to`")
+        return waiting.forget(registry, places), {}
+    if to is not None:
+        places = waiting.redirect(registry, places, to)
+        if not places:
+            return 0, {}
+    return waiting.deliver(registry, places)
+
+
 def open_store(overrides: Sequence[str] = (), *, data: bool = False) -> Store:
     """Return the store of `store_uri`, once what waited for it has been uploaded.
 
@@ -61,9 +95,7 @@ def open_store(overrides: Sequence[str] = (), *, data: bool = False) -> Store:
         ConfigError: As `store_uri` does, and where there is no such store yet.
     """
     uri = store_uri(overrides, data=data)
-    _, problems = upload.sync(open_runs(), uri)
-    for folder, reason in problems.items():
-        log.warning("%s: not in MLflow yet: %s", folder, reason)
+    waiting.deliver_to(open_runs(), uri)
     if not has_runs(uri):
         raise ConfigError(f"{uri}: there are no runs yet. To make one: mnist-exp train")
     return Store(uri)

@@ -219,6 +219,8 @@ class RunHistory:
                 tags = dict(fields.get("tags", {}))
             if entry.kind in ("begin", "resume"):
                 values |= {"owner": fields["owner"], "status": "", "reason": ""}
+            elif entry.kind == "store":
+                values["uri"] = fields["uri"]
             elif entry.kind == "tags":
                 tags |= fields["values"]
             elif entry.kind == "dataset":

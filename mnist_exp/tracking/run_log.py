@@ -5,6 +5,7 @@ terms, at its own time:
 
     begin     key, name, uri, experiment, tags, parent (a folder, or ""), owner
     resume    owner
+    store     uri (of another store, from here on)
     params, tags, dataset
     metrics   step, values
     artifact  path (in the run's folder), to (a folder of the artifacts, or "")
@@ -17,7 +18,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -55,12 +56,26 @@ class OpenRuns:
     def add(self, key: str, folder: Path, owner: Mapping[str, Any]) -> None:
         """Add a run, or replace the one of this key. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._mark(key).unlink(missing_ok=True)
         content = {"folder": str(folder.resolve()), "owner": dict(owner)}
         files.write(self.folder / f"{key}.json", json.dumps(content))
 
     def remove(self, key: str) -> None:
         """Take out a run, if it is there. Raises OSError."""
         (self.folder / f"{key}.json").unlink(missing_ok=True)
+        self._mark(key).unlink(missing_ok=True)
+
+    def mark_told(self, key: str) -> None:
+        """Remember that a person was told why a run's store does not have it."""
+        with suppress(OSError):  # then it is told again
+            self._mark(key).touch()
+
+    def is_told(self, key: str) -> bool:
+        """Return whether a person was told of a run."""
+        return self._mark(key).exists()
+
+    def _mark(self, key: str) -> Path:
+        return self.folder / f"{key}.told"
 
     def entries(self) -> list[OpenRun]:
         """Return all runs by their key, but for those that, with a warning each, are unreadable."""

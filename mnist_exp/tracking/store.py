@@ -27,13 +27,14 @@ from mnist_exp.tracking.address import (
     deleted_experiment,
     named,
 )
+from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.mlflow_internals import PARENT
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _BUSY = (408, 409, 429, 499)  # answers below 500 of a server that may take the same request later
-_FOR_GOOD = ("SSLError", "InvalidURL", "ConfigError", "NoSuchModuleError")
+_FOR_GOOD = ("SSLError", "InvalidURL", "NoSuchModuleError")  # errors of other libraries
 _FILE_SYSTEM_REFUSES = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 )
@@ -41,20 +42,30 @@ _PAGE = 1000  # runs that a search returns at a time
 _LOCK_SECONDS = 30.0  # that a process waits for another one, which makes the tables of a database
 
 
-def may_pass(error: BaseException) -> bool:
-    """Return whether what MLflow raised may pass by itself, as where a server is down."""
-    from mlflow.exceptions import MlflowException
+class Outage(Exception):
+    """The store does not answer, which may pass."""
 
-    each: BaseException | None = error
-    while each is not None:
-        if isinstance(each, ImportError) or type(each).__name__ in _FOR_GOOD:
+
+class Refusal(Exception):
+    """The store will never take a record."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether what MLflow or `check_store` raised may pass, as where a server is down."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    for each in chain:
+        if isinstance(each, Outage):
+            return True
+        if isinstance(each, Refusal | ImportError) or type(each).__name__ in _FOR_GOOD:
             return False
         if isinstance(each, OSError) and each.errno in _FILE_SYSTEM_REFUSES:
             return False
-        if isinstance(each, MlflowException) and 400 <= each.get_http_status_code() < 500:
-            return each.get_http_status_code() in _BUSY
-        each = each.__cause__ or each.__context__
-    return True
+        status_of = getattr(each, "get_http_status_code", None)  # of what MLflow raises
+        if status_of is not None and 400 <= status_of() < 500:
+            return status_of() in _BUSY
+    return not isinstance(chain[-1], ConfigError)
 
 
 def has_runs(uri: str) -> bool:
@@ -141,7 +152,14 @@ class StoredRun:
         if reason := self.tags.get("reason"):
             text += f": {reason}"
         if self.status == "RUNNING":
-            text += f". Its record grows in {self.tags.get('output_dir', '?')}: wait for its end"
+            folder = self.tags.get("output_dir", "?")
+            text += f". Its record grows in {folder}: wait for its end"
+            with contextlib.suppress(OSError):
+                if (history := RunHistory.of(Path(folder))).status:
+                    text = (
+                        f"the run is {history.status}, which MLflow has not got yet. To bring it "
+                        f"there: mnist-exp sync {shlex.quote(folder)}"
+                    )
         elif self.status == "KILLED":
             uri = f"tracking.uri={self.store_uri}"
             words = ["mnist-exp", "resume", self.parent or self.id, uri]

@@ -29,7 +29,7 @@ from mnist_exp.tracking.address import (
     how_to_choose,
     named,
 )
-from mnist_exp.tracking.store import Store, may_pass
+from mnist_exp.tracking.store import Outage, Refusal, Store, may_pass
 
 _ASK_SECONDS = 3.0  # that a server may take to answer
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # of database servers, by their kind
@@ -37,14 +37,6 @@ _SERVICES = (*_PORTS, "databricks")  # beginnings of addresses
 _BUSY = (408, 429)  # answers below 500 of a server that may take the same request later
 _AUTHORISED = (401, 403, 407)  # answers to who must say who they are, which MLflow knows how to
 _PACKAGES = {"s3": "boto3", "gs": "google.cloud.storage", "wasbs": "azure.storage.blob"}
-
-
-class _Outage(Exception):
-    """The store does not answer, which may pass."""
-
-
-class _Refusal(Exception):
-    """The store will never take a record."""
 
 
 def check_store(
@@ -74,11 +66,11 @@ def check_store(
                 f"of a server, or one of {', '.join(_SERVICES)}... (MLflow no longer keeps runs in "
                 f"plain folders)"
             )
-    except _Refusal as error:
+    except Refusal as error:
         raise ConfigError(
             f"{named(uri, option)}: {error}. To go on, {how_to_choose(uri, option)}"
         ) from error
-    except _Outage as error:
+    except Outage as error:
         if required:
             raise ConfigError(
                 f"{named(uri, option)}: no MLflow server answers there ({error}). Start it, or "
@@ -93,7 +85,7 @@ def _check_database(uri: str, experiment: str | None) -> None:
     """Do what `check_store` does for an SQLite database that is a file."""
     path = database_file(uri)
     if path is None or "?" in uri:
-        raise _Refusal("must name a file, sqlite:////ABSOLUTE/PATH.db")
+        raise Refusal("must name a file, sqlite:////ABSOLUTE/PATH.db")
     problem, stored = _file_problem(path), None
     if not problem and path.exists():
         try:
@@ -101,7 +93,7 @@ def _check_database(uri: str, experiment: str | None) -> None:
         except sqlite3.DatabaseError as error:
             problem = str(error)
     if problem:
-        raise _Refusal(f"cannot be opened, {problem}")
+        raise Refusal(f"cannot be opened, {problem}")
     if stored is None and experiment is not None:
         _check_artifacts(experiment, artifact_root(path))
     elif stored is not None:
@@ -153,14 +145,14 @@ def _check_server(uri: str, experiment: str | None) -> None:
     elif status == 404 and answer.get("error_code") == "RESOURCE_DOES_NOT_EXIST":
         pass
     elif status >= 500 or status in _BUSY:
-        raise _Outage(f"it answers {status}")
+        raise Outage(f"it answers {status}")
     elif status in _AUTHORISED:
         _check_through_mlflow(uri, experiment)
     elif other_address:
-        raise _Refusal(f"it leads to another address, {other_address.partition('/api/')[0]}")
+        raise Refusal(f"it leads to another address, {other_address.partition('/api/')[0]}")
     else:
         reason = http.client.responses.get(status, "")
-        raise _Refusal(f"what answers there is no MLflow server ({status} {reason})" + _hint(uri))
+        raise Refusal(f"what answers there is no MLflow server ({status} {reason})" + _hint(uri))
 
 
 def _ask(uri: str, experiment: str) -> tuple[int, str, bytes]:
@@ -178,12 +170,12 @@ def _ask(uri: str, experiment: str) -> tuple[int, str, bytes]:
             return error.code, error.headers.get("Location", ""), error.read()
         return error.code, "", b""
     except (ValueError, http.client.InvalidURL) as error:
-        raise _Refusal(f"it is no address of a server, {error}") from error
+        raise Refusal(f"it is no address of a server, {error}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLError):  # MLflow may have been told which to trust
             return _AUTHORISED[0], "", b""
-        raise _Outage(reason) from error
+        raise Outage(reason) from error
 
 
 def _parse(body: bytes) -> dict[str, Any]:
@@ -203,7 +195,7 @@ def _hint(uri: str) -> str:
         return ""
     try:
         _, _, body = _ask(root, "Default")
-    except (_Outage, _Refusal):
+    except (Outage, Refusal):
         return ""
     answer = _parse(body)
     is_mlflow = "experiment" in answer or "error_code" in answer
@@ -218,12 +210,12 @@ def _check_database_server(uri: str, experiment: str | None) -> None:
         url = sqlalchemy.make_url(uri)
         sqlalchemy.create_engine(url)  # which imports the driver, and connects to nothing
     except Exception as error:  # whatever a driver raises that is missing, or not whole
-        raise _Refusal(f"cannot be opened, {first_line(error)}{_how_to_install(error)}") from error
+        raise Refusal(f"cannot be opened, {first_line(error)}{_how_to_install(error)}") from error
     port = url.port or _PORTS[url.get_backend_name()]
     try:
         socket.create_connection((url.host or "localhost", port), _ASK_SECONDS).close()
     except OSError as error:
-        raise _Outage(error) from error
+        raise Outage(error) from error
     _check_through_mlflow(uri, experiment)
 
 
@@ -243,8 +235,8 @@ def _check_through_mlflow(uri: str, experiment: str | None) -> None:
         error = raised.__cause__ if isinstance(raised, ConfigError) else raised
         assert error is not None
         if may_pass(error) and not uri.startswith("databricks"):
-            raise _Outage(first_line(error)) from error
-        raise _Refusal(f"cannot be opened, {first_line(error)}{_how_to_log_in(error)}") from error
+            raise Outage(first_line(error)) from error
+        raise Refusal(f"cannot be opened, {first_line(error)}{_how_to_log_in(error)}") from error
     if stored is not None:
         _check_experiment(uri, stored.name, dict(stored))
 

@@ -12,13 +12,12 @@ from filelock import FileLock
 
 from mnist_exp.errors import ConfigError, first_line
 from mnist_exp.system import files
-from mnist_exp.system.processes import is_running
 from mnist_exp.tracking import journal
 from mnist_exp.tracking.journal import Entry, RunHistory
 from mnist_exp.tracking.mlflow_internals import PARENT
 from mnist_exp.tracking.mlflow_model import log_model
-from mnist_exp.tracking.run_log import OpenRuns, open_histories
-from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.run_log import OpenRuns
+from mnist_exp.tracking.store import Store, may_pass
 from mnist_exp.tracking.store_check import check_store
 
 log = logging.getLogger(__name__)
@@ -34,6 +33,14 @@ _PARAM_LENGTH = 6000  # MLflow's limit
 
 class NotReady(Exception):
     """A journal cannot be uploaded now, and the server is not to blame."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The reason why a store does not have a record."""
+
+    reason: str
+    may_pass: bool  # by itself, as where a server is down
 
 
 @dataclass(frozen=True)
@@ -218,42 +225,13 @@ class UploadBatch:
             self.client.log_inputs(self.state.run_id, [DatasetInput(entity, tags)])
 
 
-def waiting_runs(open_runs: OpenRuns, uri: str = "") -> list[tuple[str, Path]]:
-    """Return store and folder of the runs that MLflow does not have whole, sweeps before jobs.
-
-    With a `uri`, only those of this store that no process is at work on.
-    """
-    waiting = []
-    histories = sorted(open_histories(open_runs), key=lambda pair: bool(pair[1].parent))
-    for run, history in histories:
-        is_idle = bool(history.status) or is_running(run.owner) is False
-        if history.key and (not uri or (history.uri == uri and is_idle)):
-            waiting.append((history.uri, run.folder))
-    return waiting
-
-
-def sync(open_runs: OpenRuns, uri: str = "") -> tuple[int, dict[Path, str]]:
-    """Upload what every store lacks, or what the store `uri` lacks.
-
-    Returns how many runs were uploaded, and why not, by the folder, for the rest.
-    """
-    damaged = {
-        run.folder: f"the first line of its {journal.NAME} is damaged"
-        for run, history in open_histories(open_runs)
-        if not history.key and journal.size(run.folder) > 0
-    }
-    waiting = waiting_runs(open_runs, uri)
-    problems = upload_all(waiting, open_runs, {}, tries_again=True)
-    return len(waiting) - len(problems), damaged | problems
-
-
 def upload_all(
     waiting: Sequence[tuple[str, Path]],
     open_runs: OpenRuns,
     stores: dict[str, Store],
     *,
     tries_again: bool,
-) -> dict[Path, str]:
+) -> dict[Path, Problem]:
     """Upload journals, each to its store, and return why not for the folders that failed.
 
     Args:
@@ -263,30 +241,36 @@ def upload_all(
         tries_again: Look at a store anew after failures in a row, and go on. Otherwise the rest
             of its journals wait for the next call.
     """
-    problems: dict[Path, str] = {}
-    closed: dict[str, str] = {}  # stores that cannot be opened, and why
+    problems: dict[Path, Problem] = {}
+    closed: dict[str, Problem] = {}  # stores that cannot be opened
     failures: Counter[str] = Counter()  # of a store, in a row
     for uri, folder in waiting:
+        if uri in closed:
+            problems[folder] = closed[uri]
+            continue
+        # first, and after failures in a row: is it those runs, or the store?
+        if uri not in stores or failures[uri] >= MOST_FAILURES:
+            try:
+                check_store(uri)  # where nobody answers, MLflow need not be imported
+                stores[uri] = Store(uri)
+            except ConfigError as error:
+                problems[folder] = closed[uri] = Problem(first_line(error), may_pass(error))
+                continue
+            failures[uri] = 0
         try:
-            if uri in closed:
-                raise NotReady(closed[uri])
-            # first, and after failures in a row: is it those runs, or the store?
-            if uri not in stores or failures[uri] >= MOST_FAILURES:
-                try:
-                    check_store(uri)  # where nobody answers, MLflow need not be imported
-                    stores[uri] = Store(uri)
-                except ConfigError as error:
-                    closed[uri] = first_line(error)
-                    raise
-                failures[uri] = 0
             upload_journal(folder, open_runs, stores[uri])
             failures[uri] = 0
         except NotReady as error:
-            problems[folder] = str(error)
+            problems[folder] = Problem(str(error), may_pass=True)
         except Exception as error:  # whatever a network, a server or a database can raise
             log.debug("not uploaded: %s", folder, exc_info=error)
-            problems[folder] = first_line(error)
+            problems[folder] = Problem(first_line(error), may_pass(error))
             failures[uri] += 1
             if failures[uri] == MOST_FAILURES and not tries_again:
                 closed[uri] = problems[folder]
     return problems
+
+
+def has_news(folder: Path, uri: str) -> bool:
+    """Return whether a journal holds what the store `uri` does not have."""
+    return journal.size(folder) > UploadState.of(folder, uri).offset

@@ -14,17 +14,22 @@ from typing import Any
 
 from mnist_exp.errors import Terminated
 from mnist_exp.system import signals
-from mnist_exp.tracking import journal, upload
 from mnist_exp.tracking.mlflow_internals import import_mlflow
 from mnist_exp.tracking.run_log import OpenRuns
 from mnist_exp.tracking.store import Store
-from mnist_exp.tracking.upload import UploadState
+from mnist_exp.tracking.upload import has_news, upload_all
+from mnist_exp.tracking.waiting import waiting_runs
 
 log = logging.getLogger(__name__)
 
 PAUSE = 5.0  # seconds between two looks at the journals: each costs 10 ms a run that has news
 LONGEST_PAUSE = 30.0  # seconds between two tries while the server fails
 CLOSING_PAUSE = 1.0  # seconds between two tries, at most, when it is to end
+_WHAT_NEXT = {  # by whether the problem may pass
+    True: "delivered when MLflow answers",
+    False: "can be delivered once that is mended, by mnist-exp sync, or to another store, by "
+    "mnist-exp sync --to URI",
+}
 
 
 class Uploader:
@@ -85,7 +90,7 @@ class Uploader:
 
     def pending(self) -> list[Path]:
         """Return the folders whose journals MLflow does not have to the end."""
-        return [folder for folder in self.folders if _has_news(folder, self.uri)]
+        return [folder for folder in self.folders if has_news(folder, self.uri)]
 
     def flush(self, seconds: float) -> None:
         """Return once MLflow has all that is written by now, or does not take it, or it is late."""
@@ -148,7 +153,7 @@ class UploadLoop:
             self._receive(min(pause, CLOSING_PAUSE) if self.is_closing else pause)
             is_last = self.is_closing
             self.upload_news()
-            if is_last and not any(_has_news(folder, self.uri) for folder in self.folders):
+            if is_last and not any(has_news(folder, self.uri) for folder in self.folders):
                 return
             pause = min(2 * pause, LONGEST_PAUSE) if self.problem and pause else PAUSE
 
@@ -164,25 +169,23 @@ class UploadLoop:
     def upload_news(self) -> None:
         """Try to upload all that is new, and say so when the server goes, and comes back."""
         if self._earlier is None:
-            self._earlier = [folder for _, folder in upload.waiting_runs(self.open_runs, self.uri)]
+            self._earlier = [run.folder for run, _ in waiting_runs(self.open_runs, self.uri)]
         folders = dict.fromkeys([*self.folders, *self._earlier])
-        waiting = [(self.uri, folder) for folder in folders if _has_news(folder, self.uri)]
-        problems = upload.upload_all(waiting, self.open_runs, self._stores, tries_again=False)
+        waiting = [(self.uri, folder) for folder in folders if has_news(folder, self.uri)]
+        problems = upload_all(waiting, self.open_runs, self._stores, tries_again=False)
         # of the others, an earlier command has told
-        problem = next((text for folder, text in problems.items() if folder in self.folders), "")
-        text = ""
+        own = [folder for folder in problems if folder in self.folders]
+        problem, text = problems[own[0]] if own else None, ""
         if problem and not self.problem:
             text = (
-                f"MLflow at {self.uri} does not take the record ({problem}). It is kept in the "
-                f"output folder, and delivered when MLflow answers"
+                f"MLflow at {self.uri} does not take the record ({problem.reason}). It is kept in "
+                f"the output folder, and {_WHAT_NEXT[problem.may_pass]}"
             )
+            for run in self.open_runs.entries():
+                if run.folder in own:
+                    self.open_runs.mark_told(run.key)
         elif self.problem and not problem:
             text = f"MLflow at {self.uri} answers again"
-        self.problem = problem
+        self.problem = problem.reason if problem else ""
         if text:
-            self.connection.send((problem, text))
-
-
-def _has_news(folder: Path, uri: str) -> bool:
-    """Return whether a journal holds what the store `uri` does not have."""
-    return journal.size(folder) > UploadState.of(folder, uri).offset
+            self.connection.send((self.problem, text))

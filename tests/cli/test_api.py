@@ -10,8 +10,13 @@ import mnist_exp
 from mnist_exp import api
 from mnist_exp.cli.commands import COMMANDS
 from mnist_exp.config import paths
-from mnist_exp.errors import ConfigError
+from mnist_exp.errors import ConfigError, RunFailed
 from mnist_exp.sweeps.sweep import SweepResult
+from mnist_exp.tracking.run_log import OpenRuns, open_runs_at
+from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.upload import UploadState
+from tests.faults.delivery import begin, faults_in, whole
+from tests.helpers import fresh_store
 
 SMALL = [
     *("debug=fast", "training.compile=never", "training.threads=1", "training.device=cpu"),
@@ -67,9 +72,49 @@ def test_resume_of_what_has_ended(
         mnist_exp.resume(str(sweep.folder / "0"))
 
 
-def test_sync_where_nothing_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def open_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenRuns:
+    """The registry of a project in which nothing has been run."""
     monkeypatch.setattr(paths, "output_root", lambda: tmp_path)
+    return open_runs_at(tmp_path)
+
+
+def test_resume_delivers_a_record_that_has_ended(
+    store: str, open_runs: OpenRuns, tmp_path: Path
+) -> None:
+    """Also of a run that it refuses to go on with."""
+    whole(tmp_path / "finished", open_runs, store)
+    assert mnist_exp.resume(str(tmp_path / "finished")) is None
+    assert faults_in(tmp_path / "finished", store) == []
+    begin(tmp_path / "failed", open_runs, store).end("FAILED", "diverged in epoch 1")
+    with pytest.raises(ConfigError, match="It would again"):
+        mnist_exp.resume(str(tmp_path / "failed"))
+    assert Store(store).get(UploadState.of(tmp_path / "failed").run_id).status == "FAILED"
+    assert open_runs.entries() == []
+
+
+def test_what_waits_is_delivered_elsewhere_or_given_up(
+    open_runs: OpenRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert mnist_exp.sync() == (0, {})
+    gone, there = f"sqlite:///{tmp_path}/gone/a.db", fresh_store(tmp_path)
+    for name in ("a", "b"):
+        whole(tmp_path / name, open_runs, gone)
+    count, reasons = mnist_exp.sync()
+    assert count == 0 and set(reasons) == {tmp_path / "a", tmp_path / "b"}
+    assert mnist_exp.sync([tmp_path / "a"], to=there) == (1, {})
+    assert faults_in(tmp_path / "a", there) == []
+    for arguments in ({"forget": True}, {"forget": True, "to": there, "folders": ["b"]}):
+        with pytest.raises(ConfigError, match="forget"):
+            mnist_exp.sync(**arguments)
+    with pytest.raises(RunFailed, match=r"b: not delivered: .*\n.*sync FOLDER --to URI"):
+        COMMANDS["sync"].run([])
+    for words in (["--forget"], ["--forget", "b", "--to", there]):
+        with pytest.raises(ConfigError, match="--forget"):
+            COMMANDS["sync"].run(words)
+    assert COMMANDS["sync"].run(["--forget", str(tmp_path / "b")]) == 0
+    assert COMMANDS["sync"].run([]) == 0
+    assert "1 of the waiting runs given up" in capsys.readouterr().out
 
 
 def test_page_of_the_ui(sweep: SweepResult, store: str) -> None:

@@ -54,7 +54,7 @@ def answer(shell: str, line: str, breaks: str = "") -> list[str]:
         ("--v", ["--version"]),
         ("nonsense mod", []),
         ("completion ", ["bash", "zsh", "fish"]),
-        ("sync ", []),
+        ("sync ", [FILES]),
         ("train mod", ["model.", "model="]),
         ("train model=", ["model=cnn", "model=lenet5", "model=linear", "model=mlp"]),
         ("train +model=c", ["+model=cnn"]),

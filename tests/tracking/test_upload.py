@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mnist_exp.system.processes import process_identity
-from mnist_exp.tracking import journal, upload, uploader
+from mnist_exp.tracking import journal, upload, uploader, waiting
 from mnist_exp.tracking.journal import Journal
 from mnist_exp.tracking.run_log import OpenRuns, mark_dead_runs
 from mnist_exp.tracking.store import Store
@@ -132,7 +132,7 @@ def test_a_store_that_was_made_anew(open_runs: OpenRuns, tmp_path: Path) -> None
     for number in range(1, EPOCHS + 1):
         epoch(writer, number)
     last_part(writer)
-    assert upload.sync(open_runs) == (1, {})
+    assert waiting.deliver(open_runs) == (1, {})
     assert faults_in(folder, store.uri) == []
 
 
@@ -154,7 +154,7 @@ def test_sync_passes_over_runs_that_cannot_be_read(
         return real(folder, open_runs, store)
 
     monkeypatch.setattr(upload, "upload_journal", failing)
-    count, problems = upload.sync(open_runs)
+    count, problems = waiting.deliver(open_runs)
     assert count == 1 and problems.keys() == {*bad, tmp_path / "run5"}
     assert "first line" in problems[tmp_path / "run5"]
 
@@ -167,7 +167,7 @@ def test_a_run_that_was_deleted_in_mlflow(open_runs: OpenRuns, tmp_path: Path) -
     state = upload_journal(folder, open_runs, store)
     store.client.delete_run(state.run_id)
     last_part(writer)
-    assert upload.sync(open_runs) == (1, {}) and open_runs.entries() == []
+    assert waiting.deliver(open_runs) == (1, {}) and open_runs.entries() == []
 
 
 def test_an_earlier_run_does_not_hold_up(
@@ -217,7 +217,7 @@ def test_a_server_that_fails_twice_is_left_alone_until_the_next_round(
         loop.upload_news()
         assert tried == folders[:2] * rounds
     assert told.recv()[0] == "no answer" and not told.poll()
-    upload.sync(open_runs)  # a person waits for all
+    waiting.deliver(open_runs)  # a person waits for all
     assert sorted(tried[4:]) == folders
 
 
@@ -225,9 +225,10 @@ def test_a_folder_that_is_away_for_a_while(open_runs: OpenRuns, tmp_path: Path) 
     store = Store(fresh_store(tmp_path))
     whole(tmp_path / "run", open_runs, store.uri)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
-    assert mark_dead_runs(open_runs) == [] and upload.sync(open_runs) == (0, {})
+    reasons = {tmp_path / "run": "the folder is not there"}
+    assert mark_dead_runs(open_runs) == [] and waiting.deliver(open_runs) == (0, reasons)
     (tmp_path / "elsewhere").rename(tmp_path / "run")
-    assert upload.sync(open_runs) == (1, {})
+    assert waiting.deliver(open_runs) == (1, {})
     assert faults_in(tmp_path / "run", store.uri) == []
 
 
@@ -239,7 +240,7 @@ def test_jobs_wait_for_their_sweep(open_runs: OpenRuns, tmp_path: Path) -> None:
         upload_journal(child.folder, open_runs, store)
     child.end("FINISHED")
     parent.end("FINISHED")
-    assert upload.sync(open_runs) == (2, {})
+    assert waiting.deliver(open_runs) == (2, {})
     runs = {folder.name: UploadState.of(folder).run_id for folder in (parent.folder, child.folder)}
     tags = store.get(runs["0"]).tags
     assert tags["mlflow.parentRunId"] == runs["sweep"]
@@ -292,7 +293,7 @@ def test_the_dead_are_marked_once_and_uploaded(open_runs: OpenRuns, tmp_path: Pa
     for thread in threads:
         thread.join()
     assert len(killed) == 1
-    assert upload.sync(open_runs) == (1, {})
+    assert waiting.deliver(open_runs) == (1, {})
     run = store.get(UploadState.of(folder).run_id)
     assert run.status == "KILLED" and "without a word" in run.tags["reason"]
     assert open_runs.entries() == []
