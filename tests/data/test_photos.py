@@ -265,8 +265,9 @@ def test_ink_on_nothing(mode: str, dark: bool, tmp_path: Path) -> None:
     assert likeness(photo.preprocessed, expected) > 0.97
 
 
-def test_paper_with_transparent_corners(tmp_path: Path) -> None:
-    picture = a_digit(6, size=(300, 240), height=0.5, pen=0.08)
+@pytest.mark.parametrize("pen", [0.08, 0.2])  # the second is more than a twentieth of all
+def test_paper_with_transparent_corners(pen: float, tmp_path: Path) -> None:
+    picture = a_digit(6, size=(300, 240), height=0.7, pen=pen, paper=(250, 240, 170))
     expected = seen(picture, tmp_path)
     mask = Image.new("L", picture.size)
     ImageDraw.Draw(mask).rounded_rectangle([0, 0, 299, 239], 40, 255)
@@ -340,6 +341,15 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Path, "open", refuse)
     assert fault(tmp_path / "a.png") == "permission denied"
+
+
+def test_what_the_memory_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise MemoryError
+
+    a_digit().save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", refuse)
+    assert fault(tmp_path / "a.png") == "it is too large to be decoded"
 
 
 def test_what_is_no_image(tmp_path: Path) -> None:

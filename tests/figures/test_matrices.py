@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("error")
         (counts(10), DIGITS),
         (counts(9, 123456), ODD_NAMES),
         (np.zeros((10, 10), int), DIGITS),
-        (counts(26), [chr(97 + i) for i in range(26)]),
+        (counts(26, 12345), [chr(97 + i) for i in range(26)]),
         (counts(47), [f"Ankle boot {i}" for i in range(47)]),
     ],
 )
