@@ -76,7 +76,7 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
 
     Args:
         composed: The config with Hydra's own part.
-        load: Loads a data set; by default a `cached_loader` of the job's own.
+        load: Loads a data set; by default a `CachedLoader` of the job's own.
 
     Raises:
         ConfigError: The run cannot be trained. Its store and its folder are not looked at.
@@ -90,7 +90,7 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
     device = _device(config.training.device)
     schedule = build_schedule(config)
     optimizer, optimizer_arguments = optimizer_class(config)
-    load = load or cached_loader()
+    load = load or CachedLoader()
     dataset = load(config.dataset)  # after what can be checked without: it may have to be fetched
     if config.training.patience is not None and dataset.val is None:
         raise ConfigError(
@@ -134,14 +134,23 @@ def load_dataset(config: DatasetConfig) -> Dataset:
     return datasets.load(**asdict(config), cache=paths.output_root() / "data")
 
 
-def cached_loader() -> Load:
-    """Return a `load_dataset` that keeps the two data sets which were used last."""
+def _load_from_json(config: str) -> Dataset:
+    return load_dataset(DatasetConfig(**json.loads(config)))
 
-    @functools.lru_cache(2)
-    def load(config: str) -> Dataset:
-        return load_dataset(DatasetConfig(**json.loads(config)))
 
-    return lambda config: load(json.dumps(asdict(config)))
+class CachedLoader:
+    """A `load_dataset` that keeps the two data sets which were used last."""
+
+    def __init__(self) -> None:
+        self._load = functools.lru_cache(2)(_load_from_json)
+
+    def __call__(self, config: DatasetConfig) -> Dataset:
+        """Return the data set that a config asks for."""
+        return self._load(json.dumps(asdict(config)))
+
+    def forget(self) -> None:
+        """Let the next data set be read from its files, which may have changed."""
+        self._load.cache_clear()
 
 
 def _device(name: str) -> torch.device:

@@ -9,7 +9,7 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import MeanStd, Table
 from mnist_exp.runs import saved_model
 from mnist_exp.runs.evaluate import Evaluation, evaluate_stack
-from mnist_exp.runs.job import cached_loader
+from mnist_exp.runs.job import CachedLoader
 from mnist_exp.sweeps import results
 from mnist_exp.tracking.store import Store, StoredRun
 
@@ -71,7 +71,7 @@ def ensemble(store: Store, parent: StoredRun, root: str | None = None) -> Ensemb
             f"sweep {run_id}: the chosen cell, {chosen.label}, has one finished run; an ensemble "
             f"needs two or more. Sweep over seeds: seed=0,1,2"
         )
-    load = cached_loader()
+    load = CachedLoader()
     members = []
     for job in chosen.finished:
         run = store.get(job.run_id)

@@ -29,7 +29,7 @@ from mnist_exp.config.schema import SweepConfig
 from mnist_exp.errors import reason_of
 from mnist_exp.formatting import count_of
 from mnist_exp.runs.console import Reporter, Terminal
-from mnist_exp.runs.job import KEYS_IN_NAME, Job, cached_loader, prepare
+from mnist_exp.runs.job import KEYS_IN_NAME, CachedLoader, Job, prepare
 from mnist_exp.runs.recorder import THREADS, StackPlan
 from mnist_exp.runs.train import train_stack
 from mnist_exp.sweeps import report, stacks
@@ -45,7 +45,7 @@ from mnist_exp.training.compile import warm_up_compiler
 STOP = "stop"  # a file in the sweep's folder: no more jobs are to be started
 Results = dict[int, JobResult]  # by the number of the job
 Jobs = Sequence[SweepJob]  # in a stack: those that share it
-load_cached = cached_loader()  # the data sets of all jobs in this process
+load_cached = CachedLoader()  # the data sets of all jobs in this process
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from mnist_exp.sweeps.launcher import (
     check_job,
     choose_launcher,
     launcher_name,
+    load_cached,
     train_stacks,
 )
 from mnist_exp.sweeps.manifest import CONFIGS, MANIFEST, Manifest, SweepJob
@@ -86,6 +87,7 @@ def run_sweep(
         torch.set_num_threads(1)
     settings = validate_sweep(master)
     _check_launcher_options(master.hydra.launcher)
+    load_cached.forget()
     check(jobs, settings)
     valid, invalid = [j for j in jobs if not j.problem], [j for j in jobs if j.problem]
     if not valid:
@@ -122,6 +124,7 @@ def resume_sweep(
     settings, command = manifest.sweep_config, shlex.join(sys.argv)
     setup = SweepSetup(folder, parent.uri, settings, command, verbose, resume=True)
     torch.set_num_threads(1)
+    load_cached.forget()
     jobs = Manifest.load_configs(folder)
     rounds = _remaining_stacks(setup, manifest, jobs, failed)
     to_run = {job.number for stacks in rounds for stack in stacks for job in stack}

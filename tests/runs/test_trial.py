@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from mnist_exp.config.compose import compose
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.job import Job, cached_loader, prepare
+from mnist_exp.runs.job import CachedLoader, Job, prepare
 
-LOAD = cached_loader()
+LOAD = CachedLoader()
 
 
 class Net(nn.Module):

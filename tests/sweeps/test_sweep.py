@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from omegaconf import OmegaConf
 from mnist_exp.data import dataset as data
 from mnist_exp.runs import recorder
 from mnist_exp.tracking import checkpoint
+from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.training import loop
 from mnist_exp.training.events import Epoch
-from tests.helpers import fresh_store
+from tests.helpers import fresh_store, write_idx
 from tests.sweeps.helpers import (
     IMAGES,
     ONE_AT_A_TIME,
@@ -224,3 +226,23 @@ def test_sweep_that_all_fails(tmp_path: Path) -> None:
     assert "best.yaml" not in done.out  # no command that cannot work
     kept = {f.path for f in done.client.list_artifacts(done.parent.info.run_id)}
     assert kept >= {"leaderboard.md", "leaderboard.csv"} and "best.yaml" not in kept
+
+
+def test_a_later_sweep_of_the_same_process_reads_its_data_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook, where the data is made, looked at and made again."""
+    cached: Any = data.load  # for the other tests of this folder
+    monkeypatch.setattr(data, "load", cached.__wrapped__)
+    root = tmp_path / "data"
+    trained_on = []
+    for classes in (3, 4):
+        shutil.rmtree(root, ignore_errors=True)
+        write_idx(root, size=8, classes=classes)
+        words = [*SMALL, "dataset=idx", f"dataset.root={root}", "dataset.train_size=100"]
+        words += ["dataset.val_size=10", "optimizer.lr=0.1,0.2", ONE_AT_A_TIME]
+        done = train_all(tmp_path / str(classes), *words)
+        assert done.status == 0, done.err
+        trained_on.append({RunHistory.of(done.own / str(job)).dataset_digest for job in (0, 1)})
+    assert len(trained_on[0]) == len(trained_on[1]) == 1
+    assert trained_on[0] != trained_on[1]
