@@ -268,9 +268,9 @@ def report(
     """
     store, parent, _ = _find(sweep, overrides, sweep=True)
 
-    from mnist_exp.sweeps import finish
+    from mnist_exp.sweeps import report_files
 
-    return finish.report_again(store, parent, output, suffix, _reporter(verbose))
+    return report_files.report_again(store, parent, output, suffix, _reporter(verbose))
 
 
 def reproduce(

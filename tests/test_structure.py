@@ -94,12 +94,17 @@ def test_what_was_found_has_a_type() -> None:
     assert untyped == set()
 
 
-def test_the_command_line_starts_without_what_is_heavy() -> None:
-    program = (
-        "import sys\nfrom mnist_exp.cli import main\n"
-        "heavy = {'torch', 'mlflow', 'matplotlib', 'hydra', 'numpy', 'rich'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
+@pytest.mark.parametrize(
+    "module, heavy",
+    [
+        ("cli.main", {"torch", "mlflow", "matplotlib", "hydra", "numpy", "rich"}),
+        ("runs.predict", {"mlflow", "matplotlib", "torch._dynamo"}),
+        ("runs.train", {"mlflow", "torch._dynamo"}),
+        ("sweeps.report_files", {"torch", "mlflow"}),
+    ],
+)
+def test_what_is_heavy_is_imported_where_it_is_needed(module: str, heavy: set[str]) -> None:
+    program = f"import sys\nimport mnist_exp.{module}\nprint(sorted({heavy} & set(sys.modules)))"
     answer = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )

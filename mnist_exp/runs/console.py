@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -10,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mnist_exp.errors import BROKEN_PIPE, Terminated
-from mnist_exp.training import events
+
+if TYPE_CHECKING:  # it needs torch, which what only reports does without
+    from mnist_exp.training import events
 
 NAMED_RUNS = 16  # of a stack get a line
 
@@ -32,10 +35,10 @@ class Reporter:
     def start(self, names: Sequence[str], device: str, epochs: int) -> None:
         """Show that a stack of runs begins."""
 
-    def progress(self, event: events.Progress) -> None:
+    def progress(self, event: "events.Progress") -> None:
         """Show that a part of an epoch is done."""
 
-    def epoch(self, event: events.Epoch) -> None:
+    def epoch(self, event: "events.Epoch") -> None:
         """Show that an epoch is done."""
 
     def line(self, text: str) -> None:
@@ -88,7 +91,7 @@ class Terminal(Reporter):
         if self.live and not self.prefix:
             self.bar.start()
 
-    def progress(self, event: events.Progress) -> None:
+    def progress(self, event: "events.Progress") -> None:
         """Move the bar, five times a second."""
         now = time.perf_counter()
         self.images += event.images * len(event.active)
@@ -105,7 +108,7 @@ class Terminal(Reporter):
         )
         self.began, self.images, self.correct = now, 0, 0
 
-    def epoch(self, event: events.Epoch) -> None:
+    def epoch(self, event: "events.Epoch") -> None:
         """Print the metrics of the one run, or the range of several."""
         live = [metrics for metrics in event.metrics if metrics]
         if len(event.metrics) > 1 and live:

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from mnist_exp.config.schema import Config
@@ -15,6 +15,7 @@ from mnist_exp.data.dataset import Dataset, DatasetInfo
 from mnist_exp.errors import ConfigError
 from mnist_exp.runs.build import build_model, restore_weights
 from mnist_exp.runs.job import Load, load_dataset
+from mnist_exp.runs.stored_config import fetch_config, load_config
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.store import Store, StoredRun
 from mnist_exp.training.stack import Stack
@@ -79,37 +80,6 @@ def load_from_folder(folder: Path, load: Load) -> tuple[Dataset, Stack]:
     dataset = load(config.dataset)
     weights = checkpoint.load(folder / "checkpoint.pt")["model"]
     return dataset, _build_stack(config, weights, dataset, str(folder))
-
-
-def fetch_config(store: Store, run_id: str, folder: Path) -> DictConfig:
-    """Return a stored run's config, checked. Raise ConfigError if it has none, or a damaged one.
-
-    `folder`: where a copy of the file is left.
-    """
-    path = store.fetch(run_id, "config.yaml", folder)
-    return load_config(path, f"run {run_id}, config.yaml in its record")
-
-
-def load_config(path: Path, name: str = "") -> DictConfig:
-    """Return a run's config from its file, checked. Raise ConfigError if it is damaged.
-
-    `name`: what the messages call the file, if not by its path.
-    """
-    name = name or str(path)
-    try:
-        config = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"{name}: it cannot be read ({error.strerror})") from error
-    except Exception as error:  # whatever a parser of YAML raises
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{name}: it cannot be read as YAML, {reason}") from error
-    if not isinstance(config, DictConfig):
-        raise ConfigError(f"{name}: it holds no keys with their values")
-    try:
-        validate(config.copy())  # which it changes
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error
-    return config
 
 
 def check_finite(logits: Tensor, run: StoredRun) -> None:

@@ -1,42 +1,33 @@
-"""The end of a sweep: its chosen cell is tested, and its report written, recorded and shown."""
+"""The end of a sweep: its chosen cell is tested, and its report recorded."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
-
-from omegaconf import DictConfig
 
 from mnist_exp.config import paths
 from mnist_exp.config.schema import Config
 from mnist_exp.errors import reason_of
 from mnist_exp.figures import style
 from mnist_exp.formatting import Table
-from mnist_exp.runs import recorder, saved_model
+from mnist_exp.runs import recorder
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.provenance import described, process_tags
+from mnist_exp.runs.stored_config import load_config
 from mnist_exp.sweeps import report
 from mnist_exp.sweeps.launcher import Results, SweepSetup, load_cached
 from mnist_exp.sweeps.manifest import MANIFEST, Manifest
-from mnist_exp.sweeps.recipe import recipe
 from mnist_exp.sweeps.report import Cell
+from mnist_exp.sweeps.report_files import BEST, best_recipe_of, show, write
 from mnist_exp.sweeps.results import (
     Report,
     load_from_journals,
-    load_from_store,
     mark_job_killed,
     summarise,
 )
-from mnist_exp.system import files
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import RunWriter, open_runs_at
-from mnist_exp.tracking.store import Store, StoredRun
 from mnist_exp.tracking.upload import UploadState
 from mnist_exp.tracking.uploader import Uploader
 
-BEST = "best.yaml"  # the recipe of the chosen cell
 DESCRIBED = 20  # cells of the leaderboard that the parent run's description has room for
 FLUSH_SECONDS = 5.0  # that the report waits for MLflow
 
@@ -139,10 +130,10 @@ def _write_to_parent(parent: RunWriter, manifest: Manifest, summary: Report) -> 
     _record_numbers(parent, summary)
     if summary.chosen is not None:
         best = manifest.jobs[summary.chosen.finished[0].number].folder
-        config = saved_model.load_config(best / "config.yaml")
+        config = load_config(best / "config.yaml")
         choices = json.loads(RunHistory.of(best).tags["choices"])
         name = UploadState.of(folder).run_id or folder.name
-        best_recipe = _best_recipe(summary.chosen, name, config, choices)
+        best_recipe = best_recipe_of(summary.chosen, name, config, choices)
     figures = summary.draw()
     for path in write(summary, figures, best_recipe, folder):
         parent.artifact(path)
@@ -173,101 +164,3 @@ def _record_numbers(parent: RunWriter, summary: Report) -> None:
     # a sweep that is resumed comes to another end: its number is the step
     tries = RunHistory.of(parent.folder).history("jobs/finished")
     parent.metrics(values, len(tries))
-
-
-def report_again(
-    store: Store, parent: StoredRun, output: Path | None, suffix: str, reporter: Reporter
-) -> Report:
-    """Report on a sweep from the store alone, and put the report onto its parent run.
-
-    Args:
-        store: The store that has the sweep.
-        parent: The sweep's run.
-        output: A folder that the report is written to as well.
-        suffix: The format of the figures in there.
-        reporter: Shows the report.
-    """
-    summary, best_recipe = summarise(load_from_store(store, parent.id)), ""
-    with TemporaryDirectory() as temporary:
-        if summary.chosen is not None:
-            best = summary.chosen.finished[0].run_id
-            config = saved_model.fetch_config(store, best, Path(temporary))
-            choices = store.get(best).choices()
-            best_recipe = _best_recipe(summary.chosen, parent.id, config, choices)
-        figures = summary.draw()
-        if output is not None:
-            with files.reporting_write_errors("--output", output):
-                output.mkdir(parents=True, exist_ok=True)
-                write(summary, figures, best_recipe, output, suffix)
-        written = write(summary, figures, best_recipe, Path(temporary))
-        for file in written:
-            store.put(parent.id, file)
-    show(summary, reporter)
-    return replace(summary, run_id=parent.id, files=tuple(file.name for file in written))
-
-
-def show(summary: Report, reporter: Reporter) -> None:
-    """Show every job, the leaderboard, and the choice."""
-    reporter.table("jobs", *report.job_table(summary.jobs))
-    reporter.table("leaderboard", *summary.table())
-    chosen = summary.chosen
-    if chosen is None:
-        if sum(bool(cell.finished) for cell in summary.ranked) > 1:
-            reporter.line(
-                "no cell is chosen, as there is no validation split and the test set must not "
-                "choose: dataset.val_size=5000"
-            )
-        return
-    is_choice = chosen.val_accuracy is not None
-    text = f"{'chosen on validation' if is_choice else 'the only cell'}: {chosen.label}"
-    if val := chosen.val_accuracy:
-        text += f"  validation accuracy {val.percent()}"
-    if test := chosen.test_accuracy:
-        text += f"  test accuracy {test.percent()}"
-    reporter.line(text)
-
-
-def write(
-    summary: Report,
-    figures: Mapping[str, Any],
-    best_recipe: str,
-    folder: Path,
-    suffix: str = "png",
-) -> list[Path]:
-    """Write a report into a folder, and return its files.
-
-    Args:
-        summary: The report.
-        figures: Its figures, by name.
-        best_recipe: The recipe of its chosen cell; "" where there is none.
-        folder: The folder.
-        suffix: The format of the figures.
-    """
-    texts = {
-        "leaderboard.md": summary.table().markdown(),
-        "leaderboard.csv": report.csv_text(summary.ranked, summary.chosen),
-    }
-    if best_recipe:
-        texts[BEST] = best_recipe
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    for name, figure in figures.items():
-        style.save(figure, folder / f"{name}.{suffix}")
-    return [folder / name for name in (*texts, *(f"{name}.{suffix}" for name in figures))]
-
-
-def _best_recipe(
-    chosen: Cell, sweep: str, config: DictConfig, choices: Mapping[str, str | None]
-) -> str:
-    """Return the recipe of the chosen cell of a sweep.
-
-    Args:
-        chosen: The cell.
-        sweep: The name of the sweep.
-        config: The config of the cell's first run.
-        choices: The option of each group, in that run.
-    """
-    comment = f"The best of sweep {sweep[:8]}: {chosen.label}"
-    if val := chosen.val_accuracy:
-        comment += f", validation accuracy {val.percent()}"
-    return recipe(config, choices, comment)

@@ -35,6 +35,7 @@ from mnist_exp.sweeps.launcher import (
     train_stacks,
 )
 from mnist_exp.sweeps.manifest import CONFIGS, MANIFEST, Manifest, SweepJob
+from mnist_exp.sweeps.report_files import BEST
 from mnist_exp.sweeps.results import Report
 from mnist_exp.system import signals
 from mnist_exp.tracking.address import store_uri
@@ -207,7 +208,7 @@ def _conduct(
         setup.store_uri,
         setup.folder,
         summary,
-        None if summary.chosen is None else setup.folder / finish.BEST,
+        None if summary.chosen is None else setup.folder / BEST,
         failure,
         uploaded=not sweep.uploader.pending(),
     )
