@@ -25,6 +25,13 @@ from mnist_exp.tracking import uploader
 from mnist_exp.tracking.run_log import OpenRuns
 from tests.faults.checkpoints import damage_is_refused, kill_save_anywhere
 from tests.faults.delivery import MODES, MOMENTS, eight_writers, faults_in, recorded_through
+from tests.faults.disk import (
+    WRITES,
+    fill_during_run,
+    fill_during_sweep,
+    goes_on_as,
+    lost_or_doubled,
+)
 from tests.faults.interruptions import (
     JOBS,
     KINDS,
@@ -64,6 +71,15 @@ def faults(whole: Path, whole_sweep: Path, server: Upstream) -> Mapping[str, tup
         jobs = [differences(own / str(n), whole_sweep / str(n)) for n in range(JOBS)]
         return [text for found in jobs for text in found]
 
+    def full_disk(number: int, folder: Path) -> list[str]:
+        own, _ = fill_during_run(folder, random.Random(number).randrange(1, WRITES["run"]))
+        return goes_on_as(own, [("", whole)])
+
+    def full_disk_of_sweep(number: int, folder: Path) -> list[str]:
+        own, _ = fill_during_sweep(folder, random.Random(number).randrange(1, WRITES["sweep"]))
+        jobs = [(str(n), whole_sweep / str(n)) for n in range(JOBS)]
+        return lost_or_doubled(goes_on_as(own, jobs, "--failed"))
+
     def server_fault(number: int, folder: Path) -> list[str]:
         mode, moment = MODES[number % len(MODES)], MOMENTS[number // len(MODES) % len(MOMENTS)]
         with FaultyServer(server.uri) as faulty:
@@ -88,6 +104,11 @@ def faults(whole: Path, whole_sweep: Path, server: Upstream) -> Mapping[str, tup
             stopped("SIGKILL", damaged=True),
         ),
         "sweep of two stacks: kill -9 or Ctrl-C at a random moment": (20, stopped_sweep),
+        "run on a disk that is full from a random write on": (100, full_disk),
+        "sweep of two stacks on a disk that is full from a random write on": (
+            20,
+            full_disk_of_sweep,
+        ),
         "checkpoint cut off, or a bit of it flipped": (2000, checked(damage_is_refused)),
         "journal cut off, or bytes of it changed": (2000, checked(damage_is_reported)),
         "every operation of a checkpoint's writing killed, and the power cut": (

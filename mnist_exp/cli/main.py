@@ -91,6 +91,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(status)
     except BrokenPipeError:  # nobody reads the last lines, as after `| head`
         sys.exit(BROKEN_PIPE)
+    except OSError as error:  # of a disk that is full or read-only, where nothing can be begun
+        if full_error:
+            raise
+        _print_error(str(error))
+        sys.exit(1)
 
 
 def _print_error(text: str) -> None:

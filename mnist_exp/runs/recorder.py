@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -93,16 +94,21 @@ class RunRecorder:
         """
         self.plan, self.index, self.dataset = plan, index, dataset
         self.job, self.folder = plan.jobs[index], plan.folders[index]
-        self.writer = RunWriter.begin(
-            self.folder,
-            plan.open_runs,
-            name=self.job.name,
-            uri=plan.store_uri,
-            experiment=self.job.config.tracking.experiment,
-            tags=run_tags(self.job, self.folder, {**tags, **plan.tags[index]}),
-            parent=plan.parent,
-        )
+        # first: once the record has begun, nothing is missing to end it
         self.log = (self.folder / "train.log").open("a", encoding="utf-8", buffering=1)
+        try:
+            self.writer = RunWriter.begin(
+                self.folder,
+                plan.open_runs,
+                name=self.job.name,
+                uri=plan.store_uri,
+                experiment=self.job.config.tracking.experiment,
+                tags=run_tags(self.job, self.folder, {**tags, **plan.tags[index]}),
+                parent=plan.parent,
+            )
+        except BaseException:
+            self.log.close()
+            raise
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.is_open = True
@@ -113,7 +119,9 @@ class RunRecorder:
         """End this run as FAILED where the block raises, so that the other runs go on."""
         try:
             yield
-        except Exception as error:  # whatever a disk or a figure raises
+        except OSError as error:
+            self.fail(record_failure(self.folder, error))
+        except Exception as error:  # whatever a figure or a model raises
             self.fail(error)
 
     def start(self, stack: Stack, diff: str) -> None:
@@ -210,12 +218,15 @@ class RunRecorder:
         """End the run as FAILED, with the reason, and the traceback of a bug in its log."""
         self.outcome = error
         reason = reason_of(error)
-        is_expected = isinstance(error, RunFailed) and error.__cause__ is None
+        is_expected = isinstance(error, RunFailed) and isinstance(
+            error.__cause__, OSError | NoneType
+        )
         lines = [f"{reason}\n"] if is_expected else traceback.format_exception(error)
         try:
             self.writer.release_reserve()
-            if not self.log.closed:
+            with contextlib.suppress(OSError, ValueError):  # the disk may be the fault
                 self.log.write("".join(lines))
+                self.log.close()
             self.close("FAILED", reason)
         except Exception as second:  # the disk is the fault
             log.warning("%s: the end of the run is not recorded: %s", self.folder, second)
@@ -224,7 +235,8 @@ class RunRecorder:
     def detach(self) -> None:
         """Close the files with the run's record left open, for another recorder to go on with."""
         self.is_open = False
-        self.log.close()
+        with contextlib.suppress(OSError):  # of a full disk, which is why it is detached
+            self.log.close()
         self.writer.journal.close()
 
     def close(self, status: str, reason: str = "") -> None:
@@ -244,6 +256,14 @@ class RunRecorder:
         for file in (path, path.with_name(path.name + ".sha256")):
             self.writer.artifact(file, "checkpoint")
         return path
+
+
+def record_failure(folder: Path, error: OSError) -> RunFailed:
+    """Return the failure of a run for a fault of the disk, or of whatever else holds its record."""
+    return RunFailed(
+        f"the record of the run cannot be written to {folder} ({error.strerror or error}). Once it "
+        f"can be, go on: mnist-exp resume {folder}"
+    )
 
 
 def open_recorders(recorders: Sequence[RunRecorder]) -> list[RunRecorder]:

@@ -22,6 +22,7 @@ from mnist_exp.runs.recorder import (
     StackPlan,
     closing_on_error,
     open_recorders,
+    record_failure,
 )
 from mnist_exp.system import signals
 from mnist_exp.tracking import checkpoint, journal
@@ -87,6 +88,8 @@ def train(
     try:
         (outcome,) = train_stack(plan, reporter, resume=resume, last_epoch=last_epoch)
         flush_seconds = tracking.flush_seconds
+    except OSError as error:  # before the record had begun
+        raise record_failure(folder, error) from error
     except (KeyboardInterrupt, Terminated) as error:
         if RunHistory.of(folder).key:
             error.add_note(str(folder))  # that can be resumed
@@ -252,8 +255,8 @@ class Checkpointer:
             "core": event.state(),
         }
         self.saved = self._steps(event)
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save_numbered(self.folder, self.saved, state)
         except OSError as error:
             there = any(self.folder.glob("state-*.pt"))

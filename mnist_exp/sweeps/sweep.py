@@ -21,6 +21,7 @@ from mnist_exp.errors import ConfigError, RunFailed, first_line, reason_of
 from mnist_exp.formatting import Table, count_of
 from mnist_exp.runs.folder import check_output_folder, check_vacant, new_output_folder
 from mnist_exp.runs.job import check_unchanged
+from mnist_exp.runs.recorder import record_failure
 from mnist_exp.runs.train import INTERRUPTED_SECONDS, run_id_of
 from mnist_exp.sweeps import finish
 from mnist_exp.sweeps.grid import raise_if_invalid
@@ -224,7 +225,10 @@ def _opened(
     """
     folder, reporter, patience = setup.folder, setup.reporter(), INTERRUPTED_SECONDS
     with signals.deferred():  # what is opened has to be closed again
-        parent = finish.open_parent(setup, manifest, config)
+        try:
+            parent = finish.open_parent(setup, manifest, config)
+        except OSError as error:  # before its record had begun
+            raise record_failure(folder, error) from error
         (folder / STOP).unlink(missing_ok=True)  # of an earlier try, which is over
         uploader.open(setup.store_uri, open_runs_at(paths.output_root()), reporter.line)
         uploader.watch([folder, *(job.folder for job in manifest.valid)])

@@ -83,6 +83,12 @@ def check_writable_folder(folder: Path) -> None:
     tempfile.TemporaryFile(dir=existing).close()  # it has no name, and leaves no trace
 
 
+def check_room(folder: Path, size: int) -> None:
+    """Raise OSError if a folder has no room for so many bytes."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(size))
+
+
 def check_writable_file(path: Path) -> None:
     """Raise OSError if a file cannot be made or written to, as far as a look can tell."""
     if path.is_dir():

@@ -1,5 +1,6 @@
 """The model of a run, as MLflow keeps and serves it: saved in a folder, and registered."""
 
+import io
 import json
 import logging
 import platform
@@ -11,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mnist_exp.errors import first_line
+from mnist_exp.system import files
 
 if TYPE_CHECKING:  # what registers a model does without them
     import numpy as np
@@ -19,6 +21,7 @@ if TYPE_CHECKING:  # what registers a model does without them
 
 log = logging.getLogger(__name__)
 
+_ROOM = 2**20  # bytes; a disk with less is full
 _DESCRIPTION = """\
 Takes float images {} with pixels from 0 to 1, gives logits {}.
 
@@ -59,7 +62,9 @@ def save_model(
         _save_pickled(folder, model, shape, classes, example)
     else:
         (folder / "data").mkdir(parents=True)
-        torch.export.save(program, folder / "data" / "model.pt2")
+        archive = io.BytesIO()  # on a full disk, torch's own writing would end the process
+        torch.export.save(program, archive)
+        (folder / "data" / "model.pt2").write_bytes(archive.getbuffer())
         _describe(folder, shape, classes, example)
 
 
@@ -134,15 +139,19 @@ def _save_pickled(
     signature = ModelSignature(
         Schema([TensorSpec(real, (-1, *shape))]), Schema([TensorSpec(real, (-1, classes))])
     )
-    mlflow.pytorch.save_model(
-        model,
-        str(folder),
-        signature=signature,
-        input_example=example,
-        # given outright, as MLflow would load the model in another process to find out
-        pip_requirements=_requirements(),
-        serialization_format="pickle",
-    )
+    try:
+        mlflow.pytorch.save_model(
+            model,
+            str(folder),
+            signature=signature,
+            input_example=example,
+            # given outright, as MLflow would load the model in another process to find out
+            pip_requirements=_requirements(),
+            serialization_format="pickle",
+        )
+    except RuntimeError:  # torch's writing does not say why it fails
+        files.check_room(folder.parent, _ROOM)
+        raise
 
 
 def log_model(client: "MlflowClient", run_id: str, saved: Path) -> None:

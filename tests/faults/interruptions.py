@@ -41,6 +41,7 @@ NOBODY = "http://127.0.0.1:9"
 # two stacks of two
 GRID = [*BASE, f"tracking.uri={NOBODY}", "optimizer.lr=0.05,0.1", "training.batch_size=32,64"]
 JOBS = 4
+REGISTRY = "outputs"  # of open runs, in the folder of a forked process
 KINDS = ("lost", "doubled", "differing")  # what a fault can do to a record
 # of a run of BASE: its training steps, after those of the trial; its operations on files, once its
 # record has begun
@@ -300,9 +301,9 @@ def _epochs(folder: Path) -> int:
     return len(RunHistory.of(folder).metrics.get("train/loss", {}))
 
 
-def resume(folder: Path) -> str:
+def resume(folder: Path, *words: str) -> str:
     """Resume a run or a sweep, and return what the program printed."""
-    process = Forked(["resume", str(folder)], folder.parent)
+    process = Forked(["resume", str(folder), *words], folder.parent)
     assert process.wait() == 0, process.text.read_text()
     return process.text.read_text()
 
