@@ -1,5 +1,5 @@
 # Everything runs in .venv, which `make setup` makes from requirements.lock.
-.PHONY: train help test coverage lint format test-ui notebook bench torture setup lock clean
+.PHONY: train help test lint format test-ui notebook bench torture setup lock clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,11 +10,9 @@ train: setup ## train the seed recipe
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
+# COVERAGE=1 takes half as long again, and fails where less is covered than pyproject.toml says.
 test: lint ## lint, and run all tests but those in a browser
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
-
-coverage: lint ## as test, half as long again; fails where less is covered than pyproject.toml says
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --cov
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(if $(COVERAGE),--cov)
 
 lint: setup ## check style, types and the direction of imports
 	$(BIN)/ruff check .
