@@ -36,6 +36,7 @@ from mnist_exp.errors import ConfigError, first_line
 COMPOSITION_ERRORS = (
     HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError
 )  # fmt: skip
+_LONGEST_NAME = 240  # bytes; with a suffix it is the name of a file
 RECIPE_FILES: dict[str, str] = {}  # recipe files by the name that Hydra knows them by
 
 
@@ -50,6 +51,8 @@ def register() -> None:
 
 def hydra_words(overrides: Sequence[str], config_dir: str | None) -> list[str]:
     """Return overrides as Hydra takes them, with recipe files and a folder made known to it."""
+    for word in overrides:
+        check_name(word.partition("=")[0])
     words = [_as_choice(word) for word in overrides]
     if config_dir is None:
         return words
@@ -57,6 +60,14 @@ def hydra_words(overrides: Sequence[str], config_dir: str | None) -> list[str]:
     if not os.path.isdir(folder):
         raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
     return [*words, f"hydra.searchpath=['file://{paths.project_root()}','file://{folder}']"]
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError for a key or a config's name that cannot be: Hydra looks for its file."""
+    if len(name.encode(errors="replace")) > _LONGEST_NAME:
+        raise ConfigError(
+            f"{name[:60]}...: a name has {_LONGEST_NAME} bytes at most, and this one {len(name)}"
+        )
 
 
 def _as_choice(word: str) -> str:
@@ -122,6 +133,7 @@ def compose_raw(
     Raises:
         COMPOSITION_ERRORS: One of these.
     """
+    check_name(config_name)
     words = hydra_words(overrides, config_dir)
     register()
     GlobalHydra.instance().clear()

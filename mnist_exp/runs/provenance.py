@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,26 @@ import torch
 from mnist_exp._version import __version__
 from mnist_exp.config import paths
 from mnist_exp.config.paths import IS_CHECKOUT
-from mnist_exp.config.schema import identity
+from mnist_exp.config.schema import identity, leaves
+from mnist_exp.errors import ConfigError
 from mnist_exp.runs.job import Job
+from mnist_exp.tracking.limits import (
+    EXPERIMENT_LENGTH,
+    RUN_NAME_LENGTH,
+    TAG_LENGTH,
+    key_problem,
+    length_problem,
+    shortened,
+)
 
 DESCRIPTION_WIDTH = 80  # characters that MLflow's page of a run has room for
+SWEPT = "sweep."  # how the parameters of a sweep's parent run begin
+RESERVED_TAGS = frozenset({
+    *("command_line", "git_dirty", "device", "threads", "cpu", "gpu", "compiled", "stack_size"),
+    *("model", "dataset", "optimizer", "overrides", "config_hash", "choices", "output_dir"),
+    *("first_losses", "stopped", "reason", "run_key", "job", "swept", "sweep", "launcher"),
+    "chosen",
+})  # fmt: skip
 
 
 def ask_git(*arguments: str) -> str:
@@ -75,6 +92,7 @@ def stack_tags(job: Job, size: int) -> dict[str, str]:
 def run_tags(job: Job, folder: Path, common: Mapping[str, str]) -> dict[str, str]:
     """Return all tags that a run begins with. `common`: its sweep's, and its stack's."""
     return {
+        **job.config.tracking.tags,
         **common,
         **described("To train it again:", *job.overrides),
         "overrides": shlex.join(job.overrides),
@@ -83,8 +101,31 @@ def run_tags(job: Job, folder: Path, common: Mapping[str, str]) -> dict[str, str
         "optimizer": job.choices.get("optimizer") or job.optimizer.__name__,
         "choices": json.dumps(job.choices),
         "output_dir": str(folder.resolve()),
-        **job.config.tracking.tags,
     }
+
+
+def check_names(job: Job) -> None:
+    """Raise ConfigError for a name or a tag of a run that MLflow would refuse, or that is taken."""
+    tracking = job.config.tracking
+    for key, value in tracking.tags.items():
+        name = f"tracking.tags.{shortened(key)}"
+        if key in RESERVED_TAGS or key.startswith(("mlflow.", "version.")):
+            raise ConfigError(
+                f"{name}={shortened(value)}: a tag of this name is recorded of every run, and "
+                f"cannot be given. Choose another name"
+            )
+        if problem := key_problem(key) or length_problem(value, TAG_LENGTH):
+            raise ConfigError(f"{name}={shortened(value)}: {problem}")
+    for key, text, limit in (
+        ("run_name", tracking.run_name or "", RUN_NAME_LENGTH),
+        ("experiment", tracking.experiment, EXPERIMENT_LENGTH),
+    ):
+        if problem := length_problem(text, limit):
+            raise ConfigError(f"tracking.{key}={shortened(text)}: {problem}")
+    for key, _ in leaves(asdict(job.config)):
+        # a sweep's parent run has what was swept as parameters of its own
+        if problem := key_problem(f"{SWEPT}{key}"):
+            raise ConfigError(f"{shortened(key)}: {problem}")
 
 
 def described(text: str, *arguments: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from mnist_exp.errors import RunFailed, Terminated
 from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.folder import check_output_folder, check_vacant, write_configs
 from mnist_exp.runs.job import Job
-from mnist_exp.runs.provenance import ask_git, stack_tags
+from mnist_exp.runs.provenance import ask_git, check_names, stack_tags
 from mnist_exp.runs.recorder import (
     Event,
     Result,
@@ -78,6 +78,7 @@ def train(
     uri = store or store_uri(tracking.uri, paths.output_root())
     open_runs = open_runs_at(paths.output_root())
     if not resume:
+        check_names(job)
         check_store(uri, tracking.experiment, tracking.required)
         check_output_folder(folder)
         check_vacant(folder)

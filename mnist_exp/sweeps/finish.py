@@ -10,7 +10,7 @@ from mnist_exp.figures import style
 from mnist_exp.formatting import Table
 from mnist_exp.runs import recorder
 from mnist_exp.runs.console import Reporter
-from mnist_exp.runs.provenance import described, process_tags
+from mnist_exp.runs.provenance import SWEPT, described, process_tags
 from mnist_exp.runs.stored_config import load_config
 from mnist_exp.sweeps import report
 from mnist_exp.sweeps.launcher import Results, SweepSetup, load_cached
@@ -72,7 +72,7 @@ def open_parent(setup: SweepSetup, manifest: Manifest, config: Config) -> RunWri
         experiment=config.tracking.experiment,
         tags=tags,
     )
-    parent.params({f"sweep.{key}": ",".join(values) for key, values in swept.items()})
+    parent.params({f"{SWEPT}{key}": ",".join(values) for key, values in swept.items()})
     parent.artifact(setup.folder / MANIFEST)
     return parent
 

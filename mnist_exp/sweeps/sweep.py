@@ -21,6 +21,7 @@ from mnist_exp.errors import ConfigError, RunFailed, first_line, reason_of
 from mnist_exp.formatting import Table, count_of
 from mnist_exp.runs.folder import check_output_folder, check_vacant, new_output_folder
 from mnist_exp.runs.job import check_unchanged
+from mnist_exp.runs.provenance import check_names
 from mnist_exp.runs.recorder import record_failure
 from mnist_exp.runs.train import INTERRUPTED_SECONDS, run_id_of
 from mnist_exp.sweeps import finish
@@ -94,6 +95,8 @@ def run_sweep(
     valid, invalid = [j for j in jobs if not j.problem], [j for j in jobs if j.problem]
     if not valid:
         raise ConfigError(f"no job is left: {invalid[0].describe()}: {invalid[0].problem}")
+    for job in valid:
+        check_names(job.run)
     manifest = Manifest(name, asdict(settings), [*valid, *invalid])
     for number, job in enumerate(manifest.jobs):  # as the launcher will number them
         job.number = number

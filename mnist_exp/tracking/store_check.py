@@ -109,6 +109,10 @@ def _check_database(uri: str, experiment: str | None) -> None:
 def _file_problem(path: Path) -> str:
     """Return why the file of a database could not be written, or ""."""
     folder = path.parent
+    try:
+        path.exists()
+    except OSError as error:
+        return str(error.strerror)
     if not folder.is_dir():
         return f"there is no folder {folder}"
     if "%" in str(folder) or "?" in str(folder):

@@ -14,6 +14,7 @@ from mnist_exp.errors import ConfigError, first_line
 from mnist_exp.system import files
 from mnist_exp.tracking import journal
 from mnist_exp.tracking.journal import Entry, RunHistory
+from mnist_exp.tracking.limits import PARAM_LENGTH, RUN_NAME_LENGTH, TAG_LENGTH, storable
 from mnist_exp.tracking.mlflow_internals import PARENT
 from mnist_exp.tracking.mlflow_model import log_model
 from mnist_exp.tracking.run_log import OpenRuns
@@ -28,7 +29,6 @@ RUN_KEY = "run_key"  # the tag that tells which journal a run is made from
 _STATE = ".delivery.json"
 _METRICS_A_BATCH = 1000  # MLflow's limit, for all that is in a call
 _PARAMS_A_BATCH = 100  # MLflow's limit, for tags as well
-_PARAM_LENGTH = 6000  # MLflow's limit
 
 
 class NotReady(Exception):
@@ -133,9 +133,11 @@ class UploadBatch:
         if entry.kind == "begin":
             self._create_run(entry)
         elif entry.kind == "params":
-            self.params += [Param(k, v[:_PARAM_LENGTH]) for k, v in fields["values"].items()]
+            self.params += [
+                Param(key, storable(value, PARAM_LENGTH)) for key, value in fields["values"].items()
+            ]
         elif entry.kind == "tags":
-            self.tags |= {key: str(value) for key, value in fields["values"].items()}
+            self.tags |= _storable_tags(fields["values"])
         elif entry.kind == "metrics":
             self.metrics += [
                 Metric(key, value, entry.time, fields["step"])
@@ -171,7 +173,7 @@ class UploadBatch:
         """Create the run in MLflow, or find it where an earlier try has created it."""
         if self.state.run_id:
             return
-        fields, tags = entry.fields, dict(entry.fields["tags"])
+        fields, tags = entry.fields, _storable_tags(entry.fields["tags"])
         if fields["parent"]:
             parent = UploadState.of(Path(fields["parent"]), self.store.uri)
             if not parent.run_id:
@@ -186,7 +188,10 @@ class UploadBatch:
             self.state = replace(self.state, creating=True).save(self.folder)
         if not run_id:
             run = self.client.create_run(
-                experiment, entry.time, {**tags, RUN_KEY: fields["key"]}, fields["name"]
+                experiment,
+                entry.time,
+                {**tags, RUN_KEY: fields["key"]},
+                storable(fields["name"], RUN_NAME_LENGTH),
             )
             run_id = run.info.run_id
         self.state = replace(self.state, run_id=run_id, creating=False).save(self.folder)
@@ -207,7 +212,7 @@ class UploadBatch:
             self.client.set_tag(run_id, "reason", "")
         elif entry.kind == "end":
             if fields["reason"]:
-                self.client.set_tag(run_id, "reason", fields["reason"])
+                self.client.set_tag(run_id, "reason", storable(fields["reason"], TAG_LENGTH))
             self.client.set_terminated(run_id, fields["status"], entry.time)
 
     def _send_dataset(self, fields: Mapping[str, Any]) -> None:
@@ -223,6 +228,10 @@ class UploadBatch:
         tags = [InputTag("mlflow.data.context", "training"), InputTag("sha256", fields["digest"])]
         with self.store.lock():  # of two that record one dataset for the first time, one would fail
             self.client.log_inputs(self.state.run_id, [DatasetInput(entity, tags)])
+
+
+def _storable_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    return {key: storable(value, TAG_LENGTH) for key, value in tags.items()}
 
 
 def upload_all(

@@ -25,6 +25,7 @@ from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as data
 from mnist_exp.errors import RunFailed
 from mnist_exp.figures.curves import learning_curves
+from mnist_exp.runs.provenance import RESERVED_TAGS
 from mnist_exp.runs.recorder import Result
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking import ui_view as view
@@ -81,6 +82,11 @@ def test_status_and_name(record: Run, client: mlflow.MlflowClient) -> None:
     assert all(len(line) <= 80 or len(shlex.split(line)) == 1 for line in lines)
     joined = description.replace(" \\\n ", "")
     assert f"mnist-exp train {record.data.tags['overrides']}" in joined
+
+
+def test_no_tag_of_its_own_can_be_given(record: Run) -> None:
+    own = {key for key in record.data.tags if not key.startswith(("mlflow.", "version."))}
+    assert own - {"team"} <= RESERVED_TAGS and "threads" in own
 
 
 def test_params_are_the_dotted_leaves(record: Run, fetch: Any) -> None:

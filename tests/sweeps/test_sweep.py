@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from mnist_exp.data import dataset as data
 from mnist_exp.runs import recorder
+from mnist_exp.runs.provenance import RESERVED_TAGS
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.training import loop
@@ -46,6 +47,12 @@ def test_each_job_has_its_folder(seeds: Done) -> None:
         assert {f"{key}={value}" for key, value in own.items()} <= set(typed)
         hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra
         assert (hydra.job.num, hydra.runtime.output_dir) == (number, str(folder))
+
+
+def test_no_tag_of_its_own_can_be_given(seeds: Done) -> None:
+    tags = {key for run in seeds.runs for key in run.data.tags}
+    own = {key for key in tags if not key.startswith(("mlflow.", "version."))}
+    assert own <= RESERVED_TAGS and {"chosen", "swept"} <= own
 
 
 def test_each_job_has_its_log(seeds: Done, tmp_path: Path) -> None:

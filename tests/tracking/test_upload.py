@@ -12,7 +12,7 @@ import pytest
 from mnist_exp.system.processes import process_identity
 from mnist_exp.tracking import journal, upload, uploader, waiting
 from mnist_exp.tracking.journal import Journal
-from mnist_exp.tracking.run_log import OpenRuns, mark_dead_runs
+from mnist_exp.tracking.run_log import OpenRuns, RunWriter, mark_dead_runs
 from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.upload import UploadState, upload_journal
 from mnist_exp.tracking.uploader import Uploader, UploadLoop
@@ -230,6 +230,30 @@ def test_a_folder_that_is_away_for_a_while(open_runs: OpenRuns, tmp_path: Path) 
     (tmp_path / "elsewhere").rename(tmp_path / "run")
     assert waiting.deliver(open_runs) == (1, {})
     assert faults_in(tmp_path / "run", store.uri) == []
+
+
+def test_what_is_too_long_or_no_unicode_is_uploaded_all_the_same(
+    open_runs: OpenRuns, tmp_path: Path
+) -> None:
+    """As a command line can be, and the name of a file in it."""
+    store, odd = Store(fresh_store(tmp_path)), "no UTF-8: \udcff"
+    (tmp_path / "run").mkdir()
+    writer = RunWriter.begin(
+        tmp_path / "run",
+        open_runs,
+        name=odd + "n" * 300,
+        uri=store.uri,
+        experiment="delivery",
+        tags={"command_line": odd + "x" * 9000},
+    )
+    writer.params({"dataset.root": odd, "long": "x" * 9000})
+    writer.tags({"overrides": odd})
+    writer.end("FAILED", odd)
+    assert waiting.deliver(open_runs) == (1, {})
+    run = store.client.get_run(UploadState.of(tmp_path / "run").run_id)
+    assert run.data.tags["reason"] == run.data.tags["overrides"] == "no UTF-8: \\udcff"
+    assert len(run.data.tags["command_line"]) == 8000 and len(run.info.run_name) == 250
+    assert len(run.data.params["long"]) == 6000
 
 
 def test_jobs_wait_for_their_sweep(open_runs: OpenRuns, tmp_path: Path) -> None:
