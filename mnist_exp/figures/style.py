@@ -170,8 +170,11 @@ def text_width(text: str, size: float) -> float:
 
 
 def shorten(text: str, length: int = 16) -> str:
-    """Return one line of at most `length` characters, all of which the font has."""
-    text = "".join(c if ord(c) in CHARACTERS else "\ufffd" for c in " ".join(text.split()))
+    """Return one line of at most `length` characters, all of which can be seen in the font."""
+    shown = (
+        c if c.isprintable() and ord(c) in CHARACTERS else "\ufffd" for c in " ".join(text.split())
+    )
+    text = "".join(shown)
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 

@@ -104,8 +104,10 @@ def test_pyplot_is_never_imported() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
 
 
-def test_a_name_in_a_script_that_the_font_has_not(tmp_path: Path) -> None:
-    """Without a warning, which is an error here."""
-    figure = sample_grid(noise(2), ["数", "字"], title="識別")
+@pytest.mark.parametrize("name", ["数", "\ufeff", "\u202eabc", "\udcff", "\x1b[31m", "<b>&"])
+@pytest.mark.parametrize("suffix", ["svg", "pdf"])
+def test_a_name_of_odd_characters(name: str, suffix: str, tmp_path: Path) -> None:
+    """Without a warning, which is an error here, as of characters that the font has not."""
+    figure = sample_grid(noise(2), [name, "字"], title=name)
     assert pixels(figure).std() > 0
-    save(figure, tmp_path / "a.svg")
+    save(figure, tmp_path / f"a.{suffix}")
