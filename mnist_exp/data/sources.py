@@ -291,6 +291,8 @@ def open_url(url: str) -> Any:
         raise TimeoutError(f"no answer in {ANSWER_SECONDS:.0f} s") from None
     if isinstance(response, urllib.error.HTTPError):  # an exception and an open response in one
         response.close()
+    if isinstance(response, urllib.error.URLError) and isinstance(response.reason, OSError):
+        raise response.reason  # which the other only wraps
     if isinstance(response, Exception):
         raise response
     return response
