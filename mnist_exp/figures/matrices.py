@@ -33,6 +33,10 @@ class _Axis:
         self.size = min(TEXT, 0.4 * self.unit)  # of the names, in points
         self.widths = np.array([text_width(name, self.size) for name in names])
 
+    def middle(self, index: int) -> float:
+        """Return the place between the edges of a cell."""
+        return float(self.edges[index : index + 2].mean())
+
 
 def _draw_matrix(
     figure: PixelFigure, x: _Axis, y: _Axis, cells: Floats, texts: Sequence[_Text], **options: Any
@@ -50,7 +54,7 @@ def _draw_matrix(
     axes.tick_params(length=3, labelcolor=INK)
     luminance = mesh.to_rgba(cells)[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722)
     for (row, column), shift, text, size in texts:
-        place = x.edges[column : column + 2].mean(), y.edges[row : row + 2].mean() + shift
+        place = x.middle(column), y.middle(row) + shift
         colour = "white" if luminance[row, column] < 0.2 else INK  # at 0.2, both contrast alike
         va = "center" if options else "center_baseline"
         axes.text(*place, text, fontsize=size, color=colour, ha="center", va=va)
@@ -123,7 +127,7 @@ def heat_map(
     x: tuple[str, Sequence[float]],
     y: tuple[str, Sequence[float]],
     mean: Floats,
-    std: Floats | None,
+    std: Floats,
     chosen: tuple[int, int] | None,
     title: str,
     caption: str = "",
@@ -161,8 +165,9 @@ def heat_map(
     axes.tick_params(axis="x", labelrotation=90 if is_tight else 0)
     blank: Any = {"facecolor": "#f5f5f5", "edgecolor": "#d0d0d0", "hatch": "///", "linewidth": 0.5}
     for row, column in np.argwhere(missing):
-        middle = _mark_cell(axes, columns, rows, row, column, **blank)
-        axes.text(*middle, "\N{EN DASH}", fontsize=style.TITLE, ha="center", va="center")
+        _mark_cell(axes, columns, rows, row, column, **blank)
+        place = columns.middle(column), rows.middle(row)
+        axes.text(*place, "\N{EN DASH}", fontsize=style.TITLE, ha="center", va="center")
     if chosen is not None:
         frame: Any = {"fill": False, "edgecolor": ORANGE, "linewidth": 4, "clip_on": False}
         _mark_cell(axes, columns, rows, *chosen, zorder=3, **frame)
@@ -173,13 +178,13 @@ def heat_map(
     return figure
 
 
-def _accuracies(mean: Floats, std: Floats | None, columns: _Axis, rows: _Axis) -> list[_Text]:
+def _accuracies(mean: Floats, std: Floats, columns: _Axis, rows: _Axis) -> list[_Text]:
     """Return the results in percent with their deviations, if they fit into their cells."""
     texts = {
         (row, column): f"{mean[row, column]:.2%}" for row, column in np.argwhere(~np.isnan(mean))
     }
     for cell in texts:
-        if std is not None and np.isfinite(std[cell]):
+        if np.isfinite(std[cell]):
             texts[cell] += f"\n± {100 * std[cell]:.2f}"
     lines = {line for text in texts.values() for line in text.split("\n")}
     width = max(text_width(line, TEXT) for line in lines)
@@ -189,13 +194,10 @@ def _accuracies(mean: Floats, std: Floats | None, columns: _Axis, rows: _Axis) -
     return [(cell, 0, text, size) for cell, text in texts.items()] if size >= 0.8 * TEXT else []
 
 
-def _mark_cell(
-    axes: Axes, x: _Axis, y: _Axis, row: int, column: int, **options: Any
-) -> tuple[float, float]:
-    """Draw a rectangle over a cell, and return its middle."""
+def _mark_cell(axes: Axes, x: _Axis, y: _Axis, row: int, column: int, **options: Any) -> None:
+    """Draw a rectangle over a cell."""
     (left, right), (bottom, top) = x.edges[column : column + 2], y.edges[row : row + 2]
     axes.add_patch(Rectangle((left, bottom), right - left, top - bottom, **options))
-    return (left + right) / 2, (bottom + top) / 2
 
 
 def _swept_axis(label: str, values: Sequence[float], most: int) -> _Axis:

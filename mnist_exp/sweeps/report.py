@@ -84,7 +84,7 @@ class HeatMapData:
     x_values: tuple[float, ...]  # ascending
     y_values: tuple[float, ...]
     mean: np.ndarray  # [y, x]; nan where nothing finished
-    std: np.ndarray | None  # [y, x]; nan where n = 1; None where it is so everywhere
+    std: np.ndarray  # [y, x]; nan where n = 1
     chosen: tuple[int, int] | None  # (row, column)
     over: tuple[str, ...]  # the other swept keys: each entry is the best cell over them
 
@@ -239,9 +239,8 @@ def heat_maps(ranked: Sequence[Cell], chosen: Cell | None) -> list[HeatMapData]:
             if cell == chosen:
                 place = row, column
         over = tuple(key for key in keys if key not in (x_key, y_key))
-        spread = None if np.isnan(std).all() else std
         found.append(
-            HeatMapData(x_key, y_key, tuple(x_values), tuple(y_values), mean, spread, place, over)
+            HeatMapData(x_key, y_key, tuple(x_values), tuple(y_values), mean, std, place, over)
         )
     return found
 

@@ -135,7 +135,10 @@ def boxes(figure: Figure) -> dict[str, tuple[float, float, float, float]]:
 def test_heat_map_is_complete(x: list[float], y: list[float], missing: int, name: str) -> None:
     mean = swept(len(y), len(x))
     mean.flat[mean.size - missing :] = NAN
-    for std, chosen, caption in ((None, None, ""), (mean / 9, (0, 0), "A long caption " * 20)):
+    for std, chosen, caption in (
+        (mean * NAN, None, ""),
+        (mean / 9, (0, 0), "A long caption " * 20),
+    ):
         title = "A long title " * 20
         figure = heat_map((name, x), (name, y), mean, std, chosen, title, caption)
         assert not ink_at_edges(pixels(figure))
@@ -153,7 +156,8 @@ def test_heat_map_is_complete(x: list[float], y: list[float], missing: int, name
     ],
 )
 def test_cells_are_to_scale(values: list[float], names: list[str], scale: np.ufunc) -> None:
-    figure = heat_map(("lr", values), SIZES, swept(3, len(values)), None, None, "x")
+    mean = swept(3, len(values))
+    figure = heat_map(("lr", values), SIZES, mean, mean * NAN, None, "x")
     places = ticks(figure.axes[0])
     assert list(places) == names
     expected = scale(np.array(values))
@@ -165,7 +169,7 @@ def test_cells_are_to_scale(values: list[float], names: list[str], scale: np.ufu
 
 @pytest.mark.parametrize("values", [[0, 1e-4, 1e-3, 1e-2], [0.01, 0.03, 0.1, 1e6]])
 def test_cells_are_equally_wide_where_no_scale_is_legible(values: list[float]) -> None:
-    figure = heat_map(("lr", values), SIZES, swept(3, 4), None, None, "x")
+    figure = heat_map(("lr", values), SIZES, swept(3, 4), swept(3, 4) * NAN, None, "x")
     assert np.ptp(np.diff(list(ticks(figure.axes[0]).values()))) < 1e-6
     assert figure.axes[0].get_xlabel() == "lr (not to scale)"
 
@@ -173,7 +177,7 @@ def test_cells_are_equally_wide_where_no_scale_is_legible(values: list[float]) -
 def test_heat_map_outlines_the_chosen_cell_and_marks_the_missing_one() -> None:
     mean = swept(3, 4)
     mean[2, 3] = NAN
-    figure = heat_map(LRS, SIZES, mean, None, (0, 2), "x", "one seed")
+    figure = heat_map(LRS, SIZES, mean, mean * NAN, (0, 2), "x", "one seed")
     axes = figure.axes[0]
     found = boxes(figure)
     (left, bottom, right, top), x = found["chosen"], ticks(axes)
@@ -214,7 +218,8 @@ def test_heat_map_has_no_text_that_does_not_fit(side: int) -> None:
 
 
 def test_heat_map_texts_are_readable_on_their_cells() -> None:
-    figure = heat_map(("a", range(10)), ("b", range(10)), swept(10, 10), None, None, "x")
+    mean = swept(10, 10)
+    figure = heat_map(("a", range(10)), ("b", range(10)), mean, mean * NAN, None, "x")
     cells = figure.axes[0].collections[0].to_rgba(swept(10, 10)).reshape(100, 4)
 
     def luminance(colour: Any) -> float:
@@ -228,7 +233,7 @@ def test_heat_map_texts_are_readable_on_their_cells() -> None:
 def test_one_cell_at_chance_does_not_drown_the_others() -> None:
     mean = swept(4, 4)
     mean[3, 3] = 0.1
-    figure = heat_map(LRS, ("y", range(4)), mean, None, None, "x")
+    figure = heat_map(LRS, ("y", range(4)), mean, mean * NAN, None, "x")
     low, high = figure.axes[0].collections[0].get_clim()
     assert 0.9 < low <= np.sort(mean.flat)[1]
     assert high == mean.max()
