@@ -65,16 +65,18 @@ def sample_grid(
     height, width = images.shape[1:]
     tiles = style.resample(images, min(_scale(width, 140), _scale(height, 280)))
     high, wide = tiles.shape[1:3]
+    column = max(wide, 100)  # narrower, and its text could not be read
     strip = 14 + 20 * max(1 + text.count("\n") for text in texts)
     widest = max(text_width(line, TEXT) for line in {*"\n".join(texts).split("\n")})
-    size = TEXT * min(1.0, (wide + 4) / max(widest, 1.0))
-    across, pitch = min(COLUMNS, count), (wide + 10, strip + high)
+    size = TEXT * min(1.0, (column + 4) / max(widest, 1.0))
+    across, pitch = min(COLUMNS, count), (column + 10, strip + high)
     content = across * pitch[0] - 10, math.ceil(count / across) * pitch[1] + 10
     figure = PixelFigure(content, title, ", ".join(notes))
     for i, (x, y) in enumerate(_corners(count, across, pitch, figure.top)):
         colour = ORANGE if wrong[i] else INK if predicted is None else style.DISCREET
-        figure.paste(tiles[i], x, y + strip, ORANGE if wrong[i] else "", border=4)
-        figure.write(x + wide / 2, y + strip - 10, texts[i], size, colour, ha="center")
+        left = x + (column - wide) // 2
+        figure.paste(tiles[i], left, y + strip, ORANGE if wrong[i] else "", border=4)
+        figure.write(x + column / 2, y + strip - 10, texts[i], size, colour, ha="center")
     return figure
 
 

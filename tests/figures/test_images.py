@@ -39,6 +39,14 @@ def test_grid_shrinks_large_images(height: int, width: int) -> None:
     assert max(picture.shape) < 1800
 
 
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (64, 20), (3000, 2)])
+def test_grid_has_legible_names_over_narrow_images(height: int, width: int) -> None:
+    names = ["Ankle boot"] * 4
+    figure = sample_grid(noise(4, height, width), names, ["Sandal"] * 4, [0.5] * 4, title="x")
+    sizes = [float(text.get_fontsize()) for text in figure.texts if "Ankle boot" in text.get_text()]
+    assert len(sizes) == 4 and min(sizes) > 7
+
+
 def test_grid_frames_and_names_wrong_predictions_only() -> None:
     images, labels, predicted = noise(12), [*DIGITS, "0", "1"], [*DIGITS, "0", "8"]
     predicted[4] = "9"
