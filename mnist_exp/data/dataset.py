@@ -204,10 +204,12 @@ def _check(files: Sequence[IdxFile], spec: DatasetSpec) -> None:
             " be of one size"
         )
     count = len(spec.classes)
-    if count < 2 or len(set(spec.classes)) < count:
+    can_be_seen = all(name.isprintable() and name.strip() for name in spec.classes)
+    if count < 2 or len(set(spec.classes)) < count or not can_be_seen:
         raise ConfigError(
-            f"dataset.classes: {', '.join(spec.classes)}: must be 2 or more, all different (by"
-            f" default the numbers from 0 to the greatest label in {train_labels.name})"
+            f"dataset.classes: {', '.join(map(repr, spec.classes))}: must be 2 or more names, all"
+            " different, each in one line and not blank (by default the numbers from 0 to the"
+            f" greatest label in {train_labels.name})"
         )
     low, high = spec.first_label, spec.first_label + count - 1
     for labels in (train_labels, test_labels):

@@ -208,8 +208,10 @@ def test_classes_are_named_by_the_config(tmp_path: Path) -> None:
     assert read("idx", tmp_path, classes=list("abcd")).classes == ("a", "b", "c", "d")
     with pytest.raises(ConfigError, match=r"train-labels.*label 2 at index 2.*from 0 to 1"):
         read("idx", tmp_path, classes=["a", "b"])
-    for classes in (["a", "b", "a"], ["a"]):
-        with pytest.raises(ConfigError, match=r"dataset\.classes: .*2 or more, all different"):
+    for classes in (["a", "b", "a"], ["a"], ["a", "", "c"], ["a", " ", "c"], ["a\nb", "c", "d"]):
+        with pytest.raises(
+            ConfigError, match=r"dataset\.classes: .*2 or more names, all different"
+        ):
             read("idx", tmp_path, classes=classes)
     with pytest.raises(ConfigError, match=r"dataset\.classes: only for dataset\.name=idx"):
         read("mnist", None, classes=["a", "b"])
@@ -294,7 +296,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
         _put(3, np.array([0, 1, 2, 26, 25, 99, 4], np.uint8)),
         r"t10k-labels.*label 26 at index 3: must be from 0 to 25",
     ),
-    "one class": (_put(1, LABELS * 0), r"dataset\.classes: 0: must be 2 or more.*train-labels"),
+    "one class": (_put(1, LABELS * 0), r"dataset\.classes: '0': must be 2 or more.*train-labels"),
     "constant": (_put(0, IMAGES * 0 + 9), r"train-images.*every pixel .* alike"),
 }
 
