@@ -30,9 +30,9 @@ from benchmarks.page import write_measurements
 
 # kinds of work in a sweep that benchmarks.timed tells apart, and what they are
 KINDS = {
-    "upload": "MLflow: uploading all 17 records, in the background",
+    "upload": "MLflow: the store opened and all 17 records uploaded, in the background",
     "model": "MLflow: the chosen run's model, exported and saved",
-    "store": "MLflow: imported and the store opened, in the background",
+    "import": "MLflow: imported, in the background",
     "compile": "compiling, from the cache",
     "steps": "training steps",
 }

@@ -1,6 +1,6 @@
 """`python -m benchmarks.timed OUT.json VERB ...`: mnist-exp, and what it spent its time on.
 
-Seconds of a processor, summed over the process and those that are forked from it for the stacks.
+Seconds of a processor, summed over the process and those that are forked from it.
 Where one of the measured functions calls another, the time is that of the outer one.
 """
 
@@ -15,28 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from mnist_exp.cli import main as cli
-from mnist_exp.runs import recorder
-from mnist_exp.sweeps import launcher
-from mnist_exp.tracking import store, upload
+from mnist_exp.runs import model_export
+from mnist_exp.tracking import upload, uploader
 from mnist_exp.training import step
 
 # where the name of each measured function is looked up, the name, and the kind of its work
 MEASURED: list[tuple[Any, str, str]] = [
     (upload, "upload_journal", "upload"),
-    (recorder, "record_model", "model"),
-    (store.Store, "__init__", "store"),
+    (model_export, "save_model", "model"),
+    (uploader, "import_mlflow", "import"),
     (step.TrainStep, "compile", "compile"),
     (step.TrainStep, "__call__", "steps"),
 ]
-SECONDS = dict.fromkeys((kind for *_, kind in MEASURED), 0.0)
+SECONDS = dict.fromkeys((kind for *_, kind in MEASURED), 0.0)  # of this process
 _thread = threading.local()  # whether a measured function runs in it
 
 
-def measure(owner: Any, name: str, kind: str) -> None:
+def measure(owner: Any, name: str, kind: str, out: Path) -> None:
     """Replace `owner.name` by a function that adds its processor time to that of its kind.
 
     It is the time of the thread that calls it, as a thread in the background mostly waits for
-    those that train.
+    those that train. Each process writes its sums to a file of its own beside `out`, each time, as
+    it may be killed.
     """
     original: Callable[..., Any] = getattr(owner, name)
 
@@ -51,43 +51,29 @@ def measure(owner: Any, name: str, kind: str) -> None:
         finally:
             _thread.is_measured = False
             SECONDS[kind] += time.thread_time() - began
+            out.with_name(f"{out.stem}.{os.getpid()}").write_text(json.dumps(SECONDS))
 
     setattr(owner, name, measured)
-
-
-def measure_forks(out: Path) -> None:
-    """Have each process that the launcher forks write what it spent to a file beside `out`."""
-    patched: Any = launcher  # which looks the name up, and does not export it
-    original = patched.fork
-
-    def fork(function: Callable[..., Any], *arguments: Any) -> Any:
-        def measured(*arguments: Any) -> Any:
-            SECONDS.update(dict.fromkeys(SECONDS, 0.0))
-            answer = function(*arguments)
-            out.with_name(f"{out.stem}.{os.getpid()}").write_text(json.dumps(SECONDS))
-            return answer
-
-        return original(measured, *arguments)
-
-    patched.fork = fork
 
 
 def main() -> None:
     """Run the program, and write the seconds of each kind to the file that is named first."""
     out, words = Path(sys.argv[1]), sys.argv[2:]
     for owner, name, kind in MEASURED:
-        measure(owner, name, kind)
-    measure_forks(out)
+        measure(owner, name, kind, out)
+    nothing = dict(SECONDS)
+    os.register_at_fork(after_in_child=lambda: SECONDS.update(nothing))
     status = 1
     try:
         cli.main(words)
     except SystemExit as ended:
         status = int(ended.code or 0)
     finally:
+        total = dict(nothing)
         for part in out.parent.glob(f"{out.stem}.[0-9]*"):
             for kind, seconds in json.loads(part.read_text()).items():
-                SECONDS[kind] += seconds
-        out.write_text(json.dumps(SECONDS))
+                total[kind] += seconds
+        out.write_text(json.dumps(total))
         sys.stdout.flush()
         os._exit(status)  # as the program does, which does not clear up
 
