@@ -11,10 +11,11 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.runs.job import Job
 from mnist_exp.system import files
 from mnist_exp.tracking import journal
+from mnist_exp.tracking.run_log import OpenRuns
 
 
 def check_output_folder(folder: Path, key: str = "hydra.run.dir") -> None:
-    """Raise ConfigError if the folder that `key` names cannot be made or written."""
+    """Raise ConfigError if the folder that `key`, if any, names cannot be made or written."""
     try:
         files.check_writable_folder(folder)
     except OSError as error:
@@ -38,10 +39,22 @@ def new_output_folder(folder: Path, key: str) -> Iterator[None]:
 
 
 def _not_writable(folder: Path, error: OSError, key: str) -> ConfigError:
+    todo = f"Choose another: {key}=FOLDER" if key else "Make it writable, and go on"
     return ConfigError(
-        f"{folder}: the output folder cannot be made or written ({error.strerror}). Choose "
-        f"another: {key}=FOLDER"
+        f"{folder}: the output folder cannot be made or written ({error.strerror}). {todo}"
     )
+
+
+def check_registry(open_runs: OpenRuns) -> None:
+    """Raise ConfigError if the registry of the runs that are open cannot be written."""
+    try:
+        files.check_writable_folder(open_runs.folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{open_runs.folder}: the registry of open runs cannot be written ({error.strerror}), "
+            f"and no run is begun without it. Make it writable; or install the package with pip, "
+            f"and start it in a folder that is, where outputs/ will be then"
+        ) from error
 
 
 def check_vacant(folder: Path) -> None:

@@ -12,7 +12,7 @@ from mnist_exp.config.schema import identity
 from mnist_exp.config.validate import checkpoint_every
 from mnist_exp.errors import RunFailed, Terminated
 from mnist_exp.runs.console import Reporter
-from mnist_exp.runs.folder import check_output_folder, check_vacant, write_configs
+from mnist_exp.runs.folder import check_output_folder, check_registry, check_vacant, write_configs
 from mnist_exp.runs.job import Job
 from mnist_exp.runs.provenance import ask_git, check_names, stack_tags
 from mnist_exp.runs.recorder import (
@@ -77,6 +77,7 @@ def train(
     tracking = job.config.tracking
     uri = store or store_uri(tracking.uri, paths.output_root())
     open_runs = open_runs_at(paths.output_root())
+    check_registry(open_runs)
     if not resume:
         check_names(job)
         check_store(uri, tracking.experiment, tracking.required)
@@ -124,7 +125,7 @@ def train_stack(
     jobs, first = plan.jobs, plan.jobs[0]
     settings = first.config.training
     for folder in plan.folders:
-        check_output_folder(folder)
+        check_output_folder(folder, key="" if resume else "hydra.run.dir")
     torch.set_num_threads(settings.threads or plan.threads)
     dataset = first.load(first.config.dataset).to(first.device)
     tags, diff = stack_tags(first, len(jobs)), ask_git("diff", "HEAD")

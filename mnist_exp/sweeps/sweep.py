@@ -19,7 +19,12 @@ from mnist_exp.config.schema import Config, SweepConfig, identity, task_config
 from mnist_exp.config.validate import validate, validate_sweep
 from mnist_exp.errors import ConfigError, RunFailed, first_line, reason_of
 from mnist_exp.formatting import Table, count_of
-from mnist_exp.runs.folder import check_output_folder, check_vacant, new_output_folder
+from mnist_exp.runs.folder import (
+    check_output_folder,
+    check_registry,
+    check_vacant,
+    new_output_folder,
+)
 from mnist_exp.runs.job import check_unchanged
 from mnist_exp.runs.provenance import check_names
 from mnist_exp.runs.recorder import record_failure
@@ -102,6 +107,7 @@ def run_sweep(
         job.number = number
     config = valid[0].run.config
     uri = store_uri(config.tracking.uri, paths.output_root())
+    check_registry(open_runs_at(paths.output_root()))
     check_store(uri, config.tracking.experiment, config.tracking.required)
     folder = _choose_folders(master, valid)
     check_vacant(folder)
@@ -137,6 +143,7 @@ def resume_sweep(
         setup.reporter().line("it is finished; there is nothing to go on with")
         return None
     _check_unchanged([job for job in jobs if job.number in to_run], setup)
+    check_registry(open_runs_at(paths.output_root()))
     check_store(parent.uri, parent.experiment, required=False)
 
     def launch() -> Results:

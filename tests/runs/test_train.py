@@ -1,5 +1,6 @@
 """How a run ends, and what is refused before it begins."""
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -12,7 +13,10 @@ import pytest
 from mlflow.entities import Run
 
 import mnist_exp
+from mnist_exp.config import paths
 from mnist_exp.errors import ConfigError
+from mnist_exp.system import files
+from mnist_exp.tracking import journal
 from mnist_exp.training import loop
 from mnist_exp.training.events import Epoch
 from tests.helpers import ROOT, fresh_store
@@ -95,3 +99,43 @@ def test_output_folder_that_cannot_be_made(place: list[str], tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"hydra\.run\.dir=FOLDER"):
         mnist_exp.train([*place, f"hydra.run.dir={tmp_path}/file/run"])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place of the project's outputs, which is the test's own."""
+    monkeypatch.setattr(paths, "output_root", lambda: tmp_path / "root")
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+@pytest.mark.parametrize("words", [[], ["seed=0,1", "hydra.sweep.dir={}/sweep"]])
+def test_a_registry_that_cannot_be_written_is_refused(
+    words: list[str], place: list[str], root: Path, tmp_path: Path
+) -> None:
+    """As in a checkout on a file system that is read-only."""
+    shutil.copy(ROOT / "pyproject.toml", root / "outputs")
+    before = sorted(tmp_path.iterdir())
+    words = [word.format(tmp_path) for word in words]
+    with pytest.raises(ConfigError, match=f"{root}/outputs/.open: the registry .* pip"):
+        (mnist_exp.train_sweep if words else mnist_exp.train)([*place, *words])
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_run_in_a_folder_that_became_read_only_is_not_resumed(
+    place: list[str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "fit", lambda *a, **k: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        mnist_exp.train(place)
+    before = (tmp_path / "run" / journal.NAME).read_bytes()
+    refused = OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def check(folder: Path) -> None:
+        if folder == tmp_path / "run":
+            raise refused
+
+    monkeypatch.setattr(files, "check_writable_folder", check)
+    with pytest.raises(ConfigError, match=r"Read-only file system.* Make it writable, and go on"):
+        mnist_exp.resume(str(tmp_path / "run"))
+    assert (tmp_path / "run" / journal.NAME).read_bytes() == before
