@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from benchmarks import first_minute
 from benchmarks.measure import (
     DEFAULT_STACK,
     GRID,
@@ -152,6 +153,29 @@ def start_section() -> str:
     return f"## Start-up\n\n{table(['command', 'seconds, median of 5'], rows)}"
 
 
+def first_minute_section() -> str:
+    """Return when a terminal shows something, and what commands cost beside their imports."""
+    costs, test_seconds = first_minute.measure()
+    rows = [
+        (
+            name if name == first_minute.IMPORTS else f"mnist-exp {name}",
+            "" if name == first_minute.IMPORTS else f"{cost.first_line:.2f}",
+            *(f"{cost.seconds:.2f}", f"{cost.seconds_ratio:.2f}"),
+            *(f"{cost.cpu_seconds:.2f}", f"{cost.cpu_ratio:.2f}"),
+        )
+        for name, cost in costs.items()
+    ]
+    header = ["(i)", "first line", "seconds", "times the imports"]
+    header += ["processor seconds", "times the imports"]
+    return f"""## The first minute
+
+On a terminal, on a store that is there already; medians of {ROUNDS} rounds, in which the commands \
+take turns with what they have to import. The first line tells what will be done. From the last \
+epoch of `train debug=fast` to its test accuracy: {test_seconds:.2f} s.
+
+{table(header, rows)}"""
+
+
 def memory_section() -> str:
     """Return the peak memory of the seed recipe as a process, and its seconds."""
     use = measure_seed_recipe()
@@ -175,6 +199,7 @@ def sections() -> Iterator[str]:
     yield sweep_section(times)
     yield stack_section()
     yield start_section()
+    yield first_minute_section()
     yield memory_section()
 
 

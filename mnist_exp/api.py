@@ -4,7 +4,6 @@ Overrides are those of the command line. A run is named by `last`, its id, or th
 Each function imports what is heavy when it is called, and prints nothing unless it is verbose.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
     from mnist_exp.config.schema import Config
     from mnist_exp.data.dataset import Dataset
-    from mnist_exp.runs.console import Reporter
     from mnist_exp.runs.evaluate import Evaluation
     from mnist_exp.runs.predict import Prediction
     from mnist_exp.runs.recorder import Result
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from mnist_exp.sweeps.ensemble import Ensemble
     from mnist_exp.sweeps.results import Report
     from mnist_exp.sweeps.sweep import SweepResult
-    from mnist_exp.tracking.store import Store, StoredRun
 
 
 @dataclass(frozen=True)
@@ -109,16 +106,22 @@ def train(
 
 def train_composed(composed: "DictConfig", verbose: bool = False) -> "Result":
     """Train one run from its composed config, which has Hydra's own part in it. See `train`."""
+    from mnist_exp.config.names import run_name
+    from mnist_exp.runs.console import reporting
     from mnist_exp.tracking.address import warn_if_environment_wins
-    from mnist_exp.tracking.uploader import Uploader
 
-    warn_if_environment_wins(_config(composed).tracking.uri)  # before torch's seconds of import
-    with Uploader() as uploader:
-        from mnist_exp.runs.job import prepare
-        from mnist_exp.runs.train import train
+    config = _config(composed)
+    warn_if_environment_wins(config.tracking.uri)
+    name = run_name(config, composed.hydra.runtime.choices)
+    with reporting(verbose, f"{name}: loading torch ...") as reporter:  # which takes seconds
+        from mnist_exp.tracking.uploader import Uploader
 
-        job = prepare(composed)
-        return train(job, job.folder, _reporter(verbose), uploader)
+        with Uploader() as uploader:
+            from mnist_exp.runs.job import prepare
+            from mnist_exp.runs.train import train
+
+            job = prepare(composed)
+            return train(job, job.folder, reporter, uploader)
 
 
 def train_sweep(
@@ -137,21 +140,21 @@ def train_sweep(
         ConfigError: One of the jobs cannot be run. Nothing has been created.
     """
     from mnist_exp.config.compose import compose_sweep
+    from mnist_exp.runs.console import reporting
     from mnist_exp.sweeps import grid
     from mnist_exp.tracking.address import warn_if_environment_wins
-    from mnist_exp.tracking.uploader import Uploader
-
-    def report_line(text: str) -> None:
-        if verbose:
-            print(text, file=sys.stderr, flush=True)
 
     context, master = compose_sweep(overrides, config_name, config_dir)
-    jobs = grid.jobs(context, master, report_line)  # before torch's seconds of import
     warn_if_environment_wins(master.tracking.uri)
-    with Uploader() as uploader:
-        from mnist_exp.sweeps import sweep
+    with reporting(verbose) as reporter:
+        jobs = grid.jobs(context, master, reporter)  # before torch's seconds of import
 
-        return sweep.run_sweep(context, master, jobs, uploader, verbose)
+        from mnist_exp.tracking.uploader import Uploader
+
+        with Uploader() as uploader:
+            from mnist_exp.sweeps import sweep
+
+            return sweep.run_sweep(context, master, jobs, uploader, reporter)
 
 
 def resume(
@@ -176,27 +179,30 @@ def resume(
         RunFailed: It does not reach its end this time.
     """
     from mnist_exp.runs import lookup
+    from mnist_exp.runs.console import reporting
 
     uri = lookup.store_uri(overrides, required=False)  # before torch's seconds of import
+    with reporting(verbose, f"going on with {run}: loading torch ...") as reporter:
+        from mnist_exp.runs import resume as resuming
+        from mnist_exp.sweeps import sweep
 
-    from mnist_exp.runs import resume as resuming
-    from mnist_exp.sweeps import sweep
-
-    folder = resuming.find(run, uri, lookup.open_runs())
-    try:
-        with lookup.uploading(folder) as uploader:
-            if sweep.is_sweep(folder):
-                return sweep.resume_sweep(folder, failed, uploader, verbose)
-            return resuming.resume_run(folder, _reporter(verbose), uploader)
-    except (KeyboardInterrupt, Terminated) as error:
-        if not getattr(error, "__notes__", []):  # it had not begun
-            error.add_note(str(folder))
-        raise
+        folder = resuming.find(run, uri, lookup.open_runs())
+        try:
+            with lookup.uploading(folder) as uploader:
+                if sweep.is_sweep(folder):
+                    return sweep.resume_sweep(folder, failed, uploader, reporter)
+                return resuming.resume_run(folder, reporter, uploader)
+        except (KeyboardInterrupt, Terminated) as error:
+            if not getattr(error, "__notes__", []):  # it had not begun
+                error.add_note(str(folder))
+            raise
 
 
 def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
     """Evaluate the saved model of a run on the official test set. Raise ConfigError."""
-    store, stored_run, root = _find(run, overrides, data=True)
+    from mnist_exp.runs.lookup import find_run
+
+    store, stored_run, root = find_run(run, overrides, data=True)
 
     from mnist_exp.runs import evaluate as evaluation
 
@@ -205,7 +211,9 @@ def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
 
 def ensemble(sweep: str = "last", overrides: Sequence[str] = ()) -> "Ensemble":
     """Evaluate the models of a sweep's chosen cell together, over its seeds. Raise ConfigError."""
-    store, parent, root = _find(sweep, overrides, sweep=True, data=True)
+    from mnist_exp.runs.lookup import find_run
+
+    store, parent, root = find_run(sweep, overrides, sweep=True, data=True)
 
     from mnist_exp.sweeps import ensemble as ensembles
 
@@ -232,7 +240,9 @@ def predict(
     from mnist_exp.config.compose import check_list
 
     check_list("files", files)
-    store, stored_run, _ = _find(run, overrides)
+    from mnist_exp.runs.lookup import find_run
+
+    store, stored_run, _ = find_run(run, overrides)
 
     from mnist_exp.runs import predict as prediction
 
@@ -266,11 +276,15 @@ def report(
     Raises:
         ConfigError: There is no such sweep, or its report cannot be written.
     """
-    store, parent, _ = _find(sweep, overrides, sweep=True)
+    from mnist_exp.runs.console import reporting
+    from mnist_exp.runs.lookup import find_run
 
-    from mnist_exp.sweeps import report_files
+    with reporting(verbose, f"the report of sweep {sweep}: loading its runs ...") as reporter:
+        store, parent, _ = find_run(sweep, overrides, sweep=True)
 
-    return report_files.report_again(store, parent, output, suffix, _reporter(verbose))
+        from mnist_exp.sweeps import report_files
+
+        return report_files.report_again(store, parent, output, suffix, reporter)
 
 
 def reproduce(
@@ -296,13 +310,17 @@ def reproduce(
     Raises:
         ConfigError: There is no such run, or it cannot be trained again here.
     """
-    store, stored_run, root = _find(run, overrides, data=True)
+    from mnist_exp.runs.console import reporting
+    from mnist_exp.runs.lookup import find_run
 
-    from mnist_exp.runs import reproduce as reproduction
+    with reporting(verbose, f"run {run}, once more: loading its record ...") as reporter:
+        store, stored_run, root = find_run(run, overrides, data=True)
 
-    return reproduction.reproduce(
-        store, stored_run, _reporter(verbose), keep=keep, threads=threads, device=device, root=root
-    )
+        from mnist_exp.runs import reproduce as reproduction
+
+        return reproduction.reproduce(
+            store, stored_run, reporter, keep=keep, threads=threads, device=device, root=root
+        )
 
 
 def sync(
@@ -394,32 +412,6 @@ def mark_dead_runs() -> dict[Path, str]:
 
     marked = run_log.mark_dead_runs(run_log.open_runs_at(output_root()))
     return {folder: history.reason for folder, history in marked if not history.parent}
-
-
-def _find(
-    word: str, overrides: Sequence[str], *, sweep: bool = False, data: bool = False
-) -> "tuple[Store, StoredRun, str | None]":
-    """Return a store, a run in it, and the folder that the run's data has moved to, if any.
-
-    Args:
-        word: The run, by `last`, its id, or the beginning of it.
-        overrides: `tracking.uri=...`, the store.
-        sweep: The run is the parent of a sweep.
-        data: The overrides may have `dataset.root=...` as well, the folder of its data.
-
-    Raises:
-        ConfigError: There is no such run, or an override says something else.
-    """
-    from mnist_exp.runs import lookup
-
-    store = lookup.open_store(overrides, data=data)
-    return store, store.find(word, sweep=sweep), lookup.dataset_root(overrides)
-
-
-def _reporter(verbose: bool) -> "Reporter":
-    from mnist_exp.runs.console import Reporter, Terminal
-
-    return Terminal() if verbose else Reporter()
 
 
 def _config(composed: "DictConfig") -> "Config":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.first_minute import on_terminal
 from tests.helpers import ROOT, fresh_store
 
 
@@ -22,3 +23,14 @@ def test_all_kinds_of_work_are_timed(tmp_path: Path) -> None:
     assert seconds and all(spent > 0 for spent in seconds.values()), seconds
     if sys.platform == "linux" and (os.cpu_count() or 1) > 1:  # where stacks have processes
         assert [*tmp_path.glob("seconds.[0-9]*")], "no forked process was measured"
+
+
+def test_a_terminal_is_read_as_it_is_written() -> None:
+    program = "import sys, time; print('first'); time.sleep(0.5); print(sys.stdin.isatty())"
+    session = on_terminal(sys.executable, "-c", program)
+    assert session.status == 0
+    assert "".join(piece for _, piece in session.output).split() == ["first", "True"]
+    assert session.first_line == session.seen("first")
+    assert session.first_line + 0.4 < session.seen("True") <= session.seconds
+    assert 0 < session.cpu_seconds < session.seconds
+    assert on_terminal(sys.executable, "-c", "raise SystemExit(3)").status == 3

@@ -131,10 +131,12 @@ def _train_with_hydra(words: Sequence[str]) -> int:
 )
 def show(args: argparse.Namespace) -> int:
     """Print the facts of a data set, and draw its first images."""
-    _check_figure("--output", args.output)
-    overview = api.show(args.overrides)
-
     from mnist_exp.config.paths import output_root
+    from mnist_exp.runs.console import reporting
+
+    _check_figure("--output", args.output)
+    with reporting(announcement="the first images of a data set: loading torch ..."):
+        overview = api.show(args.overrides)
 
     file = args.output or output_root() / "outputs" / f"{overview.dataset.name}.png"
     _save_figures("--output", file, {file: overview.figure})
@@ -160,17 +162,17 @@ def show(args: argparse.Namespace) -> int:
 )
 def evaluate(args: argparse.Namespace) -> int:
     """Print what a saved model comes to on the test set, and draw it."""
-    _check_writable("--output", args.output)
-    ensemble = api.ensemble(args.run, args.overrides) if args.ensemble else None
-    evaluation = ensemble.whole if ensemble else api.evaluate(args.run, args.overrides)
-
     from mnist_exp.config.paths import output_root
-    from mnist_exp.runs.console import Terminal
+    from mnist_exp.runs.console import reporting
 
-    terminal = Terminal()
-    folder = args.output or output_root() / "outputs" / "evaluations" / evaluation.run_id[:8]
-    figures = {folder / f"{k}.{args.format}": figure for k, figure in evaluation.draw().items()}
-    _save_figures("--output", folder, figures)
+    _check_writable("--output", args.output)
+    with reporting(announcement=f"{args.run} on the test set: loading torch ...") as terminal:
+        ensemble = api.ensemble(args.run, args.overrides) if args.ensemble else None
+        evaluation = ensemble.whole if ensemble else api.evaluate(args.run, args.overrides)
+        folder = args.output or output_root() / "outputs" / "evaluations" / evaluation.run_id[:8]
+        drawn = evaluation.draw().items()
+        figures = {folder / f"{name}.{args.format}": figure for name, figure in drawn}
+        _save_figures("--output", folder, figures)
     if ensemble:
         terminal.table("members", *ensemble.table())
     print(f"run            {evaluation.run_id}  {evaluation.name}")
@@ -225,12 +227,17 @@ def evaluate(args: argparse.Namespace) -> int:
 )
 def predict(args: argparse.Namespace) -> int:
     """Print the classes of image files, and the problem of those that cannot be read."""
+    from mnist_exp.formatting import count_of
+    from mnist_exp.runs.console import reporting
+
     figure: Path | None = args.figure
     _check_figure("--figure", figure)
     files, typed = _divide(args.images)
     if figure is not None and os.path.realpath(figure) in map(os.path.realpath, files):
         raise ConfigError(f"--figure {figure}: it is one of the images. Name another file")
-    predictions = api.predict(files, args.run, typed, args.raw)
+    what = f"{count_of(len(files), 'image')} by the model of {args.run}"
+    with reporting(announcement=f"{what}: loading torch ...") as terminal:
+        predictions = api.predict(files, args.run, typed, args.raw)
     readable = [p for p in predictions if not p.problem]
     if figure is not None and readable:
         _save_figures("--figure", figure, {figure: api.predictions_figure(predictions)})
@@ -240,13 +247,11 @@ def predict(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([p.as_json() for p in predictions], indent=1))
     elif readable:
-        from mnist_exp.runs.console import Terminal
-
         rows = [
             [_printable(p.file), *(f"{name}  {share:.2%}" for name, share in p.classes)]
             for p in readable
         ]
-        Terminal().table(readable[0].run_name, ["image", "class", "next", "after that"], rows)
+        terminal.table(readable[0].run_name, ["image", "class", "next", "after that"], rows)
     for p in predictions:
         if p.problem:
             print(f"mnist-exp: {_printable(p.file)}: {p.problem}", file=sys.stderr)
@@ -335,12 +340,15 @@ def reproduce(args: argparse.Namespace) -> int:
 )
 def sync(args: argparse.Namespace) -> int:
     """Upload what waits, each run to the store it is meant for."""
+    from mnist_exp.runs.console import reporting
+
     if args.forget and (args.to is not None or not args.folders):
         raise ConfigError(
             "--forget: needs the folders to give up, and cannot go with --to: mnist-exp sync "
             "FOLDER --forget"
         )
-    count, problems = api.sync(args.folders, to=args.to, forget=args.forget)
+    with reporting(announcement="looking for what waits ..."):
+        count, problems = api.sync(args.folders, to=args.to, forget=args.forget)
     if args.forget:
         print(f"{count} of the waiting runs given up; the records stay in their folders")
         return 0
@@ -371,8 +379,10 @@ def ui(args: argparse.Namespace) -> int:
         args.overrides, args.run = [args.run, *args.overrides], None
 
     from mnist_exp.cli import ui_server
+    from mnist_exp.runs.console import reporting
 
-    store, page = api.ui_page(args.run, args.overrides)
+    with reporting(announcement="opening the store ..."):
+        store, page = api.ui_page(args.run, args.overrides)
     if store.startswith(("http://", "https://")):
         print(f"this store has a UI of its own: {store.rstrip('/')}/{page}")
         return 0

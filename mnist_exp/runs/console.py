@@ -1,18 +1,21 @@
 """Showing in a terminal how runs get on."""
 
+import contextlib
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from mnist_exp.errors import BROKEN_PIPE, Terminated
 
-if TYPE_CHECKING:  # it needs torch, which what only reports does without
+if TYPE_CHECKING:  # what is coming is shown before torch is imported, which takes seconds
     from mnist_exp.training import events
 
 NAMED_RUNS = 16  # of a stack get a line
@@ -32,6 +35,11 @@ class _Console(Console):
 class Reporter:
     """A reporter that shows nothing: the null object."""
 
+    verbose = False
+
+    def announce(self, text: str) -> None:
+        """Show what is coming, until there is something else to show."""
+
     def start(self, names: Sequence[str], device: str, epochs: int) -> None:
         """Show that a stack of runs begins."""
 
@@ -43,6 +51,9 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """Show a line of text."""
+
+    def notice(self, text: str) -> None:
+        """Show a line of text that is no part of the output."""
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Show a table."""
@@ -56,6 +67,8 @@ class Reporter:
 
 class Terminal(Reporter):
     """A reporter that prints a line an epoch, in a terminal with a live bar under them."""
+
+    verbose = True
 
     def __init__(self, prefix: str = "") -> None:
         """Print a prefix before each line, without a bar, where there are several processes."""
@@ -76,6 +89,14 @@ class Terminal(Reporter):
             transient=True,
         )
         self.epochs = 0
+        # drawn once, as a thread that draws must not be there when a process forks
+        self.announcement = Live(console=self.console, auto_refresh=False, transient=True)
+
+    def announce(self, text: str) -> None:
+        """Show what is coming, in a terminal, until there is something else to show."""
+        if self.live:
+            self.announcement.start()
+            self.announcement.update(Text(text), refresh=True)
 
     def start(self, names: Sequence[str], device: str, epochs: int) -> None:
         """Print the names of the runs, and start the bar."""
@@ -134,10 +155,17 @@ class Terminal(Reporter):
 
     def line(self, text: str) -> None:
         """Print a line after the prefix."""
+        self.announcement.stop()
         self.console.print(self.prefix + text, markup=False)
+
+    def notice(self, text: str) -> None:
+        """Print a line to the standard error."""
+        self.announcement.stop()
+        print(text, file=sys.stderr, flush=True)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table with its title."""
+        self.announcement.stop()
         table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False)
         for name in header:
             table.add_column(Text(name), overflow="fold")
@@ -146,11 +174,29 @@ class Terminal(Reporter):
         self.console.print(table)
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Take the bar away, or the announcement."""
+        self.announcement.stop()
         if self.bar.live.is_started:  # else it would print an empty line
             self.bar.stop()
         for task in self.bar.task_ids:
             self.bar.remove_task(task)
+
+
+@contextlib.contextmanager
+def reporting(verbose: bool = True, announcement: str = "") -> Iterator[Reporter]:
+    """Yield a reporter, which takes what is not for good from the terminal where the block ends.
+
+    Args:
+        verbose: It shows something.
+        announcement: What is coming, if that is known already.
+    """
+    reporter = Terminal() if verbose else Reporter()
+    if announcement:
+        reporter.announce(announcement)
+    try:
+        yield reporter
+    finally:
+        reporter.stop()
 
 
 def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from mnist_exp.config import paths
+from mnist_exp.config.names import run_name
 from mnist_exp.config.schema import Config, DatasetConfig, identity, task_config
 from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as datasets
@@ -28,9 +29,6 @@ from mnist_exp.training.events import RunSpec
 from mnist_exp.training.schedules import Schedule
 
 Load = Callable[[DatasetConfig], Dataset]
-# the keys and groups whose values are in a run's name already
-KEYS_IN_NAME = ("dataset", "dataset.name", "model", "model.hidden", "optimizer", "optimizer.lr",
-                "schedule", "training.batch_size", "seed")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
         config=config,
         composed=composed,
         task_config=plain,
-        name=config.tracking.run_name or _name(config, composed.hydra.runtime.choices),
+        name=run_name(config, composed.hydra.runtime.choices),
         device=device,
         load=load,
         build=build,
@@ -164,18 +162,3 @@ def _device(name: str) -> torch.device:
         available = ", ".join(kind for kind, is_present in present.items() if is_present)
         raise ConfigError(f"training.device={name}: it is not there. This machine has: {available}")
     return device
-
-
-def _name(config: Config, choices: Mapping[Any, Any]) -> str:
-    """Return a name that tells runs apart in a list: "mlp-64-32 sgd lr=0.1 bs=64 seed=0"."""
-    hidden = config.model.get("hidden", [])
-    layers = hidden if isinstance(hidden, list) else [hidden]
-    model = "-".join([str(choices.get("model") or "model"), *map(str, layers)])
-    parts = [model, str(choices.get("optimizer") or "optimizer")]
-    if config.dataset.name != "mnist":
-        parts.insert(0, config.dataset.name)
-    if choices.get("schedule") not in (None, "constant"):
-        parts.append(str(choices["schedule"]))
-    if "lr" in config.optimizer:
-        parts.append(f"lr={config.optimizer['lr']:g}")
-    return " ".join([*parts, f"bs={config.training.batch_size}", f"seed={config.seed}"])

@@ -12,7 +12,7 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.tracking import address, waiting
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns, open_runs_at
-from mnist_exp.tracking.store import Store, has_runs
+from mnist_exp.tracking.store import Store, StoredRun, has_runs
 from mnist_exp.tracking.store_check import check_store
 from mnist_exp.tracking.uploader import Uploader
 
@@ -99,3 +99,21 @@ def open_store(overrides: Sequence[str] = (), *, data: bool = False) -> Store:
     if not has_runs(uri):
         raise ConfigError(f"{uri}: there are no runs yet. To make one: mnist-exp train")
     return Store(uri)
+
+
+def find_run(
+    word: str, overrides: Sequence[str], *, sweep: bool = False, data: bool = False
+) -> tuple[Store, StoredRun, str | None]:
+    """Return a store, a run in it, and the folder that the run's data has moved to, if any.
+
+    Args:
+        word: The run, by `last`, its id, or the beginning of it.
+        overrides: `tracking.uri=...`, the store.
+        sweep: The run is the parent of a sweep.
+        data: The overrides may have `dataset.root=...` as well, the folder of its data.
+
+    Raises:
+        ConfigError: There is no such run, or an override says something else.
+    """
+    store = open_store(overrides, data=data)
+    return store, store.find(word, sweep=sweep), dataset_root(overrides)

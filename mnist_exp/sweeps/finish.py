@@ -14,7 +14,7 @@ from mnist_exp.runs.provenance import SWEPT, described, process_tags
 from mnist_exp.runs.stored_config import load_config
 from mnist_exp.sweeps import report
 from mnist_exp.sweeps.launcher import Results, SweepSetup, load_cached
-from mnist_exp.sweeps.manifest import MANIFEST, Manifest
+from mnist_exp.sweeps.manifest import MANIFEST, Manifest, swept_values
 from mnist_exp.sweeps.report import Cell
 from mnist_exp.sweeps.report_files import BEST, best_recipe_of, show, write
 from mnist_exp.sweeps.results import (
@@ -52,10 +52,7 @@ def open_parent(setup: SweepSetup, manifest: Manifest, config: Config) -> RunWri
         manifest: The jobs.
         config: The config of one of them.
     """
-    swept: dict[str, dict[str, None]] = {}
-    for job in manifest.jobs:
-        for key, value in job.values.items():
-            swept.setdefault(key, {})[value] = None
+    swept = swept_values(manifest.jobs)
     keys = " x ".join(report.short_names(list(swept)).values())
     tags = {
         **process_tags(),

@@ -1,7 +1,7 @@
 """Every combination of what is swept, composed. Needs no torch: a typo is refused at once."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -20,22 +20,21 @@ from mnist_exp.config.hydra_adapter import (
 from mnist_exp.config.schema import SweepConfig, task_config
 from mnist_exp.config.validate import validate, validate_sweep
 from mnist_exp.errors import ConfigError
-from mnist_exp.sweeps.manifest import SweepJob
+from mnist_exp.formatting import count_of
+from mnist_exp.runs.console import Reporter
+from mnist_exp.sweeps.manifest import SweepJob, swept_values
+from mnist_exp.sweeps.report import short_names
 
 CHECK_SECONDS = 0.035  # that a job takes to be composed, validated and built
 
 
-def jobs(
-    context: HydraContext,
-    master: DictConfig,
-    report_line: Callable[[str], None] = lambda text: None,
-) -> list[SweepJob]:
+def jobs(context: HydraContext, master: DictConfig, reporter: Reporter) -> list[SweepJob]:
     """Return the jobs of a sweep, composed once and for all; each notes why it cannot be run.
 
     Args:
         context: What Hydra's launchers need.
         master: The config that the jobs have in common, with the overrides in `hydra.overrides`.
-        report_line: Is called with a line of text if the jobs take long to check.
+        reporter: Shows what the jobs are before they are composed.
 
     Raises:
         ConfigError: Nothing is swept, or a job cannot be run.
@@ -58,7 +57,8 @@ def jobs(
     seconds = CHECK_SECONDS * len(jobs)
     if seconds > 5:
         wait = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-        report_line(f"checking {len(jobs):,} jobs before the first one starts: about {wait}")
+        reporter.notice(f"checking {len(jobs):,} jobs before the first one starts: about {wait}")
+    reporter.announce(f"{_describe(jobs)}: checking them ...")
     for job in compose(context.config_loader, master, overrides, jobs):
         if not job.problem:
             with open_dict(job.config):
@@ -68,7 +68,17 @@ def jobs(
             except ConfigError as error:
                 job.problem = str(error)
         raise_if_invalid(job, settings)
+    reporter.announce(f"{_describe(jobs)}: loading torch ...")  # which takes seconds
     return jobs
+
+
+def _describe(jobs: Sequence[SweepJob]) -> str:
+    """Return how many jobs there are, and what is swept: "4 jobs, lr=0.1,0.2 x seed=0,1"."""
+    values = swept_values(jobs)
+    names = short_names(values)
+    shown = {key: v if len(v) <= 8 else [*v[:3], "...", v[-1]] for key, v in values.items()}
+    swept = " x ".join(f"{names[key]}={','.join(texts)}" for key, texts in shown.items())
+    return f"{count_of(len(jobs), 'job')}, {swept}"
 
 
 def _check_unique(overrides: Sequence[Override]) -> None:

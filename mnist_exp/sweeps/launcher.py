@@ -25,11 +25,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from mnist_exp.config import paths
 from mnist_exp.config.hydra_adapter import register
+from mnist_exp.config.names import KEYS_IN_NAME
 from mnist_exp.config.schema import SweepConfig
 from mnist_exp.errors import reason_of
 from mnist_exp.formatting import count_of
 from mnist_exp.runs.console import Reporter, Terminal
-from mnist_exp.runs.job import KEYS_IN_NAME, CachedLoader, Job, prepare
+from mnist_exp.runs.job import CachedLoader, Job, prepare
 from mnist_exp.runs.recorder import THREADS, StackPlan
 from mnist_exp.runs.train import train_stack
 from mnist_exp.sweeps import report, stacks

@@ -1,7 +1,7 @@
 """The jobs of a sweep before they run, and the files of the sweep's folder that list them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,15 @@ class SweepJob:
     def describe(self) -> str:
         """Return the job's name in messages: "job 3 (optimizer.lr=0.1 seed=0)"."""
         return f"job {self.number} ({' '.join(f'{k}={v}' for k, v in self.values.items())})"
+
+
+def swept_values(jobs: Iterable[SweepJob]) -> dict[str, list[str]]:
+    """Return the values of each key that is swept, in their order."""
+    values: dict[str, dict[str, None]] = {}
+    for job in jobs:
+        for key, value in job.values.items():
+            values.setdefault(key, {})[value] = None
+    return {key: list(each) for key, each in values.items()}
 
 
 @dataclass

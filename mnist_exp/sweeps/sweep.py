@@ -19,6 +19,7 @@ from mnist_exp.config.schema import Config, SweepConfig, identity, task_config
 from mnist_exp.config.validate import validate, validate_sweep
 from mnist_exp.errors import ConfigError, RunFailed, first_line, reason_of
 from mnist_exp.formatting import Table, count_of
+from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.folder import (
     check_output_folder,
     check_registry,
@@ -78,7 +79,7 @@ def run_sweep(
     master: DictConfig,
     jobs: Sequence[SweepJob],
     uploader: Uploader,
-    verbose: bool = True,
+    reporter: Reporter,
 ) -> SweepResult:
     """Run a sweep from beginning to end. Raise ConfigError, with nothing created, if it cannot be.
 
@@ -87,7 +88,7 @@ def run_sweep(
         master: The config that the jobs have in common.
         jobs: The jobs, as `grid.jobs` gives them.
         uploader: Uploads their records.
-        verbose: Whether the jobs and the report are shown.
+        reporter: Tells whether the jobs and the report are shown.
     """
     name = launcher_name(master)
     if name != "basic":
@@ -112,8 +113,8 @@ def run_sweep(
     folder = _choose_folders(master, valid)
     check_vacant(folder)
     _write_folder(master, folder, manifest)
-    setup = SweepSetup(folder, uri, settings, shlex.join(sys.argv), verbose)
-    setup.reporter().line(f"sweep of {count_of(len(valid), 'job')}, in {folder}")
+    setup = SweepSetup(folder, uri, settings, shlex.join(sys.argv), reporter.verbose)
+    reporter.line(f"sweep of {count_of(len(valid), 'job')}, in {folder}")
     launcher = choose_launcher(context, master)
     return _conduct(setup, manifest, config, uploader, lambda: launcher(setup, manifest))
 
@@ -124,19 +125,26 @@ def is_sweep(folder: Path) -> bool:
 
 
 def resume_sweep(
-    folder: Path, failed: bool, uploader: Uploader, verbose: bool = True
+    folder: Path, failed: bool, uploader: Uploader, reporter: Reporter
 ) -> SweepResult | None:
     """Go on with a sweep from its folder alone; return None if there is nothing to go on with.
 
-    Raise ConfigError, with nothing changed, if it cannot be. If `failed`, the jobs that failed
-    are run again, besides those that are unfinished.
+    Args:
+        folder: The folder.
+        failed: The jobs that failed are run again, besides those that are unfinished.
+        uploader: Uploads the records of the jobs.
+        reporter: Tells whether the jobs and the report are shown.
+
+    Raises:
+        ConfigError: It cannot go on. Nothing has been changed.
     """
     manifest, parent = Manifest.load(folder), RunHistory.of(folder)
     settings, command = manifest.sweep_config, shlex.join(sys.argv)
-    setup = SweepSetup(folder, parent.uri, settings, command, verbose, resume=True)
+    setup = SweepSetup(folder, parent.uri, settings, command, reporter.verbose, resume=True)
     torch.set_num_threads(1)
     load_cached.forget()
     jobs = Manifest.load_configs(folder)
+    reporter.stop()  # to announce
     rounds = _remaining_stacks(setup, manifest, jobs, failed)
     to_run = {job.number for stacks in rounds for stack in stacks for job in stack}
     if not to_run and parent.status == "FINISHED":

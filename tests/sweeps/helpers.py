@@ -17,6 +17,7 @@ import mnist_exp
 from mnist_exp.cli import main as cli
 from mnist_exp.config.compose import compose_sweep
 from mnist_exp.config.validate import validate_sweep
+from mnist_exp.runs.console import Reporter
 from mnist_exp.runs.recorder import THREADS, Result
 from mnist_exp.sweeps import grid, sweep
 from mnist_exp.sweeps.manifest import SweepJob
@@ -145,7 +146,7 @@ def composed(*words: str) -> tuple[Any, Any, list[Any], list[SweepJob]]:
 def planned(*words: str) -> list[SweepJob]:
     """Jobs that are checked."""
     context, master = compose_sweep(list(words))
-    jobs = grid.jobs(context, master)
+    jobs = grid.jobs(context, master, Reporter())
     sweep.check(jobs, validate_sweep(master))
     assert [p.problem for p in jobs if p.problem] == []
     return jobs

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from mnist_exp.config.compose import compose_sweep
 from mnist_exp.config.schema import SweepConfig, task_config
 from mnist_exp.errors import ConfigError
+from mnist_exp.runs.console import Reporter
 from mnist_exp.sweeps import grid, sweep
 from mnist_exp.sweeps.manifest import SweepJob
 from tests.sweeps.helpers import BASE, SMALL, call, composed, planned
@@ -191,9 +192,21 @@ def test_a_fault_in_the_first_of_many_jobs_is_told_at_once() -> None:
 
 def test_who_sweeps_many_jobs_is_told_of_the_wait() -> None:
     said: list[str] = []
+
+    class Listener(Reporter):
+        def notice(self, text: str) -> None:
+            said.append(text)
+
+        def announce(self, text: str) -> None:
+            said.append(text)
+
     context, master = compose_sweep([*SMALL, "seed=range(150)"])
-    assert len(grid.jobs(context, master, said.append)) == 150
-    assert said == ["checking 150 jobs before the first one starts: about 5 s"]
+    assert len(grid.jobs(context, master, Listener())) == 150
+    assert said == [
+        "checking 150 jobs before the first one starts: about 5 s",
+        "150 jobs, seed=0,1,2,...,149: checking them ...",
+        "150 jobs, seed=0,1,2,...,149: loading torch ...",
+    ]
 
 
 def test_more_than_10000_jobs_where_they_are_meant() -> None:

@@ -1,0 +1,32 @@
+"""The names that tell runs apart in a list."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mnist_exp.config.schema import Config
+
+# the keys and groups whose values are in a run's name already
+KEYS_IN_NAME = ("dataset", "dataset.name", "model", "model.hidden", "optimizer", "optimizer.lr",
+                "schedule", "training.batch_size", "seed")  # fmt: skip
+
+
+def run_name(config: Config, choices: Mapping[Any, Any]) -> str:
+    """Return the name of a run: the chosen one, or "mlp-64-32 sgd lr=0.1 bs=64 seed=0".
+
+    Args:
+        config: The config of the run.
+        choices: The option of each group.
+    """
+    if config.tracking.run_name:
+        return config.tracking.run_name
+    hidden = config.model.get("hidden", [])
+    layers = hidden if isinstance(hidden, list) else [hidden]
+    model = "-".join([str(choices.get("model") or "model"), *map(str, layers)])
+    parts = [model, str(choices.get("optimizer") or "optimizer")]
+    if config.dataset.name != "mnist":
+        parts.insert(0, config.dataset.name)
+    if choices.get("schedule") not in (None, "constant"):
+        parts.append(str(choices["schedule"]))
+    if "lr" in config.optimizer:
+        parts.append(f"lr={config.optimizer['lr']:g}")
+    return " ".join([*parts, f"bs={config.training.batch_size}", f"seed={config.seed}"])
