@@ -109,6 +109,9 @@ def _build_stack(
     build = build_model(config, info.shape, len(info.classes))
     stack = Stack(build, [config.seed], torch.device("cpu"))
     state = stack.module.state_dict()
+    for key, value in weights.items():
+        if not isinstance(value, Tensor):  # as an earlier version has let it be trained
+            raise ConfigError(f"{name}: its checkpoint holds {key}, which is no tensor")
     if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in state.items()}:
         raise ConfigError(
             f"{name}: its checkpoint does not fit {config.model['_target_']} as it is now: the "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mnist_exp.config.schema import Config
 from mnist_exp.data.dataset import Dataset, Split
-from mnist_exp.errors import ConfigError
+from mnist_exp.errors import ConfigError, first_line
 from mnist_exp.runs.build import check_logits, explaining, restore_weights
 from mnist_exp.training.events import RunSpec
 from mnist_exp.training.stack import Batch, Stack
@@ -62,6 +62,7 @@ def try_run(
             _train(TrainStep(stack, few, [spec], optimizer, BATCH))
         with explaining("model", model):
             loaded = _save_and_load(stack, Stack(build, [spec.seed], stack.device))
+            _check_export(stack.model(0), images)
             if not torch.equal(_predict(stack, images), _predict(loaded, images)):
                 raise ValueError(
                     "it predicts otherwise once it was saved and loaded: training changes what "
@@ -115,6 +116,25 @@ def _save_and_load(trained: Stack, other: Stack) -> Stack:
     file.seek(0)
     restore_weights(other, torch.load(file, weights_only=True))
     return other
+
+
+def _check_export(model: nn.Module, images: Tensor) -> None:
+    """Raise ValueError unless a model can be saved for MLflow, as `save_model` does at the end.
+
+    Exporting takes seconds, so it is tried only where the other way, pickling, is none.
+    """
+    import cloudpickle  # with which MLflow pickles
+
+    try:
+        torch.save(model, io.BytesIO(), pickle_module=cloudpickle)
+    except Exception as error:  # whatever a part of a model raises
+        try:
+            torch.export.export(model, (images,))
+        except Exception:
+            raise ValueError(
+                f"it can neither be pickled ({first_line(error)}) nor exported by torch.export, so "
+                f"MLflow could not keep it"
+            ) from error
 
 
 def _predict(stack: Stack, images: Tensor) -> Tensor:

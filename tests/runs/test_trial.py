@@ -93,6 +93,29 @@ class Keeping(Net):
         return self.kept
 
 
+class Handle:
+    """It is copied as itself, and cannot be pickled."""
+
+    def __deepcopy__(self, memo: object) -> "Handle":
+        return self
+
+    def __reduce__(self) -> str:
+        raise TypeError("a handle is of this process")
+
+
+class Holding(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.handle = Handle()
+
+
+class Branching(Holding):
+    """What it computes depends on values, so it cannot be exported either."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x if float(x.sum()) > 0 else -x)
+
+
 class WithoutRate(torch.optim.Optimizer):
     def __init__(self, params: Any) -> None:
         super().__init__(params, {})
@@ -131,7 +154,7 @@ def optimizer(kind: type[torch.optim.Optimizer]) -> Sequence[str]:
 
 
 @pytest.mark.parametrize("batch_size", [64, 1])
-@pytest.mark.parametrize("kind", [Net, HalfPrecision, NoisyEvaluation, Keeping])
+@pytest.mark.parametrize("kind", [Net, HalfPrecision, NoisyEvaluation, Keeping, Holding])
 def test_what_can_be_trained_is_accepted(kind: type[nn.Module], batch_size: int) -> None:
     random_state = torch.random.get_rng_state()
     job(*model(kind), f"training.batch_size={batch_size}")
@@ -152,6 +175,10 @@ NEEDED = "but the dataset needs logits [2, 10], a tensor of floats"
         (InTwos, "mat1 and mat2 shapes cannot be multiplied"),
         (Detached, "does not require grad"),
         (ExtraState, "its state_dict holds _extra_state, a dict, but only tensors are saved"),
+        (
+            Branching,
+            "neither be pickled (a handle is of this process) nor exported by torch.export",
+        ),
         (Unsaved, "training changes what its state_dict does not hold"),
     ],
 )
