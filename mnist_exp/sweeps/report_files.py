@@ -49,9 +49,9 @@ def report_again(
                 output.mkdir(parents=True, exist_ok=True)
                 write(summary, figures, best_recipe, output, suffix)
         written = write(summary, figures, best_recipe, Path(temporary))
+        show(summary, reporter)
         for file in written:
             store.put(parent.id, file)
-    show(summary, reporter)
     return replace(summary, run_id=parent.id, files=tuple(file.name for file in written))
 
 

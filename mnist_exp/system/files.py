@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import hashlib
 import os
 import socket
 import tempfile
@@ -57,6 +58,12 @@ def _remove_parts_of_the_dead(folder: Path) -> None:
                 os.kill(int(part.name.split("-")[-2]), 0)
             except ProcessLookupError:
                 part.unlink()
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace(part: Path, path: Path) -> None:

@@ -30,7 +30,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     files.write(
         path,
         lambda file: _serialize(state, file),
-        lambda part: _write_sidecar(path, [_sha256(part), *old]),
+        lambda part: _write_sidecar(path, [files.sha256(part), *old]),
     )
     if old:
         _write_sidecar(path, _digests(path)[:1])
@@ -147,8 +147,3 @@ def _serialize(state: dict[str, Any], file: BinaryIO) -> None:
         if isinstance(error.__context__, OSError):  # a failed write, which torch covers up
             raise error.__context__ from None
         raise
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

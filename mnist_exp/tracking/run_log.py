@@ -8,7 +8,7 @@ terms, at its own time:
     store     uri (of another store, from here on)
     params, tags, dataset
     metrics   step, values
-    artifact  path (in the run's folder), to (a folder of the artifacts, or "")
+    artifact  path (in the run's folder), to (a folder of the artifacts, or ""), sha256
     model     path (of a saved MLflow model, in the run's folder)
     end       status, reason
 """
@@ -207,7 +207,8 @@ class RunWriter:
 
         It is uploaded as it is then.
         """
-        self.journal.write("artifact", path=self._relative(path), to=to)
+        digest = files.sha256(path)
+        self.journal.write("artifact", path=self._relative(path), to=to, sha256=digest)
 
     def text(self, text: str, name: str) -> None:
         """Record a text as a file of this name."""

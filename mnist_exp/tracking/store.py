@@ -1,7 +1,6 @@
 """An MLflow store that is open, and the runs that it holds."""
 
 import contextlib
-import errno
 import functools
 import json
 import logging
@@ -19,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock
 
 from mnist_exp.errors import ConfigError, first_line
-from mnist_exp.tracking import mlflow_internals, ui_view
+from mnist_exp.tracking import kept_files, mlflow_internals, ui_view
 from mnist_exp.tracking.address import (
     ENVIRONMENT,
     artifact_root,
@@ -33,39 +32,9 @@ from mnist_exp.tracking.mlflow_internals import PARENT
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_BUSY = (408, 409, 429, 499)  # answers below 500 of a server that may take the same request later
-_FOR_GOOD = ("SSLError", "InvalidURL", "NoSuchModuleError")  # errors of other libraries
-_FILE_SYSTEM_REFUSES = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
-)
+RUN_KEY = "run_key"  # the tag that tells which journal a run is made from
 _PAGE = 1000  # runs that a search returns at a time
 _LOCK_SECONDS = 30.0  # that a process waits for another one, which makes the tables of a database
-
-
-class Outage(Exception):
-    """The store does not answer, which may pass."""
-
-
-class Refusal(Exception):
-    """The store will never take a record."""
-
-
-def may_pass(error: BaseException) -> bool:
-    """Return whether what MLflow or `check_store` raised may pass, as where a server is down."""
-    chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    for each in chain:
-        if isinstance(each, Outage):
-            return True
-        if isinstance(each, Refusal | ImportError) or type(each).__name__ in _FOR_GOOD:
-            return False
-        if isinstance(each, OSError) and each.errno in _FILE_SYSTEM_REFUSES:
-            return False
-        status_of = getattr(each, "get_http_status_code", None)  # of what MLflow raises
-        if status_of is not None and 400 <= status_of() < 500:
-            return status_of() in _BUSY
-    return not isinstance(chain[-1], ConfigError)
 
 
 def has_runs(uri: str) -> bool:
@@ -122,6 +91,16 @@ class StoredRun:
         return Path(unquote(parts.path)) if parts.scheme in ("", "file") else None
 
     @property
+    def folder(self) -> Path:
+        """The folder that the run was recorded in, on the machine that trained it."""
+        return Path(self.tags.get("output_dir", ""))
+
+    @property
+    def key(self) -> str:
+        """The key of its record, which its folder has as well, or ""."""
+        return self.tags.get(RUN_KEY, "")
+
+    @property
     def parent(self) -> str:
         """The id of the sweep's run that this one belongs to, or ""."""
         return self.tags.get(PARENT, "")
@@ -152,13 +131,12 @@ class StoredRun:
         if reason := self.tags.get("reason"):
             text += f": {reason}"
         if self.status == "RUNNING":
-            folder = self.tags.get("output_dir", "?")
-            text += f". Its record grows in {folder}: wait for its end"
+            text += f". Its record grows in {self.folder}: wait for its end"
             with contextlib.suppress(OSError):
-                if (history := RunHistory.of(Path(folder))).status:
+                if (history := RunHistory.of(self.folder)).status:
                     text = (
                         f"the run is {history.status}, which MLflow has not got yet. To bring it "
-                        f"there: mnist-exp sync {shlex.quote(folder)}"
+                        f"there: mnist-exp sync {shlex.quote(str(self.folder))}"
                     )
         elif self.status == "KILLED":
             uri = f"tracking.uri={self.store_uri}"
@@ -290,12 +268,20 @@ class Store:
         return runs[0]
 
     def put(self, run_id: str, path: Path) -> None:
-        """Put a file among the artifacts of a run."""
+        """Put a file among the artifacts of a run. Raises ConfigError in an SQLite database."""
         if (artifacts := self._local_artifacts(run_id)) is None:
             self.client.log_artifact(run_id, str(path))
         else:
-            artifacts.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, artifacts)
+            try:
+                root = artifacts.parent.parent
+                for place in (root, artifacts.parent, artifacts):  # not above: it may have moved
+                    place.mkdir(exist_ok=True)
+                shutil.copy2(path, artifacts)
+            except OSError as error:
+                raise ConfigError(
+                    f"run {run_id}: {path.name} cannot be put among its artifacts in {artifacts} "
+                    f"({error.strerror})"
+                ) from error
 
     def _local_artifacts(self, run_id: str) -> Path | None:
         """Return the folder of the artifacts of a run in an SQLite database, if it is a folder."""
@@ -386,11 +372,17 @@ class Store:
     def has(self, run_id: str, artifact: str) -> bool:
         """Return whether a run has an artifact of this name, at the top."""
         if (artifacts := self._local_artifacts(run_id)) is not None:
-            return (artifacts / artifact).exists()
-        return artifact in (file.path for file in self.client.list_artifacts(run_id))
+            is_there = (artifacts / artifact).exists()
+        else:
+            is_there = artifact in (file.path for file in self.client.list_artifacts(run_id))
+        run = self.get(run_id)
+        return is_there or artifact in kept_files.names(run.folder, run.key)
 
     def fetch(self, run_id: str, artifact: str, folder: Path) -> Path:
-        """Return the path of a copy of a run's artifact, made in a folder. Raises ConfigError."""
+        """Return the path of a copy of a run's artifact, made in a folder. Raises ConfigError.
+
+        It comes from the run's own folder where it is not in its place, but there, as recorded.
+        """
         try:
             if (artifacts := self._local_artifacts(run_id)) is None:
                 return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
@@ -400,8 +392,16 @@ class Store:
                 return Path(shutil.copytree(source, copy, dirs_exist_ok=True))
             return Path(shutil.copyfile(source, copy))
         except Exception as error:  # whatever a network or a file system raises
-            reason = f"its artifact {artifact} cannot be fetched, {first_line(error)}"
-            with contextlib.suppress(Exception):
-                if not self.has(run_id, artifact):
-                    reason = f"it has no artifact {artifact}"
-            raise ConfigError(f"run {run_id}: {reason}") from error
+            run = self.get(run_id)
+            reason = "it is not there" if isinstance(error, OSError) else first_line(error)
+            if (copied := kept_files.copy(run.folder, run.key, artifact, folder)) is not None:
+                log.warning(
+                    "run %s: %s is taken from its folder, %s; not from %s: %s",
+                    *(run_id[:8], artifact, run.folder, run.artifact_uri, reason),
+                )
+                return copied
+            kept = f", nor one as it was recorded in its folder, {run.folder}" if run.key else ""
+            raise ConfigError(
+                f"run {run_id}: it has no artifact {artifact} in {run.artifact_uri} ({reason})"
+                f"{kept}"
+            ) from error

@@ -29,7 +29,8 @@ from mnist_exp.tracking.address import (
     how_to_choose,
     named,
 )
-from mnist_exp.tracking.store import Outage, Refusal, Store, may_pass
+from mnist_exp.tracking.outages import Outage, Refusal, may_pass
+from mnist_exp.tracking.store import Store
 
 _ASK_SECONDS = 3.0  # that a server may take to answer
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # of database servers, by their kind

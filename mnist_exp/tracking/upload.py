@@ -17,15 +17,15 @@ from mnist_exp.tracking.journal import Entry, RunHistory
 from mnist_exp.tracking.limits import PARAM_LENGTH, RUN_NAME_LENGTH, TAG_LENGTH, storable
 from mnist_exp.tracking.mlflow_internals import PARENT
 from mnist_exp.tracking.mlflow_model import log_model
+from mnist_exp.tracking.outages import may_pass
 from mnist_exp.tracking.run_log import OpenRuns
-from mnist_exp.tracking.store import Store, may_pass
+from mnist_exp.tracking.store import RUN_KEY, Store
 from mnist_exp.tracking.store_check import check_store
 
 log = logging.getLogger(__name__)
 
 MOST_FAILURES = 2  # in a row: it is not the run, it is the server
 
-RUN_KEY = "run_key"  # the tag that tells which journal a run is made from
 _STATE = ".delivery.json"
 _METRICS_A_BATCH = 1000  # MLflow's limit, for all that is in a call
 _PARAMS_A_BATCH = 100  # MLflow's limit, for tags as well

@@ -95,7 +95,7 @@ def test_a_run_that_was_interrupted_before_it_had_a_model(store: str, tmp_path: 
     with pytest.raises(KeyboardInterrupt), Uploader() as uploader:
         train(job, job.folder, Interrupting(1), uploader)
     with pytest.raises(
-        ConfigError, match=r"no artifact checkpoint; the run is KILLED.*mnist-exp res"
+        ConfigError, match=r"no artifact checkpoint.*; the run is KILLED.*mnist-exp res"
     ):
         mnist_exp.evaluate("last", there)
 
