@@ -15,12 +15,13 @@ from tests.helpers import ROOT
 
 PACKAGE = ROOT / "mnist_exp"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-FUNCTION_LINES, FILE_LINES, PACKAGE_LINES = 60, 430, 14_100
+FUNCTION_LINES, FILE_LINES, PACKAGE_LINES = 60, 430, 14_400
 LONG_FILES = {"cli/commands.py"}
 # each private part of another library, and the one file that may know it
 PRIVATE = {
     "hydra._internal": {"config/hydra_adapter.py"},
     "torch._inductor": {"training/compile.py"},
+    "torch.utils._python_dispatch": {"training/trace.py"},
 }
 
 

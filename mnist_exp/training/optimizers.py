@@ -11,6 +11,7 @@ their digits.
 """
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -111,9 +112,9 @@ class SGD(StackedOptimizer):
     def _update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
         if self.has_momentum:
             buffer = h["momentum"] * state[0] + h["one_minus_dampening"] * g
-            g = g + h["momentum"] * buffer if self.flag["nesterov"] else buffer
+            g = torch.addcmul(g, h["momentum"], buffer) if self.flag["nesterov"] else buffer
             state = (buffer,)
-        return p - h["lr"] * g, state
+        return torch.addcmul(p, h["lr"], g, value=-1), state
 
 
 class Adam(StackedOptimizer):
@@ -136,11 +137,11 @@ class Adam(StackedOptimizer):
         return 3 if self.flag["amsgrad"] else 2
 
     def _update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
-        mean = state[0] + h["one_minus_beta1"] * (g - state[0])
-        square = h["beta2"] * state[1] + h["one_minus_beta2"] * g * g
+        mean = torch.addcmul(state[0], h["one_minus_beta1"], g - state[0])
+        square = torch.addcmul(h["beta2"] * state[1], h["one_minus_beta2"] * g, g)
         largest = (torch.maximum(state[2], square),) if self.flag["amsgrad"] else ()
         scale = (largest[0] if largest else square).sqrt() / h["bias_correction2"] + h["eps"]
-        return p - h["step_size"] * mean / scale, (mean, square, *largest)
+        return torch.addcdiv(p, h["step_size"] * mean, scale, value=-1), (mean, square, *largest)
 
 
 class RMSprop(StackedOptimizer):
@@ -156,17 +157,17 @@ class RMSprop(StackedOptimizer):
         return 1 + self.flag["centered"] + self.has_momentum
 
     def _update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
-        square = h["alpha"] * state[0] + h["one_minus_alpha"] * g * g
+        square = torch.addcmul(h["alpha"] * state[0], h["one_minus_alpha"] * g, g)
         new_state = [square]
         if self.flag["centered"]:
             mean = state[1] + h["one_minus_alpha"] * (g - state[1])
             new_state.append(mean)
-            square = square - mean * mean
+            square = torch.addcmul(square, mean, mean, value=-1)
         g = g / (square.sqrt() + h["eps"])
         if self.has_momentum:
             g = h["momentum"] * state[-1] + g
             new_state.append(g)
-        return p - h["lr"] * g, tuple(new_state)
+        return torch.addcmul(p, h["lr"], g, value=-1), tuple(new_state)
 
 
 class Adagrad(StackedOptimizer):
@@ -184,8 +185,8 @@ class Adagrad(StackedOptimizer):
         return {"lr": lr / (1 + (step - 1) * self.numbers["lr_decay"])}
 
     def _update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
-        square = state[0] + g * g
-        return p - h["lr"] * g / (square.sqrt() + h["eps"]), (square,)
+        square = torch.addcmul(state[0], g, g)
+        return torch.addcdiv(p, h["lr"] * g, square.sqrt() + h["eps"], value=-1), (square,)
 
 
 STACKED: dict[type[torch.optim.Optimizer], type[StackedOptimizer]] = {
@@ -216,6 +217,20 @@ def stacked_optimizer(
     if any(d.get(flag) != defaults[0].get(flag) for d in defaults for flag in stacked.flags):
         raise ValueError(f"runs of one stack must share the flags {sorted(stacked.flags)}")
     return stacked(defaults)
+
+
+def torch_optimizer(
+    optimizer: type[torch.optim.Optimizer], params: Sequence[Tensor], arguments: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Return an instance of an optimizer class on `params`, and raise what it raises.
+
+    The first that is made imports torch's compiler, which takes a second, as `add_param_group` is
+    hidden from it. Where the updates are those of a stacked optimizer, nothing needs that.
+    """
+    if optimizer in STACKED:
+        plain = {"add_param_group": inspect.unwrap(torch.optim.Optimizer.add_param_group)}
+        optimizer = type(optimizer.__name__, (optimizer,), plain)
+    return optimizer(params, **arguments)
 
 
 def over(vector: Tensor, p: Tensor) -> Tensor:

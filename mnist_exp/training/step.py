@@ -4,21 +4,27 @@ What is carried from step to step is the step's own TrainState; everything else 
 call.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.linalg import vector_norm
 
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.errors import first_line
 from mnist_exp.training.compile import compile_in_place
 from mnist_exp.training.events import RunSpec
-from mnist_exp.training.optimizers import OptimizerState, over, stacked_optimizer
+from mnist_exp.training.optimizers import (
+    OptimizerState,
+    over,
+    stacked_optimizer,
+    torch_optimizer,
+)
 from mnist_exp.training.stack import Batch, Stack, Tensors
+from mnist_exp.training.trace import Call, trace
 
 # The number of steps that a call takes together. A compiled call costs about 0.1 ms whatever it
 # holds, a third of a single seed MLP's step, so there it holds four; each more makes compiling
@@ -50,7 +56,7 @@ class TrainState(NamedTuple):
         )
 
 
-# the state after S steps, and of each step the mean loss, correct predictions, finite: [S, K]
+# the state after a step, and its mean loss, correct predictions, finite: [K]
 StepResult = tuple[TrainState, Tensor, Tensor, Tensor]
 
 
@@ -83,7 +89,9 @@ class TrainStep:
         # torch's optimizers on views of each run's parameters: they check the numbers, know the
         # defaults, and do the updates where there is no stacked optimizer
         views = [[nn.Parameter(p[k]) for p in stack.params.values()] for k in range(stack.size)]
-        self.plain = [optimizer(v, **run.optimizer) for v, run in zip(views, runs, strict=True)]
+        self.plain = [
+            torch_optimizer(optimizer, v, run.optimizer) for v, run in zip(views, runs, strict=True)
+        ]
         self.defaults = [o.defaults for o in self.plain]
         self.stacked = stacked_optimizer(optimizer, self.defaults)
         self.optimizer_state: dict[str, OptimizerState] = {}
@@ -91,7 +99,10 @@ class TrainStep:
             self.optimizer_state = {
                 n: self.stacked.initial_state(p) for n, p in stack.params.items()
             }
-        self.compiled: Callable[..., Sequence[Tensor]] | None = None
+        self.numbers = list(self.hyperparameters(0, np.zeros((1, stack.size))))  # their names
+        self.compiled: Call | None = None
+        self.is_traceable = stack.is_traceable and self.stacked is not None
+        self.traces: dict[bool, Call] = {}  # of a call of whole batches, by whether it is guarded
 
     def select(self, indices: Sequence[int]) -> "TrainStep":
         """Return the step for some of the stack's models only, as they are now; not compiled."""
@@ -144,6 +155,20 @@ class TrainStep:
             Each batch's mean loss (float64), number of correct predictions, and whether loss and
             gradients were finite, [S, K] each.
         """
+        before, is_guarded = self._train_state(), self.compiled is not None
+        if not is_guarded and self.stacked is not None and bool(self.alive.all()):
+            # what is not finite stays so: a look at the end shows whether it was so on the way
+            losses, correct, finite = self._train(indices, keys, hyperparameters, guarded=False)
+            totals = torch.stack([p.sum() for p in self.stack.params.values()])
+            if np.isfinite(losses).all() and bool(totals.isfinite().all()):
+                return losses, correct, finite
+            self._set_state(before)
+        return self._train(indices, keys, hyperparameters, guarded=True)
+
+    def _train(
+        self, indices: Tensor, keys: Tensor, hyperparameters: Tensors, guarded: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Do what calling the step does; `guarded` is explained in `_step`."""
         size, names = self.steps_per_call, list(hyperparameters)
         calls = zip(
             torch.split(indices, size * self.batch_size, 1),
@@ -156,24 +181,34 @@ class TrainStep:
             for call_indices, call_keys, values in calls:
                 if self.stack.is_stochastic:  # for random functions that do not follow the keys
                     torch.manual_seed(int(call_keys[0, 0]))
-                numbers = dict(zip(names, values, strict=True))
-                results.append(self._call(call_indices, call_keys, numbers))
+                results.append(self._call(call_indices, call_keys, values, guarded))
         losses, correct, finite = (torch.cat(r).cpu().numpy() for r in zip(*results, strict=True))
         return losses.astype(np.float64), correct, finite
 
-    def _call(self, indices: Tensor, keys: Tensor, hyperparameters: Tensors) -> Sequence[Tensor]:
-        if self.compiled is not None and indices.shape[1] == self.steps_per_call * self.batch_size:
+    def _call(
+        self, indices: Tensor, keys: Tensor, hyperparameters: Sequence[Tensor], guarded: bool
+    ) -> Sequence[Tensor]:
+        is_whole = indices.shape[1] == self.steps_per_call * self.batch_size
+        if self.compiled is not None and is_whole:
             with torch.no_grad():
-                return self.compiled(indices.contiguous(), keys, *hyperparameters.values())
-        images, labels = self.data.train.images, self.data.train.labels
-        old = self._train_state()
-        new, *results = self._steps(old, images, labels, indices, keys, hyperparameters)
-        if self.compiled is None:
-            self.stack.params, self.stack.buffers, self.optimizer_state, self.alive = new
-        else:  # which goes on with the same tensors
-            for old_tensor, new_tensor in zip(old.tensors(), new.tensors(), strict=True):
-                old_tensor.copy_(new_tensor)
-        return results
+                return self.compiled(indices.contiguous(), keys, *hyperparameters)
+        old, split = self._train_state(), self.data.train
+        given = [*old.tensors(), split.images, split.labels, indices, keys, *hyperparameters]
+        steps: Call = functools.partial(self._steps, guarded=guarded)
+        if is_whole and self.is_traceable:
+            steps = self._traced(steps, given, guarded)
+        *tensors, losses, correct, finite = steps(*given)
+        self._set_state(old.with_tensors(tensors))
+        return losses, correct, finite
+
+    def _traced(self, steps: Call, example: Sequence[Tensor], guarded: bool) -> Call:
+        """Return the trace of `steps`, or themselves if they depend on values."""
+        if guarded not in self.traces:
+            try:
+                self.traces[guarded] = trace(steps, example)
+            except ValueError:
+                self.is_traceable = False
+        return self.traces.get(guarded, steps)
 
     def compile(self) -> str:
         """Compile the calls that take whole batches only, and return why that is impossible, or "".
@@ -186,23 +221,16 @@ class TrainStep:
         if len(self.data.train) < count:
             return f"an epoch has fewer than {self.steps_per_call} whole batches"
         size, device = self.stack.size, self.stack.device
-        state = self._train_state()
-        state_tensors = state.tensors()
         hyperparameters = self.hyperparameters(0, np.zeros((self.steps_per_call, size)))
-
-        def update(*flat: Tensor) -> tuple[Sequence[Tensor], list[Tensor]]:
-            old = state.with_tensors(flat[: len(state_tensors)])
-            images, labels, indices, keys, *values = flat[len(state_tensors) :]
-            numbers = dict(zip(hyperparameters, values, strict=True))
-            new, *results = self._steps(old, images, labels, indices, keys, numbers, traced=True)
-            return new.tensors(), results
-
         indices = torch.arange(count, device=device).expand(1 if self.shared else size, -1)
         keys = torch.zeros(self.steps_per_call, size, dtype=torch.long, device=device)
         inputs = [indices.contiguous(), keys, *hyperparameters.values()]
         constants = [self.data.train.images, self.data.train.labels]
+        steps = functools.partial(self._steps, guarded=True)
         try:
-            self.compiled = compile_in_place(update, state_tensors, constants, inputs)
+            self.compiled = compile_in_place(
+                steps, self._train_state().tensors(), constants, inputs
+            )
         except Exception as error:  # a compiler can raise anything; fit() passes it on
             return first_line(error)
         return ""
@@ -210,26 +238,40 @@ class TrainStep:
     def _train_state(self) -> TrainState:
         return TrainState(self.stack.params, self.stack.buffers, self.optimizer_state, self.alive)
 
-    def _steps(
-        self,
-        state: TrainState,
-        images: Tensor,
-        labels: Tensor,
-        indices: Tensor,
-        keys: Tensor,
-        hyperparameters: Tensors,
-        traced: bool = False,
-    ) -> StepResult:
+    def _set_state(self, new: TrainState) -> None:
+        """Go on from `new`; a compiled step goes on with the same tensors."""
+        if self.compiled is None:
+            self.stack.params, self.stack.buffers, self.optimizer_state, self.alive = new
+            return
+        for old_tensor, new_tensor in zip(
+            self._train_state().tensors(), new.tensors(), strict=True
+        ):
+            old_tensor.copy_(new_tensor)
+
+    def _steps(self, *tensors: Tensor, guarded: bool) -> list[Tensor]:
+        """Do S training steps on tensors alone, as a graph takes them.
+
+        Args:
+            tensors: Those of the state; the images and labels of the training split; the indices
+                [K, S * B], or [1, S * B], and the keys of the steps [S, K]; and the
+                hyperparameters in their order, [S, K] each.
+            guarded: As for `_step`.
+
+        Returns:
+            The tensors of the new state; and of each step the mean loss, the number of correct
+            predictions, and whether it was finite, [S, K].
+        """
+        state = self._train_state().with_tensors(tensors)
+        images, labels, indices, keys, *values = tensors[len(state.tensors()) :]
         x, y = self._gather(images, labels, indices)
         batches = zip(*(torch.split(t, self.batch_size, 1) for t in (x, y)), strict=True)
         results = []
         for i, (x, y) in enumerate(batches):
-            numbers = {name: values[i] for name, values in hyperparameters.items()}
             batch = Batch(x, y, keys[i], self.smoothing)
-            state, *result = self._step(state, batch, numbers, traced)
+            numbers = dict(zip(self.numbers, [v[i] for v in values], strict=True))
+            state, *result = self._step(state, batch, numbers, guarded)
             results.append(result)
-        losses, correct, finite = (torch.stack(r) for r in zip(*results, strict=True))
-        return state, losses, correct, finite  # [K] -> [S, K] each
+        return [*state.tensors(), *(torch.stack(r) for r in zip(*results, strict=True))]
 
     def _gather(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images at `indices` [K, N], normalised, [K, N, C, H, W], and labels [K, N]."""
@@ -238,7 +280,7 @@ class TrainStep:
         return x.view(*indices.shape, *self.data.shape), labels[flat].view(indices.shape)
 
     def _step(
-        self, state: TrainState, batch: Batch, hyperparameters: Mapping[str, Tensor], traced: bool
+        self, state: TrainState, batch: Batch, hyperparameters: Mapping[str, Tensor], guarded: bool
     ) -> StepResult:
         """Do one training step; the losses and so on are [K].
 
@@ -246,7 +288,8 @@ class TrainStep:
             state: The state before the step.
             batch: The batch of each run.
             hyperparameters: What the update needs, [K] each.
-            traced: Whether the step is being traced, so that it cannot look at values.
+            guarded: Whether to look if each run is finite, and to leave those as they are that are
+                not; otherwise they are taken to be.
         """
         params = state.params
         grads, buffers, loss, correct = self.stack.gradients(params, state.buffers, batch)
@@ -257,20 +300,20 @@ class TrainStep:
                 new_params[n], optimizer_state[n] = self.stacked.update(
                     p, grads[n], state.optimizer[n], h
                 )
+        if not guarded:
+            new = TrainState(new_params, buffers, optimizer_state, state.alive)
+            return new, loss, correct, state.alive
         # a gradient that is not finite shows in what it leads to, and so does an update too large
         results = grads if self.stacked is None else new_params
-        largest = [vector_norm(t.reshape(len(t), -1), torch.inf, 1) for t in results.values()]
+        largest = [t.abs().reshape(len(t), -1).amax(1) for t in results.values()]
         finite = torch.isfinite(loss) & torch.isfinite(torch.stack(largest).amax(0))  # [K]
         alive = state.alive & finite
         if self.stacked is None:
             new_params = self._plain_update(params, grads, alive, hyperparameters)
         new = TrainState(new_params, buffers, optimizer_state, alive)
-        # elsewhere than in a trace, the rare case alone pays for the choice
-        if traced or not bool(alive.all()):
-            pairs = zip(new.tensors()[:-1], state.tensors()[:-1], strict=True)
-            kept = [t if t is old else torch.where(over(alive, t), t, old) for t, old in pairs]
-            new = new.with_tensors([*kept, alive])
-        return new, loss, correct, finite
+        pairs = zip(new.tensors()[:-1], state.tensors()[:-1], strict=True)
+        kept = [t if t is old else torch.where(over(alive, t), t, old) for t, old in pairs]
+        return new.with_tensors([*kept, alive]), loss, correct, finite
 
     def _plain_update(
         self, params: Tensors, grads: Tensors, alive: Tensor, hyperparameters: Mapping[str, Tensor]

@@ -268,14 +268,14 @@ def interrupted_sweep(folder: Path, fault: Fault) -> Path:
 
 def raise_in_step(number: int) -> None:
     """Make the training step of this number raise, in this process."""
-    step, numbers = TrainStep._step, itertools.count(1)
+    call, done = TrainStep._call, itertools.count()
 
-    def raising(*arguments: Any, **more: Any) -> Any:
-        if next(numbers) == number:
+    def raising(own: TrainStep, indices: Any, keys: Any, *arguments: Any) -> Any:
+        if number in {1 + next(done) for _ in keys}:
             raise RuntimeError("an injected fault")
-        return step(*arguments, **more)
+        return call(own, indices, keys, *arguments)
 
-    TrainStep._step = raising  # type: ignore[method-assign]
+    TrainStep._call = raising  # type: ignore[method-assign, assignment]
 
 
 def kill_in_file_operation(number: int) -> None:

@@ -92,7 +92,7 @@ class Branching(nn.Module):
 @pytest.mark.parametrize(
     ("build", "optimizer", "batch_size", "why"),
     [
-        (Branching, SGD, BATCH, "data-dependent"),
+        (Branching, SGD, BATCH, "depends on values"),
         (mlp, NAdam, BATCH, "NAdam"),
         (mlp, SGD, 100, "fewer than 4 whole batches"),
     ],
@@ -120,10 +120,8 @@ def test_compiling_pays_for_long_runs_on_machines_that_can(
     monkeypatch.setattr(Path, "exists", lambda path: path.name == "Python.h")
     assert compile_step.can_compile(CPU)
     assert not compile_step.can_compile(torch.device("mps"))
-    assert compile_step.worth_compiling(20_000, 1, CPU) and compile_step.worth_compiling(
-        1_000, 4, CPU
-    )
-    assert not compile_step.worth_compiling(19_999, 1, CPU)
-    assert not compile_step.worth_compiling(999, 4, CPU)
+    worth = compile_step.worth_compiling
+    assert worth(80_000, 1, CPU) and worth(20_000, 4, CPU)
+    assert not worth(79_999, 1, CPU) and not worth(19_999, 4, CPU)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not compile_step.can_compile(CPU)  # no compiler

@@ -144,13 +144,13 @@ def test_the_order_of_a_run_is_its_own_in_a_stack(
     make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen: list[Tensor] = []
-    gather = train_step.TrainStep._gather
+    call = train_step.TrainStep._call
 
-    def record(own: Any, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        chosen.append(order)
-        return gather(own, images, labels, order)
+    def record(own: Any, indices: Tensor, *arguments: Any) -> Any:
+        chosen.append(indices)
+        return call(own, indices, *arguments)
 
-    monkeypatch.setattr(train_step.TrainStep, "_gather", record)
+    monkeypatch.setattr(train_step.TrainStep, "_call", record)
 
     def order(*seeds: int) -> Tensor:
         """[K, 2 epochs * 300]"""
@@ -170,19 +170,19 @@ def test_every_step_of_a_run_has_dropout_masks_of_its_own(
     make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[Tensor] = []
-    gradients = Stack.gradients
+    call = train_step.TrainStep._call
 
-    def record(stack: Stack, *arguments: Any) -> Any:
-        found.append(arguments[2].keys)
-        return gradients(stack, *arguments)
+    def record(own: Any, indices: Tensor, keys: Tensor, *arguments: Any) -> Any:
+        found.append(keys)
+        return call(own, indices, keys, *arguments)
 
-    monkeypatch.setattr(Stack, "gradients", record)
+    monkeypatch.setattr(train_step.TrainStep, "_call", record)
 
     def keys(*seeds: int) -> list[list[int]]:
         """[K, 2 epochs * 10 steps]"""
         found.clear()
         fit(dropping_mlp, make_dataset(), [run(seed) for seed in seeds], epochs=2)
-        rows: list[list[int]] = torch.stack(found, 1).tolist()
+        rows: list[list[int]] = torch.cat(found).T.tolist()
         return rows
 
     stacked = keys(4, 9, 4)
