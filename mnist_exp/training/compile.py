@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+import platformdirs
 import torch
 from torch import Tensor, fx
 
@@ -67,6 +68,7 @@ def _inductor(graph: fx.GraphModule, example: Sequence[Tensor]) -> Call:
     # not from torch._inductor itself, where the module hides the function once it is imported
     from torch._inductor.standalone_compile import standalone_compile
 
+    _choose_cache()
     # on a machine without a GPU, the CUDA build of torch says so in the middle of the epochs
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     inductor.compile_threads = 1  # its pool of worker processes would double the memory
@@ -79,6 +81,18 @@ def _inductor(graph: fx.GraphModule, example: Sequence[Tensor]) -> Call:
         options={"config_patches": {"cpp_wrapper": example[0].device.type == "cpu"}},
     )
     return call
+
+
+def _choose_cache() -> None:
+    """Let inductor keep what it compiles where a restart does not remove it.
+
+    Its own choice is the system's temporary folder, to which this leaves it where it has to.
+    """
+    folder = platformdirs.user_cache_path("mnist-exp") / "inductor"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def capture_cuda_graph(

@@ -1,6 +1,7 @@
 """The compiled step against the step as it is."""
 
 import importlib
+import os
 import shutil
 import sysconfig
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,3 +127,21 @@ def test_compiling_pays_for_long_runs_on_machines_that_can(
     assert not worth(79_999, 1, CPU) and not worth(19_999, 4, CPU)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not compile_step.can_compile(CPU)  # no compiler
+
+
+def test_what_is_compiled_outlives_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is the user's and not in the temporary folder, unless they have said where."""
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    compile_step._choose_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compile_step._choose_cache()
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == tmp_path / "mnist-exp/inductor"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "taken").touch()
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "taken" / name)
+    compile_step._choose_cache()  # cannot be there
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
