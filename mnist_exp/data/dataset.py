@@ -109,8 +109,8 @@ def load(
         ConfigError: Something is wrong with the request, the files or the network.
     """
     spec = _resolve(name, root, classes)
-    embedded = name == "mnist" and root is None
-    folder = sources.EMBEDDED if embedded else cache if root is None else Path(root)
+    default = sources.EMBEDDED if name == "mnist" else cache
+    folder = default if root is None else Path(root)
     files, digest = _read(name, spec, folder)
 
     if not spec.classes:
@@ -131,7 +131,7 @@ def load(
         raise ConfigError(f"{files[0].name}: every pixel of the training split is alike")
     height, width = images.shape[1:]
     info = tuple(spec.classes), (1, height, width), mean, std
-    source = "embedded" if embedded else str(folder)
+    source = "embedded" if folder == sources.EMBEDDED else str(folder)
     return Dataset(*info, name, train, val, test, preview, digest, source)
 
 

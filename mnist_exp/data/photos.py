@@ -136,7 +136,7 @@ def _eight_bits(values: Floats) -> Bytes:
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 65535:
         values, high = (values - low) / ((high - low) or 1.0), 1.0
-    top = 1 if high <= 1 else 255 if high <= 255 else 65535
+    top = next(most for most in (1, 255, 65535) if high <= most)
     return (values * (255 / top) + 0.5).astype(np.uint8)
 
 

@@ -72,10 +72,12 @@ def sample_grid(
     across, pitch = min(COLUMNS, count), (column + 10, strip + high)
     content = across * pitch[0] - 10, math.ceil(count / across) * pitch[1] + 10
     figure = PixelFigure(content, title, ", ".join(notes))
+    usual = INK if predicted is None else style.DISCREET
     for i, (x, y) in enumerate(_corners(count, across, pitch, figure.top)):
-        colour = ORANGE if wrong[i] else INK if predicted is None else style.DISCREET
         left = x + (column - wide) // 2
-        figure.paste(tiles[i], left, y + strip, ORANGE if wrong[i] else "", border=4)
+        frame = ORANGE if wrong[i] else ""
+        figure.paste(tiles[i], left, y + strip, frame, border=4)
+        colour = frame or usual
         figure.write(x + column / 2, y + strip - 10, texts[i], size, colour, ha="center")
     return figure
 
@@ -113,7 +115,7 @@ def weights_figure(weights: Floats, title: str) -> Figure:
     # As square as goes with the fewest gaps in the last row.
     count = len(shown)
     across = min(range(math.ceil(math.sqrt(count)), 9), key=lambda columns: -count % columns)
-    scale = _scale(max(shown.shape[1:]), min(168, max(1, 900 // across)))
+    scale = _scale(max(shown.shape[1:]), min(168, 900 // across))
     tiles = style.resample(np.ma.masked_invalid(shown.astype(np.float64)), scale)
     pitch = tiles.shape[2] + 6, tiles.shape[1] + 6
     side = max(math.ceil(count / across) * pitch[1] - 6, 96)  # of the colour bar too
