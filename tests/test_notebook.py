@@ -40,13 +40,15 @@ def notebook() -> Any:
 def test_it_runs(notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (parameters,) = [c for c in code(notebook) if "parameters" in c.metadata.get("tags", [])]
     store = [f"tracking.uri={fresh_store(tmp_path)}"]
-    more = [
+    overrides = [
         f"hydra.run.dir={tmp_path}/run",
         f"hydra.sweep.dir={tmp_path}/sweep",
         "dataset.train_size=3000",
         "training.compile=never",
     ]
-    parameters.source = f"epochs = 2\nmore = {json.dumps(more)}\nstore = {json.dumps(store)}"
+    parameters.source = (
+        f"epochs = 2\noverrides = {json.dumps(overrides)}\nstore = {json.dumps(store)}"
+    )
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
