@@ -59,7 +59,7 @@ def first_layer(model: nn.Module, shape: tuple[int, int, int]) -> Figure | None:
     The shape is that of an image, (C, H, W). Return None where the model begins otherwise.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    weight = layers[0].weight.detach().cpu() if layers else torch.empty(0)
+    weight = layers[0].weight.detach().float().cpu() if layers else torch.empty(0)
     if weight.dim() == 4 and weight.shape[1] == 1:
         size = " x ".join(map(str, weight.shape[2:]))
         return weights_figure(weight[:, 0].numpy(), f"{len(weight)} filters of {size}, first layer")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mnist_exp
 from mnist_exp.config.compose import compose
 from mnist_exp.errors import ConfigError
 from mnist_exp.runs.job import CachedLoader, Job, prepare
@@ -130,8 +131,14 @@ class Failing(torch.optim.SGD):
 
 
 class HalfPrecision(Net):
+    """NumPy has no bfloat16: neither its weights nor its logits can be drawn as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last.to(torch.bfloat16)
+
     def forward(self, x: Tensor) -> Any:
-        return super().forward(x).bfloat16()
+        return super().forward(x.bfloat16())
 
 
 class NoisyEvaluation(Net):
@@ -159,6 +166,14 @@ def test_what_can_be_trained_is_accepted(kind: type[nn.Module], batch_size: int)
     random_state = torch.random.get_rng_state()
     job(*model(kind), f"training.batch_size={batch_size}")
     assert torch.equal(torch.random.get_rng_state(), random_state)
+
+
+def test_what_is_accepted_comes_to_its_end(place: list[str]) -> None:
+    words = [*place, "trusted_packages=[tests]", "training.label_smoothing=0.1"]
+    result = mnist_exp.train([*words, *model(HalfPrecision)])
+    again = mnist_exp.evaluate(result.run_id, place[1:2])
+    assert again.test["test/accuracy"] == result.test_accuracy > 0.2
+    assert "first_layer" in again.draw()
 
 
 NEEDED = "but the dataset needs logits [2, 10], a tensor of floats"
