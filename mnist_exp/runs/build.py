@@ -156,12 +156,15 @@ def _target_class(key: str, node: Mapping[str, Any], base: type, trusted: Sequen
     """
     path = node.get("_target_")
     check_target(f"{key}._target_", path, trusted)
-    if any(str(path).startswith(f"{p}.") for p in trusted):
+    is_trusted = any(str(path).startswith(f"{package}.") for package in trusted)
+    if is_trusted:
         add_to_import_path(os.getcwd())
     try:
         target = import_target(str(path))
     except Exception as error:  # importing somebody's module can raise anything
         reason = " ".join(str(error).split("\n", 1)[-1].split())  # the first line says no more
+        if is_trusted:
+            reason += f" It was looked for in {os.getcwd()} as well"
         raise ConfigError(f"{key}._target_={path}: it cannot be imported. {reason}") from error
     is_class = inspect.isclass(target) and issubclass(target, base)
     home = f"{getattr(target, '__module__', '?')}.{getattr(target, '__qualname__', '?')}"

@@ -66,7 +66,7 @@ def test_trusted_package_is_not_trusted_blindly(prepare: Prepare, own_module: st
     words = [f"trusted_packages=[{own_module}]", *NO_ARGUMENTS]
     with pytest.raises(ConfigError, match="must be a class that extends Module"):
         prepare([*words, f"model._target_={own_module}.not_a_class"])
-    with pytest.raises(ConfigError, match=r"it cannot be imported.*Nett"):
+    with pytest.raises(ConfigError, match=rf"it cannot be imported.*Nett.*{os.getcwd()}"):
         prepare([*words, f"model._target_={own_module}.Nett"])
 
 
