@@ -11,7 +11,7 @@ from mnist_exp.data.dataset import Dataset
 from mnist_exp.figures import curves, samples
 from mnist_exp.figures.curves import History
 from mnist_exp.formatting import Table, number_or_dash
-from mnist_exp.runs.recorder import CURVES
+from mnist_exp.runs.recorder import RUN_CURVES
 from mnist_exp.runs.saved_model import check_finite, load_run
 from mnist_exp.tracking.store import Store, StoredRun
 from mnist_exp.training import metrics
@@ -99,7 +99,7 @@ def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluatio
     return replace(
         evaluate_stack(run, dataset, stack),
         model=stack.model(0),
-        history={key: store.history(run.id, key) for key in CURVES},
+        history={key: store.history(run.id, key) for key in RUN_CURVES},
         best_epoch=None if best_epoch is None else int(best_epoch),
     )
 

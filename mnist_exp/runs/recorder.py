@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 Event = Progress | Epoch | Message
 
 THREADS = torch.get_num_threads()  # torch's choice, before any run makes its own
-CURVES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")  # that are drawn of a run
+RUN_CURVES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")  # that are drawn of a run
 FINGERPRINT = "first_losses"  # a tag
 FINGERPRINT_STEPS = 8
 DIFF = "uncommitted.diff"  # an artifact
@@ -384,7 +384,7 @@ def record_curves(
         test_accuracy: The accuracy on the official test set, if it is known.
     """
     best = None if best_epoch is None else int(best_epoch)
-    curves = {key: history.history(key) for key in CURVES}
+    curves = {key: history.history(key) for key in RUN_CURVES}
     figure = learning_curves(curves, best, history.name, test_accuracy)
     path = writer.folder / "curves.png"
     style.save(figure, path)

@@ -17,7 +17,7 @@ from mnist_exp.tracking.run_log import mark_killed
 from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.upload import UploadState
 
-CURVES = ("train/loss", "val/loss", "val/accuracy")
+JOB_CURVES = ("train/loss", "val/loss", "val/accuracy")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read_result(job: SweepJob) -> JobResult | None:
     history = RunHistory.of(job.folder)
     if not history.key:
         return None
-    curves = {key: history.history(key) for key in CURVES}
+    curves = {key: history.history(key) for key in JOB_CURVES}
     best = max((value for _, value in curves["val/accuracy"]), default=None)
     so_far = {} if best is None else {"best/val_accuracy": best}  # of one that was stopped
     status, run_id = history.status or "RUNNING", UploadState.of(job.folder).run_id or history.key
@@ -125,7 +125,7 @@ def load_from_store(store: Store, parent: str) -> list[JobResult]:
     runs, results = store.children(parent), {}
     for job in manifest.valid:
         if (run := runs.get(job.number)) is not None:
-            curves = {key: store.history(run.id, key) for key in CURVES}
+            curves = {key: store.history(run.id, key) for key in JOB_CURVES}
             reason = run.tags.get("reason", "")
             results[job.number] = JobResult(
                 job.number, job.values, run.status, reason, run.id, run.metrics, curves

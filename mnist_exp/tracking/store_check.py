@@ -29,9 +29,11 @@ from mnist_exp.tracking.address import (
     how_to_choose,
     named,
 )
+from mnist_exp.tracking.limits import shortened
 from mnist_exp.tracking.outages import Outage, Refusal, may_pass
 from mnist_exp.tracking.store import Store
 
+_LONGEST_REASON = 200  # characters of what MLflow says
 _ASK_SECONDS = 3.0  # that a server may take to answer
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # of database servers, by their kind
 _SERVICES = (*_PORTS, "databricks")  # beginnings of addresses
@@ -193,7 +195,7 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 
 def _hint(uri: str) -> str:
-    """Return the address without its path, where an MLflow server answers there, as a question."""
+    """Return that an MLflow server answers at the address without its path, or ""."""
     parts = urlsplit(uri)
     root = f"{parts.scheme}://{parts.netloc}"
     if root == uri.rstrip("/"):
@@ -204,7 +206,7 @@ def _hint(uri: str) -> str:
         return ""
     answer = _parse(body)
     is_mlflow = "experiment" in answer or "error_code" in answer
-    return f". Did you mean {root}?" if is_mlflow else ""
+    return f", but one answers at {root}" if is_mlflow else ""
 
 
 def _check_database_server(uri: str, experiment: str | None) -> None:
@@ -241,7 +243,8 @@ def _check_through_mlflow(uri: str, experiment: str | None) -> None:
         assert error is not None
         if may_pass(error) and not uri.startswith("databricks"):
             raise Outage(first_line(error)) from error
-        raise Refusal(f"cannot be opened, {first_line(error)}{_how_to_log_in(error)}") from error
+        reason = shortened(first_line(error), _LONGEST_REASON).strip(" .")
+        raise Refusal(f"cannot be opened, {reason}{_how_to_log_in(error)}") from error
     if stored is not None:
         _check_experiment(uri, stored.name, dict(stored))
 

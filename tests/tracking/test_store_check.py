@@ -69,7 +69,9 @@ def test_a_server_is_accepted(upstream: Upstream, no_mlflow: None) -> None:
 
 def test_another_path_of_a_server_is_refused(upstream: Upstream, no_mlflow: None) -> None:
     for required in (True, False):
-        with pytest.raises(ConfigError, match=rf"/mlflow: .*404.*Did you mean {upstream.uri}\?"):
+        with pytest.raises(
+            ConfigError, match=rf"/mlflow: .*404.*but one answers at {upstream.uri}\."
+        ):
             check_store(f"{upstream.uri}/mlflow", "x", required)
 
 

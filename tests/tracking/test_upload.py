@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from mnist_exp.system.processes import process_identity
 from mnist_exp.tracking import journal, upload, uploader, waiting
@@ -219,6 +221,30 @@ def test_a_server_that_fails_twice_is_left_alone_until_the_next_round(
     assert told.recv()[0] == "no answer" and not told.poll()
     waiting.deliver(open_runs)  # a person waits for all
     assert sorted(tried[4:]) == folders
+
+
+def test_what_a_store_refuses_for_good_is_told_once_with_what_to_do(
+    open_runs: OpenRuns,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = Store(fresh_store(tmp_path))
+    whole(tmp_path / "run", open_runs, store.uri)
+
+    def refusing(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
+        raise MlflowException("you may not write", error_code=PERMISSION_DENIED)
+
+    monkeypatch.setattr(upload, "upload_journal", refusing)
+    told, connection = multiprocessing.Pipe(duplex=False)
+    loop = UploadLoop(store.uri, open_runs, connection)
+    loop.folders = [tmp_path / "run"]
+    for _ in range(3):
+        loop.upload_news()
+    _, text = told.recv()
+    assert "you may not write" in text and "sync --to URI" in text and not told.poll()
+    waiting.deliver_to(open_runs, store.uri)  # another command, which says nothing
+    assert caplog.messages == []
 
 
 def test_a_folder_that_is_away_for_a_while(open_runs: OpenRuns, tmp_path: Path) -> None:
