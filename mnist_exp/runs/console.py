@@ -94,7 +94,7 @@ class Terminal(Reporter):
 
     def announce(self, text: str) -> None:
         """Show what is coming, in a terminal, until there is something else to show."""
-        if self.live:
+        if self.live and not self.prefix:
             self.announcement.start()
             self.announcement.update(Text(text), refresh=True)
 

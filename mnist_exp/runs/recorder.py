@@ -208,6 +208,7 @@ class RunRecorder:
             logits, scores = read_test_set(stack, self.dataset)
             test = scores | self.best
             reporter.tested(test)
+            reporter.announce("drawing figures, saving the model, uploading ...")
             record_test_and_model(stack, self.dataset, self.writer, logits, scores)
         self.log.write("  ".join(f"{key} {value:.6g}" for key, value in test.items()) + "\n")
         model = _deployed(stack, self.dataset)

@@ -86,6 +86,7 @@ def finish_sweep(sweep: OpenSweep, ended: str = "") -> Report:
             mark_job_killed(job, ended)
         manifest = replace(manifest, ended={j.number: ("NOT RUN", ended) for j in manifest.valid})
     else:
+        sweep.reporter.announce("testing the best, drawing the report, uploading ...")
         chosen = summarise(load_from_journals(manifest, sweep.results)).chosen
         if chosen is not None and sweep.setup.settings.test == "chosen":
             failures = _test_cell(chosen, manifest)

@@ -103,3 +103,16 @@ def test_the_announcement_is_gone_once_the_command_has_failed(tmp_path: Path) ->
     assert "mlp-64-32" in announced
     # the cursor is shown again, goes up a line, and the line is taken away
     assert rest.startswith("\x1b[?25h\r\x1b[1A\x1b[2Kmnist-exp: model: MLP"), rest
+
+
+def test_the_result_is_shown_before_the_model_is_saved(tmp_path: Path) -> None:
+    words = ["train", "debug=fast", f"hydra.run.dir={tmp_path}/run"]
+    _, output = shown([*words, f"tracking.uri={fresh_store(tmp_path)}"], tmp_path)
+    texts = [
+        "epoch 2/2",
+        "test accuracy",
+        "drawing figures, saving the model",
+        f"output {tmp_path}",
+    ]
+    places = [output.rindex(text) for text in texts]
+    assert places == sorted(places), output
