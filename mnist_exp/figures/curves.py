@@ -169,7 +169,15 @@ def _cell_styles(labels: Sequence[str], chosen: str | None) -> dict[str, dict[st
 def _draw_cells(
     axes: Axes, key: str, cells: Cells, styles: Mapping[str, Any], epochs: list[int]
 ) -> None:
-    """Draw one metric of all cells over their epochs."""
+    """Draw one metric of all cells over their epochs.
+
+    Args:
+        axes: The panel.
+        key: The metric, as in a history.
+        cells: As for `sweep_curves`.
+        styles: The options of each cell's line.
+        epochs: All epochs of the sweep, whether or not they have a value here.
+    """
     sign = 1 if key.endswith("accuracy") else -1  # times a value: the higher, the better
     every = {label: _over_seeds(runs, key) for label, runs in cells.items()}
     finite = [cell[:, np.isfinite(cell[1])] for cell in every.values()]

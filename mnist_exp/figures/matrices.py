@@ -43,7 +43,13 @@ def _draw_matrix(
 ) -> tuple[Axes, QuadMesh]:
     """Draw a matrix with texts in its cells, light or dark, whichever is easier to read there.
 
-    The cells are numbers [rows, columns], which the options map to colours, or colours themselves.
+    Args:
+        figure: The figure that the matrix is placed in.
+        x: The axis of the columns.
+        y: The axis of the rows.
+        cells: Numbers [rows, columns], which the options map to colours, or colours themselves.
+        texts: The texts in the cells.
+        options: Options of `pcolormesh`.
     """
     axes = figure.place_axes(y.widths.max() + 48, figure.top + 28, x.length, y.length)
     mesh = axes.pcolormesh(x.edges, y.edges, cells, edgecolors="white", linewidth=0.5, **options)
