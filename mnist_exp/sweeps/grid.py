@@ -180,14 +180,12 @@ def compose(
         try:
             if others not in composed:
                 composed[others] = loader.load_sweep_config(master, words)
-                job.config = copy.deepcopy(composed[others])
-            else:
-                job.config = copy.deepcopy(composed[others])
-                parsed = parser.parse_overrides(words)
-                for override in parsed:
-                    if override.get_key_element() in plain:
-                        OmegaConf.update(job.config, override.key_or_group, override.value())
-                set_overrides(job.config, parsed)
+            job.config = copy.deepcopy(composed[others])
+            parsed = parser.parse_overrides(words)
+            for override in parsed:
+                if override.get_key_element() in plain:
+                    OmegaConf.update(job.config, override.key_or_group, override.value())
+            set_overrides(job.config, parsed)
             make_paths_absolute(job.config)
         except COMPOSITION_ERRORS as error:
             job.problem = str(explain(error, words))

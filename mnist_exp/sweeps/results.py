@@ -42,11 +42,11 @@ class Report:
 
     def draw(self) -> dict[str, Any]:
         """Return heat maps of the swept numbers, and the curves of all jobs, by name."""
-        short = report.short_names([key for job in self.jobs[:1] for key in job.values])
+        short = report.short_names({key for job in self.jobs for key in job.values})
         figures = {}
         for data in report.heat_maps(self.ranked, self.chosen):
-            over = ", ".join(short.get(key, key) for key in data.over)
-            x, y = short.get(data.x_key, data.x_key), short.get(data.y_key, data.y_key)
+            over = ", ".join(short[key] for key in data.over)
+            x, y = short[data.x_key], short[data.y_key]
             figures[f"heat_map_{x}_{y}"] = heat_map(
                 (data.x_key, data.x_values),
                 (data.y_key, data.y_values),
