@@ -196,8 +196,12 @@ def _check_end(process: Forked, status: int) -> None:
 
 
 def lost_or_doubled(texts: Sequence[str]) -> list[str]:
-    """Return what `differences` has found, for jobs that were trained again alone: to rounding."""
-    return [text for text in texts if not text.startswith("differing")]
+    """Return those of `differences` that count for a sweep whose jobs were trained again.
+
+    What is trained again alone differs in its rounding, and the jobs that had finished were a
+    choice of their own, which was tested.
+    """
+    return [text for text in texts if not text.startswith(("differing", "lost: test/"))]
 
 
 def goes_on_as(folder: Path, others: Sequence[tuple[str, Path]], *words: str) -> list[str]:
