@@ -164,11 +164,12 @@ def _check_server(uri: str, experiment: str | None) -> None:
 
 def _ask(uri: str, experiment: str) -> tuple[int, str, bytes]:
     """Ask a server for an experiment; return the status, where it leads to, and the body."""
-    host = urlsplit(uri).netloc
-    without_password = uri.replace(host, host.rpartition("@")[2], 1).rstrip("/")
     query = urlencode({"experiment_name": experiment}, quote_via=quote)
-    address = f"{without_password}/api/2.0/mlflow/experiments/get-by-name?{query}"
     try:
+        if not (host := urlsplit(uri).netloc):
+            raise ValueError("it names no host")
+        without_password = uri.replace(host, host.rpartition("@")[2], 1).rstrip("/")
+        address = f"{without_password}/api/2.0/mlflow/experiments/get-by-name?{query}"
         opener = urllib.request.build_opener(_NoRedirect)
         with opener.open(address, timeout=_ASK_SECONDS) as answer:
             return answer.status, "", answer.read()
@@ -177,7 +178,7 @@ def _ask(uri: str, experiment: str) -> tuple[int, str, bytes]:
             return error.code, error.headers.get("Location", ""), error.read()
         return error.code, "", b""
     except (ValueError, http.client.InvalidURL) as error:
-        raise Refusal(f"it is no address of a server, {error}") from error
+        raise Refusal(f"this is no address of a server, {error}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLError):  # MLflow may have been told which to trust

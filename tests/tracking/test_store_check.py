@@ -149,6 +149,9 @@ def test_a_password_is_given_as_mlflow_gives_it(monkeypatch: pytest.MonkeyPatch)
         ("postgresql", "cannot be opened"),
         ("databricks", "databricks-sdk"),
         ("http://127.0.0.1:port", "no address of a server"),
+        ("http://", "names no host"),
+        ("http://[::1", "no address of a server"),
+        ("https://a b/", "no address of a server"),
         ("ftp://127.0.0.1", "must be sqlite:"),
     ],
 )
