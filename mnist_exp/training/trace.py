@@ -41,7 +41,8 @@ def trace(function: Call, example: Sequence[Tensor]) -> fx.GraphModule:
     Raises:
         ValueError: If what the function does depends on values.
     """
-    with torch.random.fork_rng(), _Recorder() as recorder:
+    devices = {t.device for t in example if t.is_cuda}  # with several, torch asks which
+    with torch.random.fork_rng(list(devices)), _Recorder() as recorder:
         results = function(*example)
     writer = _Writer(recorder.done, example)
     graph = writer.graph
