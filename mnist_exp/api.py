@@ -277,9 +277,10 @@ def report(
         ConfigError: There is no such sweep, or its report cannot be written.
     """
     from mnist_exp.runs.console import reporting
-    from mnist_exp.runs.lookup import find_run
 
     with reporting(verbose, f"the report of sweep {sweep}: loading its runs ...") as reporter:
+        from mnist_exp.runs.lookup import find_run
+
         store, parent, _ = find_run(sweep, overrides, sweep=True)
 
         from mnist_exp.sweeps import report_files
@@ -311,9 +312,10 @@ def reproduce(
         ConfigError: There is no such run, or it cannot be trained again here.
     """
     from mnist_exp.runs.console import reporting
-    from mnist_exp.runs.lookup import find_run
 
     with reporting(verbose, f"run {run}, once more: loading its record ...") as reporter:
+        from mnist_exp.runs.lookup import find_run
+
         store, stored_run, root = find_run(run, overrides, data=True)
 
         from mnist_exp.runs import reproduce as reproduction
