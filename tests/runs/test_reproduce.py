@@ -135,9 +135,11 @@ def test_identical(again: Callable[..., Reproduction], run: Result) -> None:
 def test_nothing_is_left(
     again: Callable[..., Reproduction],
     store: str,
+    folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled"))  # torch's own
     opened = mlflow.MlflowClient(store)
     before = len(opened.search_runs(["1"]))
     monkeypatch.setattr(paths, "output_root", lambda: tmp_path / "root")
