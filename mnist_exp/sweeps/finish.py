@@ -29,7 +29,7 @@ from mnist_exp.tracking.upload import UploadState
 from mnist_exp.tracking.uploader import Uploader
 
 DESCRIBED = 20  # cells of the leaderboard that the parent run's description has room for
-FLUSH_SECONDS = 5.0  # that the report waits for MLflow
+FLUSH_SECONDS = 10.0  # that the report waits for MLflow, which may still be importing
 
 
 @dataclass(frozen=True)
