@@ -165,7 +165,7 @@ def first_minute_section() -> str:
         )
         for name, cost in costs.items()
     ]
-    header = ["(i)", "first line", "seconds", "times the imports"]
+    header = ["command", "first line", "seconds", "times the imports"]
     header += ["processor seconds", "times the imports"]
     return f"""## The first minute
 

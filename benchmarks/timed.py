@@ -34,9 +34,8 @@ _thread = threading.local()  # whether a measured function runs in it
 def measure(owner: Any, name: str, kind: str, out: Path) -> None:
     """Replace `owner.name` by a function that adds its processor time to that of its kind.
 
-    It is the time of the thread that calls it, as a thread in the background mostly waits for
-    those that train. Each process writes its sums to a file of its own beside `out`, each time, as
-    it may be killed.
+    It is the time of the thread that calls it, and not of all the process. Each process writes its
+    sums to a file of its own beside `out`, each time, as it may be killed.
     """
     original: Callable[..., Any] = getattr(owner, name)
 

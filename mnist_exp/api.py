@@ -166,7 +166,7 @@ def resume(
 ) -> "Result | SweepResult | None":
     """Go on with a run or a sweep that stopped, to the end that it would have had.
 
-    Return what it leaves; None where it had reached its end.
+    Return its result; None if it had ended before.
 
     Args:
         run: A run, a sweep, or the output folder of one.

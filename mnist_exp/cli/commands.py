@@ -333,7 +333,7 @@ def reproduce(args: argparse.Namespace) -> int:
 
 @command(
     "[FOLDER ...]",
-    "brings to MLflow what a server that failed has not got",
+    "uploads to MLflow what a server did not receive",
     argument("folders", nargs="*", type=path, metavar="FOLDER", help="of a run or a sweep"),
     argument("--to", metavar="URI", help="bring it to this store instead, from now on"),
     argument("--forget", action="store_true", help="give up the runs in these folders"),

@@ -64,9 +64,10 @@ def hydra_words(overrides: Sequence[str], config_dir: str | None) -> list[str]:
 
 def check_name(name: str) -> None:
     """Raise ConfigError for a key or a config's name that cannot be: Hydra looks for its file."""
-    if len(name.encode(errors="replace")) > _LONGEST_NAME:
+    size = len(name.encode(errors="replace"))
+    if size > _LONGEST_NAME:
         raise ConfigError(
-            f"{name[:60]}...: a name has {_LONGEST_NAME} bytes at most, and this one {len(name)}"
+            f"{name[:60]}...: a name has {_LONGEST_NAME} bytes at most, and this one {size}"
         )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,13 @@ from mnist_exp.tracking.mlflow_model import save_model
 from mnist_exp.tracking.run_log import RunWriter
 from mnist_exp.training.models import DeployedModel
 
-# A fork is safe on Linux, in a process in which torch has started no thread for a GPU.
-CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()
+
+def can_fork() -> bool:
+    """Return whether a fork is safe: on Linux, where torch has started no thread for a GPU.
+
+    To ask for a GPU is to start one: it is not asked before the model is there to be saved.
+    """
+    return sys.platform == "linux" and not torch.cuda.is_available()
 
 
 @contextlib.contextmanager
@@ -34,7 +40,7 @@ def recording_model(model: DeployedModel, dataset: Dataset, writer: RunWriter) -
         OSError, RunFailed: At the end of the block, if the model cannot be saved.
     """
     folder = writer.folder / "model"
-    if not CAN_FORK:
+    if not can_fork():
         yield
         _save(folder, model, dataset)
         writer.model(folder)
@@ -68,5 +74,7 @@ def _save_in_process(folder: Path, model: DeployedModel, dataset: Dataset) -> Ex
     except OSError as error:
         return error
     except Exception as error:  # it may not survive its way to the other process
-        return RunFailed(f"the model could not be saved: {first_line(error)}")
+        failure = RunFailed(f"the model could not be saved: {first_line(error)}")
+        failure.__cause__ = RuntimeError(traceback.format_exc())  # for the log of the run
+        return failure
     return None

@@ -53,10 +53,14 @@ def try_run(
             try:
                 _gradients(stack, few, spec, 1)
             except Exception as error:  # batch normalisation of single values, above all
+                what = (
+                    "is one image a batch"
+                    if batch_size == 1
+                    else (f"leaves one image for the last batch of {len(dataset.train)} images")
+                )
                 raise ConfigError(
-                    f"training.batch_size={batch_size}: leaves one image for the last batch of "
-                    f"{len(dataset.train)} images, on which this model cannot train ({error}). "
-                    f"Choose another batch size"
+                    f"training.batch_size={batch_size}: {what}, on which this model cannot train "
+                    f"({first_line(error)}). Choose another batch size"
                 ) from error
         with explaining("optimizer", optimizer.__qualname__):
             _train(TrainStep(stack, few, [spec], optimizer, BATCH))
@@ -139,5 +143,5 @@ def _check_export(model: nn.Module, images: Tensor) -> None:
 
 def _predict(stack: Stack, images: Tensor) -> Tensor:
     """Return logits, of a model that is random in evaluation the same each time, and no nan."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return stack.logits(images).nan_to_num()

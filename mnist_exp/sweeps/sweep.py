@@ -144,7 +144,7 @@ def resume_sweep(
     torch.set_num_threads(1)
     load_cached.forget()
     jobs = Manifest.load_configs(folder)
-    reporter.stop()  # to announce
+    reporter.stop()  # its announcement, as another reporter prints from here on
     rounds = _remaining_stacks(setup, manifest, jobs, failed)
     to_run = {job.number for stacks in rounds for stack in stacks for job in stack}
     if not to_run and parent.status == "FINISHED":

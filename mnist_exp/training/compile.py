@@ -1,6 +1,6 @@
 """Compiling the training step: inductor and CUDA graphs.
 
-This is the only file that knows private parts of torch's compiler.
+This is the only file that knows private parts of torch's compiler, as trace.py is of its dispatch.
 """
 
 import contextlib

@@ -5,6 +5,7 @@ call.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from mnist_exp.training.optimizers import (
 )
 from mnist_exp.training.stack import Batch, Stack, Tensors
 from mnist_exp.training.trace import Call, trace
+
+log = logging.getLogger(__name__)
 
 # The number of steps that a call takes together. A compiled call costs about 0.1 ms whatever it
 # holds, a third of a single seed MLP's step, so there it holds four; each more makes compiling
@@ -99,7 +102,7 @@ class TrainStep:
             self.optimizer_state = {
                 n: self.stacked.initial_state(p) for n, p in stack.params.items()
             }
-        self.numbers = list(self.hyperparameters(0, np.zeros((1, stack.size))))  # their names
+        self.hyperparameter_names = list(self.hyperparameters(0, np.zeros((1, stack.size))))
         self.compiled: Call | None = None
         self.is_traceable = stack.is_traceable and self.stacked is not None
         self.traces: dict[bool, Call] = {}  # of a call of whole batches, by whether it is guarded
@@ -202,11 +205,12 @@ class TrainStep:
         return losses, correct, finite
 
     def _traced(self, steps: Call, example: Sequence[Tensor], guarded: bool) -> Call:
-        """Return the trace of `steps`, or themselves if they depend on values."""
+        """Return the trace of `steps`, or themselves if they cannot be traced."""
         if guarded not in self.traces:
             try:
                 self.traces[guarded] = trace(steps, example)
-            except ValueError:
+            except Exception as error:  # a trace keeps all that is computed: memory may not do
+                log.warning("the step is not traced, and runs as it is: %s", first_line(error))
                 self.is_traceable = False
         return self.traces.get(guarded, steps)
 
@@ -268,7 +272,7 @@ class TrainStep:
         results = []
         for i, (x, y) in enumerate(batches):
             batch = Batch(x, y, keys[i], self.smoothing)
-            numbers = dict(zip(self.numbers, [v[i] for v in values], strict=True))
+            numbers = dict(zip(self.hyperparameter_names, [v[i] for v in values], strict=True))
             state, *result = self._step(state, batch, numbers, guarded)
             results.append(result)
         return [*state.tensors(), *(torch.stack(r) for r in zip(*results, strict=True))]

@@ -139,7 +139,7 @@ class _Writer:
                 self._constant.add(id(result))
                 return
             # vmap, autograd and the functions of torch make many views that are there already
-            same = given[0] if _is_identity(done) else None
+            same = given[0] if self._is_identity(done) else None
             seen = self.node(same) if same is not None else self._views.get(_view(result))
             if seen is not None:
                 self._nodes[id(result)] = seen
@@ -153,6 +153,17 @@ class _Writer:
             for i, part in enumerate(result or ()):
                 if part is not None:  # a gradient that is not needed
                     self._add(part, self.graph.call_function(operator.getitem, (node, i)))
+
+    def _is_identity(self, done: _Done) -> bool:
+        """Return whether an operation is the product with 1, to which vmap brings every bias.
+
+        The product is another tensor where somebody writes to it, or to what it was made of.
+        """
+        if done.name != "mul" or not isinstance(done.args[1], int) or done.args[1] != 1:
+            return False
+        memories = {_memory(done.result), _memory(done.given[0])}
+        is_same = bool(done.result.dtype == done.given[0].dtype)
+        return is_same and not memories & self._written
 
     def _add(self, tensor: Tensor, node: fx.Node) -> None:
         self._nodes[id(tensor)] = node
@@ -170,11 +181,6 @@ class _Writer:
         if done.name in _METHODS:
             return self.graph.call_method(done.name, args, kwargs)
         return self.graph.call_function(done.function, args, kwargs)
-
-
-def _is_identity(done: _Done) -> bool:
-    """Return whether an operation is the product with 1, to which vmap brings every bias."""
-    return done.name == "mul" and isinstance(done.args[1], int) and done.args[1] == 1
 
 
 def _memory(tensor: Tensor) -> int:

@@ -146,3 +146,21 @@ def test_a_run_that_is_not_compiled_imports_no_compiler(tmp_path: Path) -> None:
     """It takes a second, and any optimizer of torch would import it."""
     command = [sys.executable, "-c", SHORT_RUN, str(tmp_path)]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_product_with_one_is_another_tensor_where_it_is_written_to() -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        y = x * 1
+        y.add_(1)
+        return [y, x + 0]
+
+    x = torch.zeros(3)
+    traced = trace(function, [x.clone()])
+    results = traced(x)
+    assert [t.tolist() for t in results] == [[1, 1, 1], [0, 0, 0]] and not x.any()
+
+
+def test_a_product_with_one_has_its_own_type() -> None:
+    traced = trace(lambda x: [x * 1], [torch.tensor([True, False])])
+    (result,) = traced(torch.tensor([True, False]))
+    assert result.dtype == torch.int64
