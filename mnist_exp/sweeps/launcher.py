@@ -40,7 +40,7 @@ from mnist_exp.sweeps.results import mark_job_killed, result_of, unrecorded
 from mnist_exp.system import signals, streams
 from mnist_exp.system.processes import END_SECONDS, end, fork, is_running, receive
 from mnist_exp.tracking.journal import RunHistory
-from mnist_exp.tracking.run_log import open_runs_at
+from mnist_exp.tracking.run_log import mark_failed, open_runs_at
 from mnist_exp.training.compile import warm_up_compiler
 
 STOP = "stop"  # a file in the sweep's folder: no more jobs are to be started
@@ -225,6 +225,8 @@ def _train_or_halve(setup: SweepSetup, stack: Jobs, reporter: Reporter, threads:
     except Exception as error:  # a model can raise anything; memory can run out
         if len(stack) == 1:
             reporter.line(f"{stack[0].describe()}: {reason_of(error)}")
+            with contextlib.suppress(OSError):  # a disk without room for a line; the result has it
+                mark_failed(stack[0].folder, reason_of(error))
             return {stack[0].number: unrecorded(stack[0], "FAILED", reason_of(error))}
         reporter.line(
             f"the stack failed ({reason_of(error)}); its jobs are trained again in two halves, "

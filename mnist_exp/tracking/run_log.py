@@ -262,12 +262,28 @@ def mark_killed(folder: Path, owner: Mapping[str, Any], reason: str) -> bool:
     # asked before reading: what a process that is dead by now has written is all there
     if is_running(owner) is not False or not (folder / journal.NAME).exists():
         return False
+    return _mark(folder, owner, "KILLED", reason)
+
+
+def mark_failed(folder: Path, reason: str) -> None:
+    """End the journal of a run of this process that no recorder has ended: FAILED. Raises OSError.
+
+    A run whose stack failed is open, until it is tried again alone, which may fail before that.
+    """
+    history = RunHistory.of(folder)
+    if history.key:
+        (folder / _RESERVE).unlink(missing_ok=True)
+        _mark(folder, history.owner, "FAILED", reason)
+
+
+def _mark(folder: Path, owner: Mapping[str, Any], status: str, reason: str) -> bool:
+    """End a journal, unless it has ended or has another owner; return whether this call did it."""
     with journal.lock(folder):
         history = RunHistory.of(folder)
         if history.status or history.owner != dict(owner):
             return False
         with closing(Journal(folder)) as file:
-            file.write("end", status="KILLED", reason=reason)
+            file.write("end", status=status, reason=reason)
             file.sync()
         return True
 
