@@ -25,6 +25,7 @@ SQLITE = "sqlite:///"  # how the address of a database that is a file begins
 PARENT = "mlflow.parentRunId"  # the tag of a run that belongs to a sweep: the id of the sweep's run
 LOGGED_IMAGES = {"mlflow.loggedImages": "True"}  # the tag that makes the UI look for images
 THUMBNAIL_PIXELS = 256  # the longer side of what the UI shows in a list
+LOCK_SECONDS = 5.0  # that a reader waits for the lock of a database
 _SETTINGS = {  # of MLflow's own, unless the user has some
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # a connection to SQLite must not be used on both sides of a fork: none is kept open
@@ -181,6 +182,11 @@ def make_database(path: Path) -> None:
     files.replace(part, path)
 
 
-def _open_to_read(path: Path, timeout: float = 5.0) -> sqlite3.Connection:
-    """Open a database without making or changing it. timeout: seconds to wait for its lock."""
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=timeout)
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    """Open a database that is there, to read what is in it.
+
+    It is open to be written as well: what a process that was killed in a commit has left half done
+    has to be undone before anybody can read. A file that cannot be written is opened all the same.
+    """
+    address = f"{path.resolve().as_uri()}?mode=rw"
+    return sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)

@@ -4,7 +4,7 @@ import errno
 
 from mnist_exp.errors import ConfigError
 
-_BUSY = (408, 409, 429, 499)  # answers below 500 of a server that may take the same request later
+BUSY = (408, 409, 429, 499)  # answers below 500 of a server that may take the same request later
 _FOR_GOOD = ("SSLError", "InvalidURL", "NoSuchModuleError")  # errors of other libraries
 _FILE_SYSTEM_REFUSES = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
@@ -33,5 +33,5 @@ def may_pass(error: BaseException) -> bool:
             return False
         status_of = getattr(each, "get_http_status_code", None)  # of what MLflow raises
         if status_of is not None and 400 <= status_of() < 500:
-            return status_of() in _BUSY
+            return status_of() in BUSY
     return not isinstance(chain[-1], ConfigError)

@@ -30,14 +30,14 @@ from mnist_exp.tracking.address import (
     named,
 )
 from mnist_exp.tracking.limits import shortened
-from mnist_exp.tracking.outages import Outage, Refusal, may_pass
+from mnist_exp.tracking.outages import BUSY, Outage, Refusal, may_pass
 from mnist_exp.tracking.store import Store
 
 _LONGEST_REASON = 200  # characters of what MLflow says
 _ASK_SECONDS = 3.0  # that a server may take to answer
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # of database servers, by their kind
 _SERVICES = (*_PORTS, "databricks")  # beginnings of addresses
-_BUSY = (408, 429)  # answers below 500 of a server that may take the same request later
+_LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # by another process, which will end
 _AUTHORISED = (401, 403, 407)  # answers to who must say who they are, which MLflow knows how to
 _PACKAGES = {"s3": "boto3", "gs": "google.cloud.storage", "wasbs": "azure.storage.blob"}
 
@@ -75,9 +75,11 @@ def check_store(
         ) from error
     except Outage as error:
         if required:
+            text = f"no MLflow server answers there ({error}). Start it"
+            if uri.startswith("sqlite:"):
+                text = f"another process does not let it be read ({error}). Wait for its end"
             raise ConfigError(
-                f"{named(uri, option)}: no MLflow server answers there ({error}). Start it, or "
-                f"{how_to_choose(uri, option)}"
+                f"{named(uri, option)}: {text}, or {how_to_choose(uri, option)}"
             ) from error
 
 
@@ -94,6 +96,9 @@ def _check_database(uri: str, experiment: str | None) -> None:
         try:
             problem, stored = mlflow_internals.inspect_database(path, experiment)
         except sqlite3.DatabaseError as error:
+            code = getattr(error, "sqlite_errorcode", 0)
+            if code & 0xFF in _LOCKED:  # the upper bytes tell apart errors of one kind
+                raise Outage(error) from error
             problem = str(error)
     if problem:
         raise Refusal(f"cannot be opened, {problem}")
@@ -151,7 +156,7 @@ def _check_server(uri: str, experiment: str | None) -> None:
             _check_experiment(uri, experiment, answer["experiment"])
     elif status == 404 and answer.get("error_code") == "RESOURCE_DOES_NOT_EXIST":
         pass
-    elif status >= 500 or status in _BUSY:
+    elif status >= 500 or status in BUSY:
         raise Outage(f"it answers {status}")
     elif status in _AUTHORISED:
         _check_through_mlflow(uri, experiment)

@@ -3,7 +3,9 @@
 import base64
 import json
 import os
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -17,12 +19,14 @@ import mlflow
 import pytest
 
 from mnist_exp.errors import ConfigError
-from mnist_exp.tracking import store_check
+from mnist_exp.tracking import mlflow_internals, store_check
 from mnist_exp.tracking.address import normalised, store_uri
+from mnist_exp.tracking.outages import may_pass
 from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.store_check import check_store
 from tests.faults.server import FaultyServer, Upstream
 from tests.helpers import fresh_store
+from tests.programs import Start
 
 Answer = Callable[[BaseHTTPRequestHandler], tuple[int, dict[str, str], str]]
 MISSING = json.dumps({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no"})
@@ -232,6 +236,45 @@ def test_a_file_that_another_user_made_is_refused(tmp_path: Path) -> None:
         check_store(uri)
 
 
+def test_a_database_that_another_process_has_locked_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = fresh_store(tmp_path)
+    monkeypatch.setattr(mlflow_internals, "LOCK_SECONDS", 0.0)
+    with closing(sqlite3.connect(tmp_path / "store.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        check_store(uri, "x", required=False)
+        with pytest.raises(ConfigError, match=r"is locked\)\. Wait for its end") as raised:
+            check_store(uri, "x")
+        assert may_pass(raised.value)
+    check_store(uri, "x")
+
+
+def test_what_a_killed_process_left_half_committed_is_undone(tmp_path: Path, start: Start) -> None:
+    uri, database = fresh_store(tmp_path), tmp_path / "store.db"
+    experiments = [run.name for run in Store(uri).client.search_experiments()]
+    program = """
+import signal, sqlite3
+database = sqlite3.connect(sys.argv[1], isolation_level=None)
+database.execute("PRAGMA cache_size = 1")  # what does not fit is written before the commit
+database.execute("BEGIN")
+database.execute("UPDATE experiments SET name = 'half'")
+database.execute("CREATE TABLE much AS SELECT zeroblob(1000000)")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert start(program, database).wait() == -signal.SIGKILL
+    journal = tmp_path / "store.db-journal"
+    with (
+        closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as unable,
+        pytest.raises(sqlite3.OperationalError, match="readonly"),
+    ):
+        unable.execute("SELECT * FROM experiments")
+    assert journal.exists()
+    check_store(uri, "x")
+    assert not journal.exists()
+    assert [run.name for run in Store(uri).client.search_experiments()] == experiments
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
 def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir(mode=0o755)
@@ -247,3 +290,20 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
         [sys.executable, "-c", program, uri], capture_output=True, text=True, check=False
     )
     assert "cannot be written (Permission denied)" in ended.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+def test_a_database_that_cannot_be_written_can_be_read(tmp_path: Path) -> None:
+    store = Store(fresh_store(tmp_path))
+    store.client.create_run(store.experiment("x"), run_name="a run")
+    program = (
+        "import os, sys\nfrom mnist_exp.tracking.store import list_runs\n"
+        "os.setuid(65534)\nprint(list_runs(sys.argv[1], None))"
+    )
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    (tmp_path / "store.db").chmod(0o444)
+    ended = subprocess.run(
+        [sys.executable, "-c", program, store.uri], capture_output=True, text=True, check=False
+    )
+    assert "a run" in ended.stdout, ended.stderr
