@@ -65,13 +65,13 @@ class OpenRuns:
         (self.folder / f"{key}.json").unlink(missing_ok=True)
         self._mark(key).unlink(missing_ok=True)
 
-    def mark_told(self, key: str) -> None:
+    def mark_warned(self, key: str) -> None:
         """Remember that a person was told why a run's store does not have it."""
         with suppress(OSError):  # then it is told again
             self._mark(key).touch()
 
-    def is_told(self, key: str) -> bool:
-        """Return whether a person was told of a run."""
+    def was_warned(self, key: str) -> bool:
+        """Return whether a person was told why a run's store does not have it."""
         return self._mark(key).exists()
 
     def _mark(self, key: str) -> Path:

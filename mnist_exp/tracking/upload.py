@@ -24,7 +24,7 @@ from mnist_exp.tracking.store_check import check_store
 
 log = logging.getLogger(__name__)
 
-MOST_FAILURES = 2  # in a row: it is not the run, it is the server
+MOST_FAILURES = 2  # that may pass, in a row: it is not the run, it is the server
 
 _STATE = ".delivery.json"
 _METRICS_A_BATCH = 1000  # MLflow's limit, for all that is in a call
@@ -206,7 +206,11 @@ class UploadBatch:
         elif entry.kind == "dataset":
             self._send_dataset(fields)
         elif entry.kind == "model":
-            log_model(self.client, run_id, self.folder / fields["path"])
+            path = self.folder / fields["path"]
+            if path.exists():
+                log_model(self.client, run_id, path)
+            else:
+                log.warning("%s: it is gone, and MLflow gets the run without it", path)
         elif entry.kind == "resume":
             self.client.update_run(run_id, status="RUNNING")
             self.client.set_tag(run_id, "reason", "")
@@ -274,6 +278,8 @@ def upload_all(
         except Exception as error:  # whatever a network, a server or a database can raise
             log.debug("not uploaded: %s", folder, exc_info=error)
             problems[folder] = Problem(first_line(error), may_pass(error))
+            if not problems[folder].may_pass:  # it is this run alone that is refused
+                continue
             failures[uri] += 1
             if failures[uri] == MOST_FAILURES and not tries_again:
                 closed[uri] = problems[folder]

@@ -7,17 +7,19 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from mnist_exp.errors import Terminated
+from mnist_exp.errors import Terminated, first_line
 from mnist_exp.system import signals
 from mnist_exp.tracking.mlflow_internals import import_mlflow
+from mnist_exp.tracking.outages import may_pass
 from mnist_exp.tracking.run_log import OpenRuns
 from mnist_exp.tracking.store import Store
-from mnist_exp.tracking.upload import has_news, upload_all
+from mnist_exp.tracking.upload import Problem, has_news, upload_all
 from mnist_exp.tracking.waiting import waiting_runs
 
 log = logging.getLogger(__name__)
@@ -25,11 +27,15 @@ log = logging.getLogger(__name__)
 PAUSE = 5.0  # seconds between two looks at the journals: each costs 10 ms a run that has news
 LONGEST_PAUSE = 30.0  # seconds between two tries while the server fails
 CLOSING_PAUSE = 1.0  # seconds between two tries, at most, when it is to end
-_WHAT_NEXT = {  # by whether the problem may pass
+_WHAT_NEXT = {  # keyed by Problem.may_pass
     True: "delivered when MLflow answers",
     False: "can be delivered once that is mended, by mnist-exp sync, or to another store, by "
     "mnist-exp sync --to URI",
 }
+_ENDED = (
+    "The process that uploads to MLflow has ended before its time. The record is kept in the "
+    "output folder; what MLflow has not got of it is brought there by mnist-exp sync"
+)
 
 
 class Uploader:
@@ -37,7 +43,7 @@ class Uploader:
 
     Whatever happens to the server, nothing is raised, and nobody waits: what cannot be uploaded
     stays in the journals, for a later try, or for `mnist-exp sync`. What earlier commands could not
-    bring to this store is uploaded as well.
+    bring to this store is uploaded as well, while there is time.
 
     It is a context manager. The process begins with the block, and imports MLflow while this one
     imports torch. It is forked, where that is safe: elsewhere than on Linux it is a thread.
@@ -47,6 +53,7 @@ class Uploader:
         self.folders: list[Path] = []
         self.uri = ""
         self.problem = ""  # why the newest try has failed
+        self._is_closing = False
         self._report: Callable[[str], None] = log.warning
         self._listener = threading.Thread(target=self._listen, daemon=True, name="uploads")
 
@@ -66,6 +73,7 @@ class Uploader:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._is_closing = True
         if sys.platform == "linux":
             self._worker.kill()
             self._worker.join()
@@ -85,7 +93,7 @@ class Uploader:
 
     def watch(self, folders: Sequence[Path]) -> None:
         """Also upload from these folders; a sweep's own comes before those of its jobs."""
-        self.folders = [*self.folders, *(f for f in folders if f not in self.folders)]
+        self.folders = list(dict.fromkeys([*self.folders, *(f.resolve() for f in folders)]))
         self._tell("watch", self.folders)
 
     def pending(self) -> list[Path]:
@@ -101,21 +109,30 @@ class Uploader:
 
     def close(self, seconds: float) -> list[Path]:
         """Upload the rest, for some seconds at most, and return the folders that are pending."""
+        self._is_closing = True
         self._tell("close")
         self._worker.join(seconds)
         return self.pending()
 
     def _tell(self, *message: Any) -> None:
-        with contextlib.suppress(OSError):  # the process has ended, which _listen has reported
+        with contextlib.suppress(OSError):  # the process has ended, which _listen reports
             self._connection.send(message)
 
     def _listen(self) -> None:
-        """Pass on what the process reports, until it ends."""
-        with contextlib.suppress(EOFError, OSError):
-            while True:
+        """Pass on what the process reports, until it ends, and that it has ended before its time.
+
+        Something may have killed it, as the system does where memory is short.
+        """
+        has_ended = False
+        while not has_ended:
+            try:
                 self.problem, text = self._connection.recv()
-                with contextlib.suppress(OSError, Terminated):  # who trains sees that nobody reads
-                    self._report(text)
+            except (EOFError, OSError):
+                if self._is_closing:
+                    return
+                has_ended, self.problem, text = True, "the process that uploads has ended", _ENDED
+            with contextlib.suppress(OSError, Terminated):  # who trains sees that nobody reads
+                self._report(text)
 
 
 def _serve_process(connection: Connection, other_end: Connection) -> None:
@@ -129,7 +146,7 @@ def _serve_process(connection: Connection, other_end: Connection) -> None:
 def _serve(connection: Connection) -> None:
     """Upload what is new, again and again, until the other end of the connection is closed."""
     import_mlflow()  # which takes seconds, in which the other process gets ready to train
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    with connection, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         _, uri, open_runs = connection.recv()
         UploadLoop(uri, open_runs, connection).run()
 
@@ -144,18 +161,24 @@ class UploadLoop:
         self.problem = ""
         self.is_closing = False
         self._stores: dict[str, Store] = {}
-        self._earlier: list[Path] | None = None
+        self._earlier: deque[Path] | None = None  # not known yet
 
     def run(self) -> None:
-        """Upload until all is uploaded that there was when the uploader was closed."""
+        """Upload until all is uploaded that there was when the uploader was closed.
+
+        What earlier commands have left comes one run at a time, while there is nothing else to do.
+        """
         pause = 0.0
         while True:
             self._receive(min(pause, CLOSING_PAUSE) if self.is_closing else pause)
             is_last = self.is_closing
-            self.upload_news()
-            if is_last and not any(has_news(folder, self.uri) for folder in self.folders):
+            problem = self.upload_news()
+            if is_last and not (problem and problem.may_pass):
                 return
-            pause = min(2 * pause, LONGEST_PAUSE) if self.problem and pause else PAUSE
+            if problem:
+                pause = min(2 * pause, LONGEST_PAUSE) if pause else PAUSE
+            else:
+                pause = 0.0 if self._upload_earlier() else PAUSE
 
     def _receive(self, seconds: float) -> None:
         """Do what the other process asks for, which is waited for, for some seconds at most."""
@@ -166,26 +189,58 @@ class UploadLoop:
             self.is_closing = self.is_closing or kind == "close"
             seconds = 0.0  # what else has come already
 
-    def upload_news(self) -> None:
-        """Try to upload all that is new, and say so when the server goes, and comes back."""
-        if self._earlier is None:
-            self._earlier = [run.folder for run, _ in waiting_runs(self.open_runs, self.uri)]
-        folders = dict.fromkeys([*self.folders, *self._earlier])
-        waiting = [(self.uri, folder) for folder in folders if has_news(folder, self.uri)]
-        problems = upload_all(waiting, self.open_runs, self._stores, tries_again=False)
-        # of the others, an earlier command has told
-        own = [folder for folder in problems if folder in self.folders]
-        problem, text = problems[own[0]] if own else None, ""
+    def upload_news(self) -> Problem | None:
+        """Try to upload all that is new, and return why the first run failed that did.
+
+        The other process is told when the server goes, and when it comes back.
+        """
+        try:
+            problems = self._upload(self.folders)
+        except Exception as error:  # whatever a file system raises where records are looked for
+            log.debug("not uploaded", exc_info=error)
+            problems = dict.fromkeys(self.folders, Problem(first_line(error), may_pass(error)))
+        problem, text = next(iter(problems.values()), None), ""
         if problem and not self.problem:
             text = (
                 f"MLflow at {self.uri} does not take the record ({problem.reason}). It is kept in "
                 f"the output folder, and {_WHAT_NEXT[problem.may_pass]}"
             )
-            for run in self.open_runs.entries():
-                if run.folder in own:
-                    self.open_runs.mark_told(run.key)
+            with contextlib.suppress(OSError):  # then the next command tells it again
+                for run in self.open_runs.entries():
+                    if run.folder in problems:
+                        self.open_runs.mark_warned(run.key)
         elif self.problem and not problem:
             text = f"MLflow at {self.uri} answers again"
         self.problem = problem.reason if problem else ""
         if text:
             self.connection.send((self.problem, text))
+        return problem
+
+    def _upload_earlier(self) -> bool:
+        """Upload one of the runs that earlier commands left, unless something is asked for.
+
+        Return whether to go on with the next one at once. Of those that fail, nothing is said, as
+        an earlier command has told.
+        """
+        if self.connection.poll():
+            return False
+        try:
+            if self._earlier is None:
+                runs = waiting_runs(self.open_runs, self.uri)
+                self._earlier = deque(run.folder for run, _ in runs)
+            if not self._earlier:
+                return False
+            folder = self._earlier.popleft()
+            problem = self._upload([folder]).get(folder)
+        except Exception as error:  # as above
+            log.debug("no earlier run uploaded", exc_info=error)
+            return False
+        if problem and problem.may_pass:
+            self._earlier.append(folder)
+            return False
+        return True
+
+    def _upload(self, folders: Sequence[Path]) -> dict[Path, Problem]:
+        """Upload what is new in some folders, and return why not for those that failed."""
+        waiting = [(self.uri, folder) for folder in folders if has_news(folder, self.uri)]
+        return upload_all(waiting, self.open_runs, self._stores, tries_again=False)

@@ -76,11 +76,11 @@ def deliver_to(open_runs: OpenRuns, uri: str) -> None:
     waiting = waiting_runs(open_runs, uri)
     places = [(uri, run.folder) for run, _ in waiting]
     problems = upload_all(places, open_runs, {}, tries_again=True)
-    news = [r for r, _ in waiting if r.folder in problems and not open_runs.is_told(r.key)]
+    news = [r for r, _ in waiting if r.folder in problems and not open_runs.was_warned(r.key)]
     by_reason: dict[str, list[OpenRun]] = {}
     for run in news:
         by_reason.setdefault(problems[run.folder].reason, []).append(run)
-        open_runs.mark_told(run.key)
+        open_runs.mark_warned(run.key)
     for reason, runs in by_reason.items():
         more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
         log.warning(

@@ -1,5 +1,6 @@
 """From journals to MLflow: nothing is lost, nothing is doubled, whatever the server does."""
 
+import errno
 import multiprocessing
 import threading
 import time
@@ -106,7 +107,7 @@ def test_any_answer_may_be_lost(
 
 
 def test_delivered_at_every_line(open_runs: OpenRuns, tmp_path: Path) -> None:
-    """A uploader that is killed after any entry, before it has noted that, delivers it again."""
+    """An uploader that is killed after any entry, before it has noted that, delivers it again."""
     store = Store(fresh_store(tmp_path))
     folder = tmp_path / "run"
     writer = begin(folder, open_runs, store.uri)
@@ -221,6 +222,112 @@ def test_a_server_that_fails_twice_is_left_alone_until_the_next_round(
     assert told.recv()[0] == "no answer" and not told.poll()
     waiting.deliver(open_runs)  # a person waits for all
     assert sorted(tried[4:]) == folders
+
+
+def test_what_is_refused_for_itself_does_not_hold_up_those_behind_it(
+    open_runs: OpenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(fresh_store(tmp_path))
+    folders = [tmp_path / f"run{number}" for number in range(4)]
+    for folder in folders:
+        whole(folder, open_runs, store.uri)
+    _refuse(monkeypatch, *folders[:2])
+    waiting_ones = [(store.uri, folder) for folder in folders]
+    problems = upload.upload_all(waiting_ones, open_runs, {}, tries_again=False)
+    assert [*problems] == folders[:2]
+    assert {entry.folder for entry in open_runs.entries()} == {*folders[:2]}
+
+
+def test_who_closes_waits_neither_for_earlier_runs_nor_for_what_will_not_pass(
+    open_runs: OpenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier runs come one at a time, after the own, until something is asked for."""
+    store = Store(fresh_store(tmp_path))
+    folders = [tmp_path / name for name in ("a", "b", "c", "own")]
+    for folder in folders:
+        whole(folder, open_runs, store.uri)
+    asking, connection = multiprocessing.Pipe()
+    asking.send(("watch", [tmp_path / "own"]))
+    tried: list[str] = []
+    real = upload_journal
+
+    def closing_at_the_second(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
+        tried.append(folder.name)
+        if len(tried) == 2:
+            asking.send(("close",))
+        return real(folder, open_runs, store)
+
+    monkeypatch.setattr(upload, "upload_journal", closing_at_the_second)
+    UploadLoop(store.uri, open_runs, connection).run()
+    assert tried[0] == "own" and len(tried) == 2
+
+    tried_again = _refuse(monkeypatch, *folders)
+    asking.send(("watch", [folder for folder in folders if folder.name not in tried]))
+    asking.send(("close",))
+    UploadLoop(store.uri, open_runs, connection).run()
+    assert len(tried_again) == 2
+
+
+def _refuse(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> list[Path]:
+    """Let the store refuse the runs in some folders for good, and return where it is noted."""
+    tried: list[Path] = []
+    real = upload_journal
+
+    def refusing(folder: Path, open_runs: OpenRuns, store: Store) -> UploadState:
+        tried.append(folder)
+        if folder in folders:
+            raise MlflowException("you may not write", error_code=PERMISSION_DENIED)
+        return real(folder, open_runs, store)
+
+    monkeypatch.setattr(upload, "upload_journal", refusing)
+    return tried
+
+
+def test_the_end_of_the_process_is_told_once(open_runs: OpenRuns, tmp_path: Path) -> None:
+    """And nobody waits for it; its end when it is closed is no news."""
+    uri, said = fresh_store(tmp_path), list[str]()
+    for is_killed in (False, True):
+        with Uploader() as background:
+            background.open(uri, open_runs, said.append)
+            background.watch([tmp_path / "run"])
+            if is_killed:
+                (process,) = multiprocessing.active_children()
+                process.kill()
+                process.join()
+                whole(tmp_path / "run", open_runs, uri)
+                began = time.monotonic()
+                background.flush(20)
+                assert background.close(20) == [tmp_path / "run"]
+                assert time.monotonic() - began < 10
+            else:
+                assert background.close(20) == [] == said
+    assert len(said) == 1 and "has ended" in said[0] and "mnist-exp sync" in said[0]
+
+
+def test_a_record_that_cannot_be_looked_at_is_a_problem(
+    open_runs: OpenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(folder: Path, uri: str) -> bool:
+        raise PermissionError(errno.EACCES, "not for you")
+
+    monkeypatch.setattr(uploader, "has_news", failing)
+    asking, connection = multiprocessing.Pipe()
+    asking.send(("watch", [tmp_path / "run"]))
+    asking.send(("close",))
+    UploadLoop(fresh_store(tmp_path), open_runs, connection).run()
+    assert "not for you" in asking.recv()[1]
+
+
+def test_a_model_that_is_gone_does_not_stop_the_record(
+    open_runs: OpenRuns, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(fresh_store(tmp_path))
+    (tmp_path / "run").mkdir()
+    writer = begin(tmp_path / "run", open_runs, store.uri)
+    writer.journal.write("model", path="model")
+    writer.end("FINISHED")
+    assert waiting.deliver(open_runs) == (1, {})
+    assert f"{tmp_path / 'run' / 'model'}: it is gone" in caplog.text
 
 
 def test_what_a_store_refuses_for_good_is_told_once_with_what_to_do(
