@@ -20,7 +20,8 @@ def names(folder: Path, key: str) -> list[str]:
 def copy(folder: Path, key: str, artifact: str, to: Path) -> Path | None:
     """Copy an artifact, a file or a folder of files, from a run's folder, and return the copy.
 
-    Return None unless all of it is there, and is what the run of this key has recorded.
+    Return None unless all of it is there, and is what the run of this key has recorded. Raises
+    OSError where it cannot be read, or the copy not be written.
 
     Args:
         folder: The output folder of the run.

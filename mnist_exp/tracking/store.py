@@ -247,16 +247,19 @@ class Store:
                 return runs
 
     def _read_runs(self, **conditions: Any) -> list[StoredRun]:
-        """Return what `mlflow_internals.read_runs` does under these conditions. Raise ConfigError.
+        """Return the runs that an SQLite database has under these conditions. Raise ConfigError."""
+        rows = self._read(mlflow_internals.read_runs, **conditions)
+        return [StoredRun(self.uri, dataset_digest=row.pop("digest"), **row) for row in rows]
+
+    def _read(self, read: Callable[..., T], *args: Any, **options: Any) -> T:
+        """Return what a function reads from the SQLite database. Raise ConfigError.
 
         A database that was made in this moment may have no tables yet.
         """
-        assert self.database is not None
         try:
-            rows = mlflow_internals.read_runs(self.database, **conditions)
+            return read(self.database, *args, **options)
         except sqlite3.DatabaseError as error:
             raise ConfigError(f"{named(self.uri)}: cannot be read, {error}") from error
-        return [StoredRun(self.uri, dataset_digest=row.pop("digest"), **row) for row in rows]
 
     def get(self, run_id: str) -> StoredRun:
         """Return the run of this id. Raise ConfigError if there is none in an SQLite database."""
@@ -297,7 +300,7 @@ class Store:
     def history(self, run_id: str, key: str) -> list[tuple[int, float]]:
         """Return the points of a metric: (step, value)."""
         if self.database is not None:
-            return mlflow_internals.read_history(self.database, run_id, key)
+            return self._read(mlflow_internals.read_history, run_id, key)
         return [(m.step, m.value) for m in self.client.get_metric_history(run_id, key)]
 
     def of_kind(self, sweep: bool | None, newest: bool = False) -> list[StoredRun]:
@@ -371,11 +374,15 @@ class Store:
 
     def has(self, run_id: str, artifact: str) -> bool:
         """Return whether a run has an artifact of this name, at the top."""
-        if (artifacts := self._local_artifacts(run_id)) is not None:
-            is_there = (artifacts / artifact).exists()
-        else:
-            is_there = artifact in (file.path for file in self.client.list_artifacts(run_id))
-        run = self.get(run_id)
+        run, artifacts = self.get(run_id), self._local_artifacts(run_id)
+        try:
+            if artifacts is not None:
+                is_there = (artifacts / artifact).exists()
+            else:
+                is_there = artifact in (file.path for file in self.client.list_artifacts(run_id))
+        except Exception as error:  # whatever a network or a file system raises
+            log.debug("run %s: no look at %s", run_id, run.artifact_uri, exc_info=error)
+            is_there = False
         return is_there or artifact in kept_files.names(run.folder, run.key)
 
     def fetch(self, run_id: str, artifact: str, folder: Path) -> Path:
@@ -393,15 +400,27 @@ class Store:
             return Path(shutil.copyfile(source, copy))
         except Exception as error:  # whatever a network or a file system raises
             run = self.get(run_id)
-            reason = "it is not there" if isinstance(error, OSError) else first_line(error)
-            if (copied := kept_files.copy(run.folder, run.key, artifact, folder)) is not None:
+            reason = _why_not_copied(error)
+            kept = f", nor one as it was recorded in its folder, {run.folder}" if run.key else ""
+            try:
+                copied = kept_files.copy(run.folder, run.key, artifact, folder)
+            except OSError as second:
+                copied, why = None, _why_not_copied(second)
+                kept = f", and the one in its folder, {run.folder}, cannot be copied ({why})"
+            if copied is not None:
                 log.warning(
                     "run %s: %s is taken from its folder, %s; not from %s: %s",
                     *(run_id[:8], artifact, run.folder, run.artifact_uri, reason),
                 )
                 return copied
-            kept = f", nor one as it was recorded in its folder, {run.folder}" if run.key else ""
             raise ConfigError(
                 f"run {run_id}: it has no artifact {artifact} in {run.artifact_uri} ({reason})"
                 f"{kept}"
             ) from error
+
+
+def _why_not_copied(error: Exception) -> str:
+    """Return why a file could not be copied, as the file system or the network says."""
+    if isinstance(error, FileNotFoundError):
+        return "it is not there"
+    return getattr(error, "strerror", None) or first_line(error)

@@ -91,3 +91,23 @@ def test_what_cannot_be_put_into_its_place_is_told(
     with pytest.raises(ConfigError, match=r"config\.yaml cannot be put among its artifacts in"):
         store.put(UploadState.of(folder).run_id, folder / "config.yaml")
     assert not (tmp_path / "first").exists()
+
+
+def test_what_cannot_be_copied_from_the_folder_is_told(
+    folder: Path, store: Store, tmp_path: Path
+) -> None:
+    (tmp_path / "copy" / "config.yaml").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"{folder}, cannot be copied \(Is a directory\)"):
+        store.fetch(UploadState.of(folder).run_id, "config.yaml", tmp_path / "copy")
+
+
+def test_the_folder_is_looked_at_where_a_server_lists_no_artifacts(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise OSError("no bucket")
+
+    monkeypatch.setattr(store, "database", None)
+    monkeypatch.setattr(store.client, "list_artifacts", failing)
+    run_id = UploadState.of(folder).run_id
+    assert store.has(run_id, "config.yaml") and not store.has(run_id, "other.txt")

@@ -78,3 +78,11 @@ def test_files_of_a_run_are_where_mlflow_looks_for_them(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"^run {run_id}: it has no artifact b.txt"):
         read.fetch(run_id, "b.txt", tmp_path)
     assert "client" not in vars(read)
+
+
+def test_a_damaged_database_is_named(tmp_path: Path) -> None:
+    store = Store(fresh_store(tmp_path))
+    (tmp_path / "store.db").write_bytes(b"no database" * 100)
+    for read in (store.get, lambda run_id: store.history(run_id, "train/loss")):
+        with pytest.raises(ConfigError, match=r"store\.db: cannot be read, file is not a database"):
+            read("a run")
