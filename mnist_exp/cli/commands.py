@@ -342,11 +342,6 @@ def sync(args: argparse.Namespace) -> int:
     """Upload what waits, each run to the store it is meant for."""
     from mnist_exp.runs.console import reporting
 
-    if args.forget and (args.to is not None or not args.folders):
-        raise ConfigError(
-            "--forget: needs the folders to give up, and cannot go with --to: mnist-exp sync "
-            "FOLDER --forget"
-        )
     with reporting(announcement="looking for what waits ..."):
         count, problems = api.sync(args.folders, to=args.to, forget=args.forget)
     if args.forget:

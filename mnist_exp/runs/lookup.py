@@ -57,9 +57,10 @@ def store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = 
 
 @contextmanager
 def uploading(folder: Path) -> Iterator[Uploader]:
-    """Yield an uploader for a run or sweep, and upload its record where the block trains nothing.
+    """Yield an uploader for a run or sweep.
 
-    That is so where it has ended, or cannot be gone on with.
+    Where the block trains nothing, all that waits for the store of it is uploaded at the end. That
+    is so where it has ended, or cannot be gone on with.
     """
     try:
         with Uploader() as uploader:
@@ -79,7 +80,10 @@ def sync(
     registry, places = open_runs(), [Path(folder).resolve() for folder in folders]
     if forget:
         if to is not None or not places:
-            raise ConfigError("forget: needs the folders to give up, and cannot go with `to`")
+            raise ConfigError(
+                "forget: needs the folders to give up, and cannot go with `to`: mnist-exp sync "
+                "FOLDER --forget"
+            )
         return waiting.forget(registry, places), {}
     if to is not None:
         places = waiting.redirect(registry, places, to)

@@ -76,13 +76,12 @@ def _no_such_run(word: str, uri: str, open_runs: OpenRuns) -> ConfigError:
 
 def _folder_of(run: StoredRun) -> Path:
     """Return the folder of a stored run. Raise ConfigError if it is not on this machine."""
-    folder = Path(run.tags.get("output_dir", ""))
-    if not (folder / journal.NAME).exists():
+    if not (run.folder / journal.NAME).exists():
         raise ConfigError(
-            f"run {run.id}: its folder is not on this machine ({folder}), so there is "
+            f"run {run.id}: its folder is not on this machine ({run.folder}), so there is "
             f"nothing to go on from"
         )
-    return folder
+    return run.folder
 
 
 def _resumable(folder: Path) -> Path:
