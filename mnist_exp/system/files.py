@@ -7,12 +7,15 @@ import os
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from mnist_exp.errors import ConfigError
+
+_AN_HOUR = 3600  # seconds
 
 
 def write(
@@ -23,7 +26,8 @@ def write(
     """Write a file, and return once the disk has it; a reader finds the old content or the new.
 
     Two processes may write the same file at once. Where OSError is raised, the old file is there.
-    What processes that were killed in the middle of this have left in the folder is removed.
+    What processes that were killed in the middle of this have left in the folder is removed after
+    an hour.
 
     Args:
         path: The file, whose folder is there.
@@ -51,9 +55,15 @@ def write(
 
 
 def _remove_parts_of_the_dead(folder: Path) -> None:
-    """Remove the files that `write` was about to rename when its process, on this host, died."""
+    """Remove the files that `write` was about to rename when its process, on this host, died.
+
+    A process in another container may have the same host name, and a number that is not found here:
+    what was written in the last hour stays.
+    """
     for part in folder.glob(f"*.{glob.escape(socket.gethostname())}-*.part"):
         with suppress(OSError, ValueError):
+            if time.time() - part.stat().st_mtime < _AN_HOUR:
+                continue
             try:
                 os.kill(int(part.name.split("-")[-2]), 0)
             except ProcessLookupError:

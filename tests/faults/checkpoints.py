@@ -215,6 +215,12 @@ def run_until_killed(folder: Path, at: int, change: Callable[[], object]) -> Fai
     return disk
 
 
+def age_parts(folder: Path) -> None:
+    """Make the half-written files in a folder so old that the next one to write removes them."""
+    for part in folder.glob("*.part"):
+        os.utime(part, (0, 0))
+
+
 def kill_save_anywhere(place: Path, before: list[int]) -> None:
     """Kill the saving of checkpoint 3 at each operation on files in turn, and cut the power there.
 
@@ -234,6 +240,7 @@ def kill_save_anywhere(place: Path, before: list[int]) -> None:
             now = newest_number(left)
             assert now in (old, 3)
             found.add(now)
+            age_parts(left)
             checkpoint.save_numbered(left, 4, numbered_state(4))
             assert newest_number(left) == 4
             assert file_names(left) == checkpoint_names(4, *([now] if now else []))

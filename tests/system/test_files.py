@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,6 +55,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stay
 ) -> None:
     program = """
 import signal
+import time
 from mnist_exp.system import files
 from tests.programs import Start
 files.write(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), signal.SIGKILL))
@@ -62,9 +64,16 @@ files.write(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), signal.SIGKILL)
         assert start(program, tmp_path / name).wait() == -signal.SIGKILL
         (left,) = tmp_path.iterdir()  # the one before it is gone
         assert left.name.startswith(f"{name}.")
+        files.write(tmp_path / "now", "")  # it may be of a process that is not seen from here
+        (tmp_path / "now").unlink()
+        assert left.exists()
+        long_ago = time.time() - 3700
+        os.utime(left, (long_ago, long_ago))
     present: list[int] = []
 
     def write_another(file: BinaryIO) -> None:
+        (part,) = tmp_path.glob("new.*.part")
+        os.utime(part, (0, 0))
         files.write(tmp_path / "another", "of the same process")
         present.append(len(list(tmp_path.glob("*.part"))))
 

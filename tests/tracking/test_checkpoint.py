@@ -19,6 +19,7 @@ from mnist_exp.tracking import checkpoint
 from tests.faults.checkpoints import (
     FailingDisk,
     accept_any,
+    age_parts,
     checkpoint_names,
     damage_is_refused,
     digest_file,
@@ -222,6 +223,7 @@ def test_save_killed_anywhere(tmp_path: Path, before: int | None) -> None:
             now = None if state is None else state["number"]
             assert now in (before, 2) and (now is None or is_numbered(state, now))
             found.add(now)
+            age_parts(folder)
             checkpoint.save(path, numbered_state(3))
             assert is_numbered(checkpoint.load(path), 3)
             assert file_names(folder) == {path.name, digest_file(path).name}
