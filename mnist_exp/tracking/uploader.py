@@ -33,8 +33,8 @@ _WHAT_NEXT = {  # keyed by Problem.may_pass
     "mnist-exp sync --to URI",
 }
 _ENDED = (
-    "The process that uploads to MLflow has ended before its time. The record is kept in the "
-    "output folder; what MLflow has not got of it is brought there by mnist-exp sync"
+    "the process that uploads to MLflow has ended before its time. The record is kept in the "
+    "output folder. To upload the rest at the end: mnist-exp sync"
 )
 
 
