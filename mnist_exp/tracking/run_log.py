@@ -268,12 +268,13 @@ def mark_killed(folder: Path, owner: Mapping[str, Any], reason: str) -> bool:
 def mark_failed(folder: Path, reason: str) -> None:
     """End the journal of a run of this process that no recorder has ended: FAILED. Raises OSError.
 
-    A run whose stack failed is open, until it is tried again alone, which may fail before that.
+    A run whose stack failed is open, until it is tried again alone, which may fail before that. One
+    that another process trains, which is why it cannot be trained here, is left alone.
     """
-    history = RunHistory.of(folder)
-    if history.key:
+    owner = process_identity()
+    if RunHistory.of(folder).owner == owner:
         (folder / _RESERVE).unlink(missing_ok=True)
-        _mark(folder, history.owner, "FAILED", reason)
+        _mark(folder, owner, "FAILED", reason)
 
 
 def _mark(folder: Path, owner: Mapping[str, Any], status: str, reason: str) -> bool:

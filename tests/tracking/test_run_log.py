@@ -13,7 +13,7 @@ import pytest
 from mnist_exp.system.processes import is_running, process_identity
 from mnist_exp.tracking import journal, run_log
 from mnist_exp.tracking.journal import Journal, read
-from mnist_exp.tracking.run_log import OpenRun, OpenRuns, mark_killed
+from mnist_exp.tracking.run_log import OpenRun, OpenRuns, mark_failed, mark_killed
 from tests.programs import READY, Start, at_once, dead_owner
 
 DEEP = b"[" * 100_000
@@ -27,6 +27,22 @@ def begun(folder: Path, its_owner: dict[str, Any], kind: str = "begin") -> dict[
         written.write(kind, owner=its_owner)
         written.write("epoch", i=1)
     return its_owner
+
+
+def test_a_run_of_this_process_alone_is_marked_failed(tmp_path: Path, start: Start) -> None:
+    """One of another process may be trained there, which is why it cannot be trained here."""
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder in (own, other):
+        folder.mkdir()
+        (folder / ".reserve").write_bytes(b"room")
+    begun(own, process_identity())
+    begun(other, dead_owner(start))
+    for folder in (own, other, tmp_path):  # the last one has no record
+        mark_failed(folder, "no room")
+    (*_, end), _ = read(own)
+    assert end.fields == {"status": "FAILED", "reason": "no room"}
+    assert [entry.kind for entry in read(other)[0]] == ["begin", "epoch"]
+    assert [(folder / ".reserve").exists() for folder in (own, other)] == [False, True]
 
 
 def test_a_dead_run_is_marked_killed(tmp_path: Path, start: Start) -> None:
