@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from mnist_exp.config.schema import leaves
 from mnist_exp.formatting import count_of, is_number
 from mnist_exp.runs.job import Job
+from mnist_exp.runs.model_export import can_fork
 from mnist_exp.runs.recorder import THREADS
 from mnist_exp.runs.train import should_compile
 from mnist_exp.sweeps.manifest import SweepJob
@@ -97,10 +97,9 @@ def process_count(stacks: Sequence[Sequence[SweepJob]]) -> int:
 
     On a CPU, models are independent but the threads of one step wait for each other some thirty
     times: a process a core is faster, much more so where other programs want a core as well.
-    Forks need Linux, and a process in which torch has started no thread for a GPU.
     """
     first = stacks[0][0].run
-    if sys.platform != "linux" or torch.cuda.is_available() or first.device.type != "cpu":
+    if first.device.type != "cpu" or not can_fork():
         return 1
     threads = max(job.run.config.training.threads or 1 for stack in stacks for job in stack)
     return max(1, min(len(stacks), THREADS // threads))
