@@ -374,10 +374,10 @@ class Store:
 
     def has(self, run_id: str, artifact: str) -> bool:
         """Return whether a run has an artifact of this name, at the top."""
-        run, artifacts = self.get(run_id), self._local_artifacts(run_id)
+        run = self.get(run_id)
         try:
-            if artifacts is not None:
-                is_there = (artifacts / artifact).exists()
+            if self.database is not None and run.artifacts is not None:
+                is_there = (run.artifacts / artifact).exists()
             else:
                 is_there = artifact in (file.path for file in self.client.list_artifacts(run_id))
         except Exception as error:  # whatever a network or a file system raises
