@@ -152,7 +152,7 @@ def _serve(connection: Connection) -> None:
 
 
 class UploadLoop:
-    """What the process of an uploader does."""
+    """A loop that uploads what is new, in the process of an uploader."""
 
     def __init__(self, uri: str, open_runs: OpenRuns, connection: Connection) -> None:
         """Prepare to upload to the store `uri`, as the other end of `connection` says."""

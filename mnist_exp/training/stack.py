@@ -19,7 +19,7 @@ Tensors = dict[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """What the models of a stack are given in one step."""
+    """Images, labels, dropout keys and label smoothing of one step, for each model of a stack."""
 
     x: Tensor  # float images, [K, B, C, H, W], or [1, ...] if they are the same for all models
     y: Tensor  # labels, [K, B], or [1, B]
