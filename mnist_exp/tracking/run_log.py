@@ -13,6 +13,7 @@ terms, at its own time:
     end       status, reason
 """
 
+import errno
 import json
 import logging
 import time
@@ -20,6 +21,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 
 _RESERVE = ".reserve"  # a file whose removal makes room for the last lines, on a full disk
 _RESERVE_BYTES = 16_384
+_LAST_SECONDS = 2.0  # that the last lines wait for room which others have taken
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class RunWriter:
 
     def __init__(self, folder: Path, journal: Journal, history: RunHistory) -> None:
         """Make a writer; `begin` and `reopen` open the journal that it needs."""
-        self.folder, self.journal = folder, journal
+        self.folder, self.journal, self._is_ending = folder, journal, False
         self._recorded = {(key, step) for key, points in history.metrics.items() for step in points}
 
     @classmethod
@@ -208,7 +211,8 @@ class RunWriter:
         It is uploaded as it is then.
         """
         digest = files.sha256(path)
-        self.journal.write("artifact", path=self._relative(path), to=to, sha256=digest)
+        write = partial(_write_last, self.journal) if self._is_ending else self.journal.write
+        write("artifact", path=self._relative(path), to=to, sha256=digest)
 
     def text(self, text: str, name: str) -> None:
         """Record a text as a file of this name."""
@@ -230,11 +234,12 @@ class RunWriter:
     def release_reserve(self) -> None:
         """Make room for the last lines, where the disk may be full: why the run ends."""
         (self.folder / _RESERVE).unlink(missing_ok=True)
+        self._is_ending = True
 
     def end(self, status: str, reason: str = "") -> None:
         """End the run, FINISHED, FAILED or KILLED, and close the record."""
         self.release_reserve()
-        self.journal.write("end", status=status, reason=reason[:5000])
+        _write_last(self.journal, "end", status=status, reason=reason[:5000])
         self.journal.sync()
         self.journal.close()
 
@@ -284,9 +289,26 @@ def _mark(folder: Path, owner: Mapping[str, Any], status: str, reason: str) -> b
         if history.status or history.owner != dict(owner):
             return False
         with closing(Journal(folder)) as file:
-            file.write("end", status=status, reason=reason)
+            _write_last(file, "end", status=status, reason=reason)
             file.sync()
         return True
+
+
+def _write_last(file: Journal, kind: str, **fields: Any) -> None:
+    """Append one of the last entries of a run, also where others have taken the room made for it.
+
+    Other runs write to the same disk. Each gives back what it has taken as soon as it fails.
+    """
+    late = time.monotonic() + _LAST_SECONDS
+    while True:
+        try:
+            file.write(kind, **fields)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or time.monotonic() > late:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def mark_dead_runs(open_runs: OpenRuns) -> list[tuple[Path, RunHistory]]:

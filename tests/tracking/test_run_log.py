@@ -1,5 +1,6 @@
 """The registry of open runs, and the runs in it whose process has died."""
 
+import errno
 import json
 import logging
 import os
@@ -43,6 +44,31 @@ def test_a_run_of_this_process_alone_is_marked_failed(tmp_path: Path, start: Sta
     assert end.fields == {"status": "FAILED", "reason": "no room"}
     assert [entry.kind for entry in read(other)[0]] == ["begin", "epoch"]
     assert [(folder / ".reserve").exists() for folder in (own, other)] == [False, True]
+
+
+def test_an_end_waits_for_the_room_that_others_have_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two runs on a full disk, one takes what the other has freed until it fails as well."""
+    begun(tmp_path, process_identity())
+    refusals, real = [3], os.write
+
+    def write(descriptor: int, data: Any) -> int:
+        if b'"end"' in bytes(data) and refusals[0]:
+            refusals[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+    mark_failed(tmp_path, "no room")
+    (*_, end), problems = read(tmp_path)
+    assert (end.kind, refusals, problems) == ("end", [0], [])
+    monkeypatch.setattr(run_log, "_LAST_SECONDS", 0.05)
+    refusals[0] = 1000
+    (tmp_path / "other").mkdir()
+    begun(tmp_path / "other", process_identity())
+    with pytest.raises(OSError, match="No space left"):  # nobody gives it back
+        mark_failed(tmp_path / "other", "no room")
 
 
 def test_a_dead_run_is_marked_killed(tmp_path: Path, start: Start) -> None:
