@@ -12,11 +12,6 @@ from mnist_exp.tracking import journal
 from mnist_exp.tracking.journal import RunHistory
 
 
-def names(folder: Path, key: str) -> list[str]:
-    """Return the names of the artifacts that the run of this key has recorded in a folder."""
-    return list(_recorded(folder, key))
-
-
 def copy(folder: Path, key: str, artifact: str, to: Path) -> Path | None:
     """Copy an artifact, a file or a folder of files, from a run's folder, and return the copy.
 
@@ -29,7 +24,7 @@ def copy(folder: Path, key: str, artifact: str, to: Path) -> Path | None:
         artifact: The name of the artifact.
         to: The folder for the copy.
     """
-    recorded = _recorded(folder, key)
+    recorded = recorded_files(folder, key)
     found = [name for name in recorded if name == artifact or name.startswith(f"{artifact}/")]
     for name in found:
         path, digest = recorded[name]
@@ -40,7 +35,7 @@ def copy(folder: Path, key: str, artifact: str, to: Path) -> Path | None:
     return to / artifact if found else None
 
 
-def _recorded(folder: Path, key: str) -> dict[str, tuple[Path, str]]:
+def recorded_files(folder: Path, key: str) -> dict[str, tuple[Path, str]]:
     """Return file and digest of a run's artifacts by their names; "" where there is no digest."""
     try:
         if not key or RunHistory.of(folder).key != key:

@@ -383,7 +383,7 @@ class Store:
         except Exception as error:  # whatever a network or a file system raises
             log.debug("run %s: no look at %s", run_id, run.artifact_uri, exc_info=error)
             is_there = False
-        return is_there or artifact in kept_files.names(run.folder, run.key)
+        return is_there or artifact in kept_files.recorded_files(run.folder, run.key)
 
     def fetch(self, run_id: str, artifact: str, folder: Path) -> Path:
         """Return the path of a copy of a run's artifact, made in a folder. Raises ConfigError.

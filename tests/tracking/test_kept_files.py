@@ -79,8 +79,9 @@ def test_not_where_it_is_not_whole_or_has_changed(
 def test_not_where_the_folder_is_another_run_s(folder: Path, store: Store, tmp_path: Path) -> None:
     key = store.get(UploadState.of(folder).run_id).key
     names = {"config.yaml", "checkpoint/a.pt", "checkpoint/b.pt"}
-    assert set(kept_files.names(folder, key)) == names
-    assert kept_files.names(folder, "another") == kept_files.names(folder, "") == []
+    assert set(kept_files.recorded_files(folder, key)) == names
+    for other in ("another", ""):
+        assert list(kept_files.recorded_files(folder, other)) == []
     assert kept_files.copy(folder, "another", "config.yaml", tmp_path) is None
 
 
