@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_exp.cli import main as cli
-from mnist_exp.runs import model_export
+from mnist_exp.run import model_export
 from mnist_exp.tracking import upload, uploader
 from mnist_exp.training import step
 

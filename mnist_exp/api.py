@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from mnist_exp.config.schema import Config
     from mnist_exp.data.dataset import Dataset
-    from mnist_exp.runs.evaluate import Evaluation
-    from mnist_exp.runs.predict import Prediction
-    from mnist_exp.runs.recorder import Result
-    from mnist_exp.runs.reproduce import Reproduction
+    from mnist_exp.run.evaluate import Evaluation
+    from mnist_exp.run.predict import Prediction
+    from mnist_exp.run.recorder import Result
+    from mnist_exp.run.reproduce import Reproduction
     from mnist_exp.sweeps.ensemble import Ensemble
     from mnist_exp.sweeps.results import Report
     from mnist_exp.sweeps.sweep import SweepResult
@@ -45,7 +45,7 @@ def load(overrides: Sequence[str] = ()) -> "Dataset":
 
     config = _config(compose(overrides))  # before torch's seconds of import
 
-    from mnist_exp.runs.job import load_dataset
+    from mnist_exp.run.job import load_dataset
 
     return load_dataset(config.dataset)
 
@@ -73,7 +73,7 @@ def show(overrides: Sequence[str] = ()) -> DatasetOverview:
 def build(overrides: Sequence[str] = ()) -> "torch.nn.Module":
     """Return the model that a run with these overrides would start from. Raise ConfigError."""
     from mnist_exp.config.compose import compose
-    from mnist_exp.runs.job import prepare
+    from mnist_exp.run.job import prepare
     from mnist_exp.training.stack import Stack
 
     job = prepare(compose(overrides))
@@ -107,7 +107,7 @@ def train(
 def train_composed(composed: "DictConfig", verbose: bool = False) -> "Result":
     """Train one run from its composed config, which has Hydra's own part in it. See `train`."""
     from mnist_exp.config.names import run_name
-    from mnist_exp.runs.console import reporting
+    from mnist_exp.run.console import reporting
     from mnist_exp.tracking.address import warn_if_environment_wins
 
     config = _config(composed)
@@ -117,8 +117,8 @@ def train_composed(composed: "DictConfig", verbose: bool = False) -> "Result":
         from mnist_exp.tracking.uploader import Uploader
 
         with Uploader() as uploader:
-            from mnist_exp.runs.job import prepare
-            from mnist_exp.runs.train import train
+            from mnist_exp.run.job import prepare
+            from mnist_exp.run.train import train
 
             job = prepare(composed)
             return train(job, job.folder, reporter, uploader)
@@ -140,7 +140,7 @@ def train_sweep(
         ConfigError: One of the jobs cannot be run. Nothing has been created.
     """
     from mnist_exp.config.compose import compose_sweep
-    from mnist_exp.runs.console import reporting
+    from mnist_exp.run.console import reporting
     from mnist_exp.sweeps import grid
     from mnist_exp.tracking.address import warn_if_environment_wins
 
@@ -178,12 +178,12 @@ def resume(
         ConfigError: It cannot go on. Nothing has been changed.
         RunFailed: It does not reach its end this time.
     """
-    from mnist_exp.runs import lookup
-    from mnist_exp.runs.console import reporting
+    from mnist_exp.run import lookup
+    from mnist_exp.run.console import reporting
 
     uri = lookup.store_uri(overrides, required=False)  # before torch's seconds of import
     with reporting(verbose, f"going on with {run}: loading torch ...") as reporter:
-        from mnist_exp.runs import resume as resuming
+        from mnist_exp.run import resume as resuming
         from mnist_exp.sweeps import sweep
 
         folder = resuming.find(run, uri, lookup.open_runs())
@@ -200,18 +200,18 @@ def resume(
 
 def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
     """Evaluate the saved model of a run on the official test set. Raise ConfigError."""
-    from mnist_exp.runs.lookup import find_run
+    from mnist_exp.run.lookup import find_run
 
     store, stored_run, root = find_run(run, overrides, data=True)
 
-    from mnist_exp.runs import evaluate as evaluation
+    from mnist_exp.run import evaluate as evaluation
 
     return evaluation.evaluate(store, stored_run, root)
 
 
 def ensemble(sweep: str = "last", overrides: Sequence[str] = ()) -> "Ensemble":
     """Evaluate the models of a sweep's chosen cell together, over its seeds. Raise ConfigError."""
-    from mnist_exp.runs.lookup import find_run
+    from mnist_exp.run.lookup import find_run
 
     store, parent, root = find_run(sweep, overrides, sweep=True, data=True)
 
@@ -240,18 +240,18 @@ def predict(
     from mnist_exp.config.compose import check_list
 
     check_list("files", files)
-    from mnist_exp.runs.lookup import find_run
+    from mnist_exp.run.lookup import find_run
 
     store, stored_run, _ = find_run(run, overrides)
 
-    from mnist_exp.runs import predict as prediction
+    from mnist_exp.run import predict as prediction
 
     return prediction.predict(store, stored_run, [Path(file) for file in files], raw)
 
 
 def predictions_figure(predictions: "Sequence[Prediction]") -> Any:
     """Return a figure of images and predictions, of which one or more could be read."""
-    from mnist_exp.runs import predict as prediction
+    from mnist_exp.run import predict as prediction
 
     return prediction.draw(predictions, predictions[0].run_name)
 
@@ -276,10 +276,10 @@ def report(
     Raises:
         ConfigError: There is no such sweep, or its report cannot be written.
     """
-    from mnist_exp.runs.console import reporting
+    from mnist_exp.run.console import reporting
 
     with reporting(verbose, f"the report of sweep {sweep}: loading its runs ...") as reporter:
-        from mnist_exp.runs.lookup import find_run
+        from mnist_exp.run.lookup import find_run
 
         store, parent, _ = find_run(sweep, overrides, sweep=True)
 
@@ -311,14 +311,14 @@ def reproduce(
     Raises:
         ConfigError: There is no such run, or it cannot be trained again here.
     """
-    from mnist_exp.runs.console import reporting
+    from mnist_exp.run.console import reporting
 
     with reporting(verbose, f"run {run}, once more: loading its record ...") as reporter:
-        from mnist_exp.runs.lookup import find_run
+        from mnist_exp.run.lookup import find_run
 
         store, stored_run, root = find_run(run, overrides, data=True)
 
-        from mnist_exp.runs import reproduce as reproduction
+        from mnist_exp.run import reproduce as reproduction
 
         return reproduction.reproduce(
             store, stored_run, reporter, keep=keep, threads=threads, device=device, root=root
@@ -338,7 +338,7 @@ def sync(
     Raises:
         ConfigError: That cannot be done with one of the folders. Nothing has been changed.
     """
-    from mnist_exp.runs import lookup
+    from mnist_exp.run import lookup
 
     return lookup.sync(folders, to=to, forget=forget)
 
@@ -363,7 +363,7 @@ def ui_page(run: str | None = None, overrides: Sequence[str] = ()) -> tuple[str,
     Raises:
         ConfigError: There is no such store or run.
     """
-    from mnist_exp.runs import lookup
+    from mnist_exp.run import lookup
 
     store = lookup.open_store(overrides)
     return store.uri, store.page(run)

@@ -10,8 +10,8 @@ from torch import Tensor
 from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import DatasetConfig
 from mnist_exp.data.dataset import Dataset, Split
-from mnist_exp.runs import job
-from mnist_exp.runs.job import Job
+from mnist_exp.run import job
+from mnist_exp.run.job import Job
 from tests.config.bad_input import Prepare
 from tests.faults.server import FaultyServer, Upstream
 from tests.helpers import fresh_store, tiny_dataset

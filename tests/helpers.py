@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mnist_exp.data.dataset import Dataset, Split
-from mnist_exp.runs.console import Reporter
+from mnist_exp.run.console import Reporter
 from mnist_exp.tracking.store import Store
 from mnist_exp.training.events import Epoch
 

@@ -99,8 +99,8 @@ def test_what_was_found_has_a_type() -> None:
     "module, heavy",
     [
         ("cli.main", {"torch", "mlflow", "matplotlib", "hydra", "numpy", "rich"}),
-        ("runs.predict", {"mlflow", "matplotlib", "torch._dynamo"}),
-        ("runs.train", {"mlflow", "torch._dynamo"}),
+        ("run.predict", {"mlflow", "matplotlib", "torch._dynamo"}),
+        ("run.train", {"mlflow", "torch._dynamo"}),
         ("sweeps.report_files", {"torch", "mlflow"}),
     ],
 )

@@ -16,7 +16,7 @@ from mnist_exp import api
 from mnist_exp.errors import ConfigError, RunFailed
 
 if TYPE_CHECKING:
-    from mnist_exp.runs.recorder import Result
+    from mnist_exp.run.recorder import Result
     from mnist_exp.sweeps.sweep import SweepResult
 
 # Flags of Hydra's that print something instead of training, or lead elsewhere.
@@ -132,7 +132,7 @@ def _train_with_hydra(words: Sequence[str]) -> int:
 def show(args: argparse.Namespace) -> int:
     """Print the facts of a data set, and draw its first images."""
     from mnist_exp.config.paths import output_root
-    from mnist_exp.runs.console import reporting
+    from mnist_exp.run.console import reporting
 
     _check_figure("--output", args.output)
     with reporting(announcement="the first images of a data set: loading torch ..."):
@@ -163,7 +163,7 @@ def show(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     """Print what a saved model comes to on the test set, and draw it."""
     from mnist_exp.config.paths import output_root
-    from mnist_exp.runs.console import reporting
+    from mnist_exp.run.console import reporting
 
     _check_writable("--output", args.output)
     with reporting(announcement=f"{args.run} on the test set: loading torch ...") as terminal:
@@ -228,7 +228,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def predict(args: argparse.Namespace) -> int:
     """Print the classes of image files, and the problem of those that cannot be read."""
     from mnist_exp.formatting import count_of
-    from mnist_exp.runs.console import reporting
+    from mnist_exp.run.console import reporting
 
     figure: Path | None = args.figure
     _check_figure("--figure", figure)
@@ -316,7 +316,7 @@ def reproduce(args: argparse.Namespace) -> int:
         device=args.device,
     )
 
-    from mnist_exp.runs.console import Terminal
+    from mnist_exp.run.console import Terminal
 
     print(f"run {again.run_id}  {again.name}")
     if again.kept is not None:
@@ -340,7 +340,7 @@ def reproduce(args: argparse.Namespace) -> int:
 )
 def sync(args: argparse.Namespace) -> int:
     """Upload what waits, each run to the store it is meant for."""
-    from mnist_exp.runs.console import reporting
+    from mnist_exp.run.console import reporting
 
     with reporting(announcement="looking for what waits ..."):
         count, problems = api.sync(args.folders, to=args.to, forget=args.forget)
@@ -374,7 +374,7 @@ def ui(args: argparse.Namespace) -> int:
         args.overrides, args.run = [args.run, *args.overrides], None
 
     from mnist_exp.cli import ui_server
-    from mnist_exp.runs.console import reporting
+    from mnist_exp.run.console import reporting
 
     with reporting(announcement="opening the store ..."):
         store, page = api.ui_page(args.run, args.overrides)

@@ -7,9 +7,9 @@ import torch
 
 from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import MeanStd, Table
-from mnist_exp.runs import saved_model
-from mnist_exp.runs.evaluate import Evaluation, evaluate_stack
-from mnist_exp.runs.job import CachedLoader
+from mnist_exp.run import saved_model
+from mnist_exp.run.evaluate import Evaluation, evaluate_stack
+from mnist_exp.run.job import CachedLoader
 from mnist_exp.sweeps import results
 from mnist_exp.tracking.store import Store, StoredRun
 

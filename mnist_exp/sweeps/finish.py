@@ -8,10 +8,10 @@ from mnist_exp.config.schema import Config
 from mnist_exp.errors import reason_of
 from mnist_exp.figures import style
 from mnist_exp.formatting import Table
-from mnist_exp.runs import recorder
-from mnist_exp.runs.console import Reporter
-from mnist_exp.runs.provenance import SWEPT, described, process_tags
-from mnist_exp.runs.stored_config import load_config
+from mnist_exp.run import recorder
+from mnist_exp.run.console import Reporter
+from mnist_exp.run.provenance import SWEPT, described, process_tags
+from mnist_exp.run.stored_config import load_config
 from mnist_exp.sweeps import report
 from mnist_exp.sweeps.launcher import Results, SweepSetup, load_cached
 from mnist_exp.sweeps.manifest import MANIFEST, Manifest, swept_values

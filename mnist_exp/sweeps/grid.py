@@ -21,7 +21,7 @@ from mnist_exp.config.schema import SweepConfig, task_config
 from mnist_exp.config.validate import validate, validate_sweep
 from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import count_of
-from mnist_exp.runs.console import Reporter
+from mnist_exp.run.console import Reporter
 from mnist_exp.sweeps.manifest import SweepJob, swept_values
 from mnist_exp.sweeps.report import short_names
 

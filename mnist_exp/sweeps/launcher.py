@@ -29,10 +29,10 @@ from mnist_exp.config.names import KEYS_IN_NAME
 from mnist_exp.config.schema import SweepConfig
 from mnist_exp.errors import reason_of
 from mnist_exp.formatting import count_of
-from mnist_exp.runs.console import Reporter, Terminal
-from mnist_exp.runs.job import CachedLoader, Job, prepare
-from mnist_exp.runs.recorder import THREADS, StackPlan
-from mnist_exp.runs.train import train_stack
+from mnist_exp.run.console import Reporter, Terminal
+from mnist_exp.run.job import CachedLoader, Job, prepare
+from mnist_exp.run.recorder import THREADS, StackPlan
+from mnist_exp.run.train import train_stack
 from mnist_exp.sweeps import report, stacks
 from mnist_exp.sweeps.manifest import Manifest, SweepJob
 from mnist_exp.sweeps.report import JobResult

@@ -14,7 +14,7 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.system import files
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a wrong override is refused before
-    from mnist_exp.runs.job import Job
+    from mnist_exp.run.job import Job
 
 MANIFEST = "sweep.json"  # all jobs, those included that have no run; on the parent run as well
 CONFIGS = "frozen.json"  # what is needed to run the jobs: the sweep is resumed from it

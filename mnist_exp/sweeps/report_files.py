@@ -12,8 +12,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from mnist_exp.figures import style
-from mnist_exp.runs.console import Reporter
-from mnist_exp.runs.stored_config import fetch_config
+from mnist_exp.run.console import Reporter
+from mnist_exp.run.stored_config import fetch_config
 from mnist_exp.sweeps import report
 from mnist_exp.sweeps.recipe import recipe
 from mnist_exp.sweeps.report import Cell

@@ -11,10 +11,10 @@ import torch
 
 from mnist_exp.config.schema import leaves
 from mnist_exp.formatting import count_of, is_number
-from mnist_exp.runs.job import Job
-from mnist_exp.runs.model_export import can_fork
-from mnist_exp.runs.recorder import THREADS
-from mnist_exp.runs.train import should_compile
+from mnist_exp.run.job import Job
+from mnist_exp.run.model_export import can_fork
+from mnist_exp.run.recorder import THREADS
+from mnist_exp.run.train import should_compile
 from mnist_exp.sweeps.manifest import SweepJob
 from mnist_exp.training.optimizers import STACKED
 from mnist_exp.training.stack import Stack

@@ -19,17 +19,17 @@ from mnist_exp.config.schema import Config, SweepConfig, identity, task_config
 from mnist_exp.config.validate import validate, validate_sweep
 from mnist_exp.errors import ConfigError, RunFailed, first_line, reason_of
 from mnist_exp.formatting import Table, count_of
-from mnist_exp.runs.console import Reporter
-from mnist_exp.runs.folder import (
+from mnist_exp.run.console import Reporter
+from mnist_exp.run.folder import (
     check_output_folder,
     check_registry,
     check_vacant,
     new_output_folder,
 )
-from mnist_exp.runs.job import check_unchanged
-from mnist_exp.runs.provenance import check_names
-from mnist_exp.runs.recorder import record_failure
-from mnist_exp.runs.train import INTERRUPTED_SECONDS, run_id_of
+from mnist_exp.run.job import check_unchanged
+from mnist_exp.run.provenance import check_names
+from mnist_exp.run.recorder import record_failure
+from mnist_exp.run.train import INTERRUPTED_SECONDS, run_id_of
 from mnist_exp.sweeps import finish
 from mnist_exp.sweeps.grid import raise_if_invalid
 from mnist_exp.sweeps.launcher import (

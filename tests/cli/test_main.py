@@ -561,8 +561,8 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(
     file, folder = tmp_path / "a file", tmp_path / "folder.png"
     file.touch()
     folder.mkdir()
-    monkeypatch.setattr("mnist_exp.runs.saved_model.load_run", None)  # no model is looked at
-    monkeypatch.setattr("mnist_exp.runs.saved_model.load_model", None)
+    monkeypatch.setattr("mnist_exp.run.saved_model.load_run", None)  # no model is looked at
+    monkeypatch.setattr("mnist_exp.run.saved_model.load_model", None)
     store = f"tracking.uri={finished.store}"
     predict = ["predict", "last", str(picture(tmp_path / "0.png")), store, "--figure"]
     refused(call(*predict, f"{file}/a.png"), "--figure", "a file/a.png", "Not a directory")

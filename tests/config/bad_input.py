@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.job import Job
+from mnist_exp.run.job import Job
 
 Prepare = Callable[..., Job]  # the fixture `prepare`
 NO_ARGUMENTS = ["~model.hidden", "~model.dropout"]  # of the default model

@@ -13,11 +13,11 @@ from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as data
 from mnist_exp.data.sources import DATASETS
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs import job
+from mnist_exp.run import job
 from mnist_exp.training.schedules import Constant
 from tests.config.bad_input import Prepare
 from tests.helpers import ROOT, tiny_dataset, write_idx
-from tests.runs.helpers import dataset_of, train_two_batches
+from tests.run.helpers import dataset_of, train_two_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

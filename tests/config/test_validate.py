@@ -8,7 +8,7 @@ import pytest
 from mnist_exp.errors import ConfigError
 from tests.config.bad_input import Bad, Prepare, bad, beside, is_named
 from tests.helpers import write_idx
-from tests.runs.helpers import dataset_of
+from tests.run.helpers import dataset_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

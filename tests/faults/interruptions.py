@@ -22,8 +22,8 @@ import torch._dynamo  # an optimizer imports it, which a forked process need not
 from mnist_exp.cli import main as cli
 from mnist_exp.config import paths
 from mnist_exp.figures import samples, style
-from mnist_exp.runs import recorder, train
-from mnist_exp.runs.trial import STEPS
+from mnist_exp.run import recorder, train
+from mnist_exp.run.trial import STEPS
 from mnist_exp.sweeps import results
 from mnist_exp.system.processes import is_running
 from mnist_exp.tracking import checkpoint, journal, uploader

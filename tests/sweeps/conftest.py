@@ -14,7 +14,7 @@ import torch
 
 from mnist_exp.data import dataset as data
 from mnist_exp.figures import samples, style
-from mnist_exp.runs import recorder as record
+from mnist_exp.run import recorder as record
 from tests.helpers import write_idx
 from tests.sweeps.helpers import SMALL, Done, train_all
 

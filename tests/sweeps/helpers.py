@@ -17,8 +17,8 @@ import mnist_exp
 from mnist_exp.cli import main as cli
 from mnist_exp.config.compose import compose_sweep
 from mnist_exp.config.validate import validate_sweep
-from mnist_exp.runs.console import Reporter
-from mnist_exp.runs.recorder import THREADS, Result
+from mnist_exp.run.console import Reporter
+from mnist_exp.run.recorder import THREADS, Result
 from mnist_exp.sweeps import grid, sweep
 from mnist_exp.sweeps.manifest import SweepJob
 from mnist_exp.tracking.store import Store

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from mnist_exp.config.compose import compose_sweep
 from mnist_exp.config.schema import SweepConfig, task_config
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.console import Reporter
+from mnist_exp.run.console import Reporter
 from mnist_exp.sweeps import grid, sweep
 from mnist_exp.sweeps.manifest import SweepJob
 from tests.sweeps.helpers import BASE, SMALL, call, composed, planned

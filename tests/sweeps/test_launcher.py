@@ -10,7 +10,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from mnist_exp.runs.evaluate import evaluate
+from mnist_exp.run.evaluate import evaluate
 from mnist_exp.tracking import journal
 from tests.helpers import finish, fresh_store, start, write_idx
 from tests.sweeps.helpers import (

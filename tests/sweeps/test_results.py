@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from mnist_exp.config import schema
 from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import task_config
-from mnist_exp.runs.evaluate import evaluate
+from mnist_exp.run.evaluate import evaluate
 from mnist_exp.training import metrics
 from tests.helpers import fresh_store
 from tests.sweeps.helpers import SIZES, SMALL, Done, alone, same_points, swept, train_all

@@ -12,8 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 from mnist_exp.data import dataset as data
-from mnist_exp.runs import recorder
-from mnist_exp.runs.provenance import RESERVED_TAGS
+from mnist_exp.run import recorder
+from mnist_exp.run.provenance import RESERVED_TAGS
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.training import loop

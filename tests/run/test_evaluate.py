@@ -11,8 +11,8 @@ from matplotlib.text import Text
 
 import mnist_exp
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.evaluate import Evaluation
-from mnist_exp.runs.recorder import Result
+from mnist_exp.run.evaluate import Evaluation
+from mnist_exp.run.recorder import Result
 from tests.helpers import config_on_record
 
 SMALL = [

@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor, nn
 
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.arguments import check_arguments
+from mnist_exp.run.arguments import check_arguments
 
 
 class Net:

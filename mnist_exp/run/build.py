@@ -14,7 +14,7 @@ from mnist_exp.config.hydra_adapter import import_target, instantiate_target
 from mnist_exp.config.schema import Config
 from mnist_exp.config.validate import check_target
 from mnist_exp.errors import ConfigError, first_line
-from mnist_exp.runs.arguments import check_arguments
+from mnist_exp.run.arguments import check_arguments
 from mnist_exp.training.optimizers import UNSUPPORTED
 from mnist_exp.training.schedules import Schedule
 from mnist_exp.training.stack import Stack

@@ -13,9 +13,9 @@ from mnist_exp.config.schema import Config
 from mnist_exp.config.validate import validate
 from mnist_exp.data.dataset import Dataset, DatasetInfo
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.build import build_model, restore_weights
-from mnist_exp.runs.job import Load, load_dataset
-from mnist_exp.runs.stored_config import fetch_config, load_config
+from mnist_exp.run.build import build_model, restore_weights
+from mnist_exp.run.job import Load, load_dataset
+from mnist_exp.run.stored_config import fetch_config, load_config
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.store import Store, StoredRun
 from mnist_exp.training.stack import Stack

@@ -11,11 +11,11 @@ from mnist_exp.config import paths
 from mnist_exp.config.schema import identity
 from mnist_exp.config.validate import checkpoint_every
 from mnist_exp.errors import RunFailed, Terminated
-from mnist_exp.runs.console import Reporter
-from mnist_exp.runs.folder import check_output_folder, check_registry, check_vacant, write_configs
-from mnist_exp.runs.job import Job
-from mnist_exp.runs.provenance import ask_git, check_names, stack_tags
-from mnist_exp.runs.recorder import (
+from mnist_exp.run.console import Reporter
+from mnist_exp.run.folder import check_output_folder, check_registry, check_vacant, write_configs
+from mnist_exp.run.job import Job
+from mnist_exp.run.provenance import ask_git, check_names, stack_tags
+from mnist_exp.run.recorder import (
     Event,
     Result,
     RunRecorder,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mnist_exp.config.schema import Config
 from mnist_exp.data.dataset import Dataset, Split
 from mnist_exp.errors import ConfigError, first_line
-from mnist_exp.runs.build import check_logits, explaining, restore_weights
+from mnist_exp.run.build import check_logits, explaining, restore_weights
 from mnist_exp.training.events import RunSpec
 from mnist_exp.training.stack import Batch, Stack
 from mnist_exp.training.step import TrainStep

@@ -24,11 +24,11 @@ from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import identity
 from mnist_exp.errors import ConfigError, reason_of
 from mnist_exp.formatting import Table, number_or_dash
-from mnist_exp.runs.console import Reporter
-from mnist_exp.runs.job import Job, prepare
-from mnist_exp.runs.recorder import DIFF, FINGERPRINT, Result, StackPlan
-from mnist_exp.runs.stored_config import fetch_config
-from mnist_exp.runs.train import LastEpochReached, run_id_of, train, train_stack
+from mnist_exp.run.console import Reporter
+from mnist_exp.run.job import Job, prepare
+from mnist_exp.run.recorder import DIFF, FINGERPRINT, Result, StackPlan
+from mnist_exp.run.stored_config import fetch_config
+from mnist_exp.run.train import LastEpochReached, run_id_of, train, train_stack
 from mnist_exp.system.processes import is_running, process_identity
 from mnist_exp.tracking.address import normalised, store_uri
 from mnist_exp.tracking.journal import RunHistory

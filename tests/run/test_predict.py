@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 import mnist_exp
-from mnist_exp.runs import predict
-from mnist_exp.runs.predict import Prediction
-from mnist_exp.runs.recorder import Result
+from mnist_exp.run import predict
+from mnist_exp.run.predict import Prediction
+from mnist_exp.run.recorder import Result
 
 SMALL = ["debug=fast", "training.compile=never", "training.threads=1", "training.device=cpu"]
 COUNT = 6

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import mnist_exp
 from mnist_exp.config.compose import compose
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.job import CachedLoader, Job, prepare
+from mnist_exp.run.job import CachedLoader, Job, prepare
 
 LOAD = CachedLoader()
 

@@ -20,11 +20,11 @@ from mnist_exp.data.dataset import PREVIEW_IMAGES, Dataset
 from mnist_exp.errors import RunFailed, Terminated, reason_of
 from mnist_exp.figures import samples, style
 from mnist_exp.figures.curves import learning_curves
-from mnist_exp.runs import saved_model
-from mnist_exp.runs.console import Reporter, epoch_line
-from mnist_exp.runs.job import Job, Load
-from mnist_exp.runs.model_export import recording_model
-from mnist_exp.runs.provenance import run_tags
+from mnist_exp.run import saved_model
+from mnist_exp.run.console import Reporter, epoch_line
+from mnist_exp.run.job import Job, Load
+from mnist_exp.run.model_export import recording_model
+from mnist_exp.run.provenance import run_tags
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns, RunWriter, open_runs_at

@@ -9,7 +9,7 @@ import torch
 
 from mnist_exp.data import photos
 from mnist_exp.data.photos import Photo, UnreadableImage
-from mnist_exp.runs.saved_model import check_finite, load_model
+from mnist_exp.run.saved_model import check_finite, load_model
 from mnist_exp.tracking.store import Store, StoredRun
 
 CLASSES = 3  # of a prediction, the most probable first

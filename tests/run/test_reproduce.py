@@ -19,12 +19,12 @@ from mnist_exp.config.compose import compose
 from mnist_exp.data import dataset as data
 from mnist_exp.data.dataset import Dataset, Split
 from mnist_exp.errors import ConfigError, RunFailed
-from mnist_exp.runs import lookup
-from mnist_exp.runs.console import Reporter
-from mnist_exp.runs.job import prepare
-from mnist_exp.runs.recorder import Result
-from mnist_exp.runs.reproduce import Agreement, Reproduction, reproduce
-from mnist_exp.runs.train import train
+from mnist_exp.run import lookup
+from mnist_exp.run.console import Reporter
+from mnist_exp.run.job import prepare
+from mnist_exp.run.recorder import Result
+from mnist_exp.run.reproduce import Agreement, Reproduction, reproduce
+from mnist_exp.run.train import train
 from mnist_exp.sweeps.sweep import SweepResult
 from mnist_exp.system.processes import process_identity
 from mnist_exp.tracking.uploader import Uploader

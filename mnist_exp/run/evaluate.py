@@ -11,8 +11,8 @@ from mnist_exp.data.dataset import Dataset
 from mnist_exp.figures import curves, samples
 from mnist_exp.figures.curves import History
 from mnist_exp.formatting import Table, number_or_dash
-from mnist_exp.runs.recorder import RUN_CURVES
-from mnist_exp.runs.saved_model import check_finite, load_run
+from mnist_exp.run.recorder import RUN_CURVES
+from mnist_exp.run.saved_model import check_finite, load_run
 from mnist_exp.tracking.store import Store, StoredRun
 from mnist_exp.training import metrics
 from mnist_exp.training.metrics import Calibration, ClassScore

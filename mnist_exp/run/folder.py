@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.job import Job
+from mnist_exp.run.job import Job
 from mnist_exp.system import files
 from mnist_exp.tracking import journal
 from mnist_exp.tracking.run_log import OpenRuns

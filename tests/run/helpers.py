@@ -3,7 +3,7 @@
 import torch
 
 from mnist_exp.data.dataset import Dataset
-from mnist_exp.runs.job import Job
+from mnist_exp.run.job import Job
 from mnist_exp.training import loop, metrics
 from mnist_exp.training.events import Epoch, Progress
 from mnist_exp.training.stack import Stack

@@ -9,7 +9,7 @@ import pytest
 
 from mnist_exp.errors import ConfigError
 from tests.config.bad_input import NO_ARGUMENTS, Bad, Prepare, bad, beside, is_named
-from tests.runs.helpers import stack_of, train_two_batches
+from tests.run.helpers import stack_of, train_two_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,7 +111,7 @@ TARGETS = [
         good=model("mnist_exp.training.models.LeNet5")),
     bad(model("mnist_exp.training.models.nn.modules.module.functools.partial"), "functools.partial",
         "not allowed", good=model("mnist_exp.training.models.LeNet5")),
-    bad(model("mnist_exp.runs.provenance.subprocess.run"), "leads to subprocess.run", "not allowed",
+    bad(model("mnist_exp.run.provenance.subprocess.run"), "leads to subprocess.run", "not allowed",
         good=model("mnist_exp.training.models.LeNet5")),
     bad(model("torch.nn.modules.module.os"), "it cannot be imported", "'os'",
         good=model("mnist_exp.training.models.LeNet5")),

@@ -25,8 +25,8 @@ from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as data
 from mnist_exp.errors import RunFailed
 from mnist_exp.figures.curves import learning_curves
-from mnist_exp.runs.provenance import RESERVED_TAGS
-from mnist_exp.runs.recorder import Result
+from mnist_exp.run.provenance import RESERVED_TAGS
+from mnist_exp.run.recorder import Result
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking import ui_view as view
 from tests.helpers import ROOT
@@ -255,7 +255,7 @@ def test_the_curves_of_a_run_that_diverged_show_its_best_epoch(
         drawn.append(best_epoch)
         return learning_curves(history, best_epoch, *arguments)
 
-    monkeypatch.setattr("mnist_exp.runs.recorder.learning_curves", drawing)
+    monkeypatch.setattr("mnist_exp.run.recorder.learning_curves", drawing)
     rising = ["schedule=step", "schedule.every_epochs=1", "schedule.gamma=1e30"]
     words = ["debug=fast", "training.compile=never", "training.device=cpu", *rising]
     with pytest.raises(RunFailed, match=r"diverged.*epoch 2"):

@@ -19,7 +19,7 @@ from mnist_exp.config import paths
 from mnist_exp.config.paths import IS_CHECKOUT
 from mnist_exp.config.schema import identity, leaves
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.job import Job
+from mnist_exp.run.job import Job
 from mnist_exp.tracking.limits import (
     EXPERIMENT_LENGTH,
     RUN_NAME_LENGTH,

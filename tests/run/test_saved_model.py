@@ -10,9 +10,9 @@ from PIL import Image
 import mnist_exp
 from mnist_exp.config.compose import compose
 from mnist_exp.errors import ConfigError, RunFailed
-from mnist_exp.runs.evaluate import evaluate
-from mnist_exp.runs.job import prepare
-from mnist_exp.runs.train import train
+from mnist_exp.run.evaluate import evaluate
+from mnist_exp.run.job import prepare
+from mnist_exp.run.train import train
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.uploader import Uploader

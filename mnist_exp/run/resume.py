@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.console import Reporter
-from mnist_exp.runs.folder import load_composed
-from mnist_exp.runs.job import check_unchanged, prepare
-from mnist_exp.runs.recorder import Result, last_epoch_of
-from mnist_exp.runs.train import train
+from mnist_exp.run.console import Reporter
+from mnist_exp.run.folder import load_composed
+from mnist_exp.run.job import check_unchanged, prepare
+from mnist_exp.run.recorder import Result, last_epoch_of
+from mnist_exp.run.train import train
 from mnist_exp.tracking import journal
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns, open_histories

@@ -6,7 +6,7 @@ import pytest
 
 import mnist_exp
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.provenance import ask_git
+from mnist_exp.run.provenance import ask_git
 
 
 def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_names_that_mlflow_would_refuse_or_that_are_taken(
     override: str, message: str, sweep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnist_exp.runs.trial.try_run", lambda *_: None)
+    monkeypatch.setattr("mnist_exp.run.trial.try_run", lambda *_: None)
     words = ["debug=fast", f"tracking.uri=sqlite:///{tmp_path}/a.db", override]
     with pytest.raises(ConfigError, match=message):
         if sweep:

@@ -17,13 +17,13 @@ from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as datasets
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.errors import ConfigError
-from mnist_exp.runs.build import (
+from mnist_exp.run.build import (
     add_to_import_path,
     build_model,
     build_schedule,
     optimizer_class,
 )
-from mnist_exp.runs.trial import try_run
+from mnist_exp.run.trial import try_run
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.training.events import RunSpec
 from mnist_exp.training.schedules import Schedule
