@@ -1,18 +1,30 @@
-"""The commands: what can be typed behind `mnist-exp`, a function each, from words to lines."""
+"""The commands that train, and those that look at what was trained, from words to lines."""
 
 import argparse
 import json
 import os
 import re
-import shlex
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mnist_exp import api
+from mnist_exp.cli.command import (
+    COMMANDS,
+    FORMAT,
+    RUN,
+    STORE_AND_DATA,
+    argument,
+    check_figure,
+    check_writable,
+    command,
+    command_line,
+    overrides,
+    path,
+    printable,
+    save_figures,
+)
 from mnist_exp.errors import ConfigError, RunFailed
 
 if TYPE_CHECKING:
@@ -23,74 +35,13 @@ if TYPE_CHECKING:
 HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i",
                "--shell-completion", "-sc", "--resolve", "--package", "-p", "--config-path", "-cp",
                "--experimental-rerun")  # fmt: skip
-STORE_VARIABLE = "MLFLOW_TRACKING_URI"  # which counts before all that is typed
-
-Argument = tuple[tuple[str, ...], dict[str, Any]]  # of argparse's add_argument
-Function = Callable[[argparse.Namespace], int]  # runs a command and returns the exit status
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command of the program, with its arguments and the function that runs it."""
-
-    name: str
-    usage: str  # the arguments, for the list of commands
-    summary: str
-    arguments: Sequence[Argument]
-    function: Function
-
-    def parser(self) -> argparse.ArgumentParser:
-        """Return the parser of the words behind its name."""
-        parser = argparse.ArgumentParser(
-            prog=f"mnist-exp {self.name}", description=self.summary, allow_abbrev=False
-        )
-        for names, options in self.arguments:
-            parser.add_argument(*names, **options)
-        return parser
-
-    def run(self, words: Sequence[str]) -> int:
-        """Run the command on the words behind its name, and return the exit status."""
-        if self.name == "train" and any(word.split("=")[0] in HYDRA_FLAGS for word in words):
-            return _train_with_hydra(words)
-        return self.function(self.parser().parse_intermixed_args(words))
-
-
-COMMANDS: dict[str, Command] = {}
-
-
-def command(usage: str, summary: str, *arguments: Argument) -> Callable[[Function], Function]:
-    """Register the decorated function as the command of its name."""
-
-    def register(function: Function) -> Function:
-        name = function.__name__
-        COMMANDS[name] = Command(name, usage, summary, arguments, function)
-        return function
-
-    return register
-
-
-def argument(*names: str, **options: Any) -> Argument:
-    """Return the arguments of a call of argparse's add_argument."""
-    return names, options
-
-
-def overrides(examples: str = "tracking.uri=...") -> Argument:
-    """Return the argument for overrides; its default tells argparse that none are needed."""
-    return argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help=examples)
-
-
-def path(text: str) -> Path:
-    """Return a path that was typed, and refuse an empty one, which Path takes for this folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty: a file or a folder has to be named")
-    return Path(text)
-
-
-RUN = argument("run", metavar="RUN", help="a run id, its beginning, or last")
-STORE_AND_DATA = overrides("tracking.uri=..., and dataset.root=FOLDER where the data has moved")
-# The formats are those of figures/style.py, whose import takes half a second.
-FORMATS = ("png", "svg", "pdf")
-FORMAT = argument("--format", choices=FORMATS, default="png", help="of the figures written")
+def run(name: str, words: Sequence[str]) -> int:
+    """Run the command of a name on the words behind it, and return the exit status."""
+    if name == "train" and any(word.split("=")[0] in HYDRA_FLAGS for word in words):
+        return _train_with_hydra(words)
+    return COMMANDS[name].run(words)
 
 
 @command(
@@ -134,12 +85,12 @@ def show(args: argparse.Namespace) -> int:
     from mnist_exp.config.paths import output_root
     from mnist_exp.run.console import reporting
 
-    _check_figure("--output", args.output)
+    check_figure("--output", args.output)
     with reporting(announcement="the first images of a data set: loading torch ..."):
         overview = api.show(args.overrides)
 
     file = args.output or output_root() / "outputs" / f"{overview.dataset.name}.png"
-    _save_figures("--output", file, {file: overview.figure})
+    save_figures("--output", file, {file: overview.figure})
     for name, fact in {**overview.facts, "picture": file}.items():
         print(f"{name:8} {fact}")
     return 0
@@ -165,14 +116,14 @@ def evaluate(args: argparse.Namespace) -> int:
     from mnist_exp.config.paths import output_root
     from mnist_exp.run.console import reporting
 
-    _check_writable("--output", args.output)
+    check_writable("--output", args.output)
     with reporting(announcement=f"{args.run} on the test set: loading torch ...") as terminal:
         ensemble = api.ensemble(args.run, args.overrides) if args.ensemble else None
         evaluation = ensemble.whole if ensemble else api.evaluate(args.run, args.overrides)
         folder = args.output or output_root() / "outputs" / "evaluations" / evaluation.run_id[:8]
         drawn = evaluation.draw().items()
         figures = {folder / f"{name}.{args.format}": figure for name, figure in drawn}
-        _save_figures("--output", folder, figures)
+        save_figures("--output", folder, figures)
     if ensemble:
         terminal.table("members", *ensemble.table())
     print(f"run            {evaluation.run_id}  {evaluation.name}")
@@ -231,7 +182,7 @@ def predict(args: argparse.Namespace) -> int:
     from mnist_exp.run.console import reporting
 
     figure: Path | None = args.figure
-    _check_figure("--figure", figure)
+    check_figure("--figure", figure)
     files, typed = _divide(args.images)
     if figure is not None and os.path.realpath(figure) in map(os.path.realpath, files):
         raise ConfigError(f"--figure {figure}: it is one of the images. Name another file")
@@ -240,7 +191,7 @@ def predict(args: argparse.Namespace) -> int:
         predictions = api.predict(files, args.run, typed, args.raw)
     readable = [p for p in predictions if not p.problem]
     if figure is not None and readable:
-        _save_figures("--figure", figure, {figure: api.predictions_figure(predictions)})
+        save_figures("--figure", figure, {figure: api.predictions_figure(predictions)})
         print(f"figure {figure.resolve()}", file=sys.stderr)
     elif figure is not None:
         print(f"mnist-exp: --figure {figure}: no image, no figure", file=sys.stderr)
@@ -248,13 +199,13 @@ def predict(args: argparse.Namespace) -> int:
         print(json.dumps([p.as_json() for p in predictions], indent=1))
     elif readable:
         rows = [
-            [_printable(p.file), *(f"{name}  {share:.2%}" for name, share in p.classes)]
+            [printable(p.file), *(f"{name}  {share:.2%}" for name, share in p.classes)]
             for p in readable
         ]
         terminal.table(readable[0].run_name, ["image", "class", "next", "after that"], rows)
     for p in predictions:
         if p.problem:
-            print(f"mnist-exp: {_printable(p.file)}: {p.problem}", file=sys.stderr)
+            print(f"mnist-exp: {printable(p.file)}: {p.problem}", file=sys.stderr)
     return 0 if len(readable) == len(predictions) else 1
 
 
@@ -268,7 +219,7 @@ def predict(args: argparse.Namespace) -> int:
 )
 def report(args: argparse.Namespace) -> int:
     """Print the report on a sweep again."""
-    _check_writable("--output", args.output)
+    check_writable("--output", args.output)
     sweep = api.report(
         args.sweep, args.overrides, verbose=True, output=args.output, suffix=args.format
     )
@@ -414,23 +365,6 @@ def shell_code(shell: str) -> str:
     return code.replace("complete --command mnist-exp -f", "complete --command mnist-exp -k -f")
 
 
-def command_line(*words: str, store: str | None = None) -> str:
-    """Return what to type here to run a command of this program, on a store if one is given."""
-    program = Path(sys.argv[0])
-    on_path = shutil.which("mnist-exp")
-    if program.name == "__main__.py":
-        typed = [sys.executable, "-m", "mnist_exp"]
-    elif on_path and Path(on_path).resolve() == program.resolve():
-        typed = ["mnist-exp"]
-    else:
-        typed = [str(program)]
-    if store is None or store == api.default_store():
-        return shlex.join([*typed, *words])
-    if os.environ.get(STORE_VARIABLE):
-        return shlex.join([f"{STORE_VARIABLE}={store}", *typed, *words])
-    return shlex.join([*typed, *words, f"tracking.uri={store}"])
-
-
 def _print_run(result: "Result") -> int:
     print(f"run {result.run_id}")
     print(f"output {result.output_dir}")
@@ -466,38 +400,3 @@ def _divide(words: Sequence[str]) -> tuple[list[Path], list[str]]:
             "IMAGE: none is given, or an empty name. To predict: mnist-exp predict RUN IMAGE ..."
         )
     return files, typed
-
-
-def _check_figure(option: str, file: Path | None) -> None:
-    """Raise ConfigError, before the work, if the figure could not be written after it."""
-    if file is not None and file.suffix.lower().removeprefix(".") not in FORMATS:
-        raise ConfigError(f"{option} {file}: must end in .png, .svg or .pdf")
-    _check_writable(option, file, is_folder=False)
-
-
-def _check_writable(option: str, place: Path | None, *, is_folder: bool = True) -> None:
-    """Raise ConfigError, before the work, if what an option names could not be written after it."""
-    if place is None:
-        return
-
-    from mnist_exp.system import files
-
-    with files.reporting_write_errors(option, place):
-        if is_folder:
-            files.check_writable_folder(place)
-        else:
-            files.check_writable_file(place)
-
-
-def _save_figures(option: str, place: Path, figures: Mapping[Path, Any]) -> None:
-    """Write figures to their files. Raise ConfigError, naming an option's value, if that fails."""
-    from mnist_exp.system import files
-
-    with files.reporting_write_errors(option, place):
-        for file, figure in figures.items():
-            api.save_figure(figure, file)
-
-
-def _printable(file: Path) -> str:
-    """Return a file's name without line breaks, and without what moves a terminal's cursor."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(file))

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mnist_exp import api
-from mnist_exp.cli.commands import COMMANDS, HYDRA_FLAGS, Command
+from mnist_exp.cli.command import COMMANDS, Command
+from mnist_exp.cli.commands import HYDRA_FLAGS
 from mnist_exp.errors import ConfigError
 
 FILES = ":files"  # the one candidate where the name of a file is to be completed

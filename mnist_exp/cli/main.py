@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mnist_exp import __version__, api
-from mnist_exp.cli.commands import COMMANDS, command_line
+from mnist_exp.cli import catalog_commands, commands
+from mnist_exp.cli.command import COMMANDS, command_line
 from mnist_exp.errors import BROKEN_PIPE, ConfigError, RunFailed, Terminated, did_you_mean
 from mnist_exp.system import signals, streams
+
+MODULES = (commands, catalog_commands)  # their import has registered all commands
 
 _HELP = """\
 usage: mnist-exp COMMAND [ARGUMENT ...]
@@ -128,4 +131,4 @@ def _run(words: Sequence[str]) -> int:
                 f"the run in {folder} is KILLED: {reason}. To go on with it: "
                 f"{command_line('resume', str(folder))}"
             )
-    return COMMANDS[name].run(rest)
+    return commands.run(name, rest)

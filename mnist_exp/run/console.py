@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -55,7 +56,13 @@ class Reporter:
     def notice(self, text: str) -> None:
         """Show a line of text that is no part of the output."""
 
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(
+        self,
+        title: str,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        cut: Sequence[str] = (),
+    ) -> None:
         """Show a table."""
 
     def stop(self) -> None:
@@ -163,10 +170,23 @@ class Terminal(Reporter):
         self.announcement.stop()
         print(text, file=sys.stderr, flush=True)
 
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table with its title."""
+    def table(
+        self,
+        title: str,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        cut: Sequence[str] = (),
+    ) -> None:
+        """Print a table with its title, if any.
+
+        Where it is too wide, texts go on in a second line. But where columns are named in `cut`,
+        the texts of those columns are cut first, so that a row is a line.
+        """
         self.announcement.stop()
-        table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False)
+        if cut:
+            rows = _cut_to_width(header, rows, cut, self.console.width)
+        shown = Text(title) if title else None
+        table = Table(title=shown, title_justify="left", box=SIMPLE, pad_edge=False)
         for name in header:
             table.add_column(Text(name), overflow="fold")
         for row in rows:
@@ -180,6 +200,34 @@ class Terminal(Reporter):
             self.bar.stop()
         for task in self.bar.task_ids:
             self.bar.remove_task(task)
+
+
+def _cut_to_width(
+    header: Sequence[str], rows: Sequence[Sequence[str]], cut: Sequence[str], width: int
+) -> list[list[str]]:
+    """Return the rows of a table with the texts in some columns cut, so that a row is a line.
+
+    Args:
+        header: The names of the columns.
+        rows: The rows.
+        cut: The columns that can be cut, which keep ten characters each.
+        width: The characters of a line.
+    """
+    widths = [max(cell_len(text) for text in column) for column in zip(header, *rows, strict=True)]
+    excess = sum(widths) + 3 * len(widths) - width
+    while excess > 0:
+        longest = max((i for i in range(len(header)) if header[i] in cut), key=lambda i: widths[i])
+        if widths[longest] <= 10:
+            break
+        widths[longest] -= 1
+        excess -= 1
+    return [
+        [
+            text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
+            for text, width in zip(row, widths, strict=True)
+        ]
+        for row in rows
+    ]
 
 
 @contextlib.contextmanager

@@ -321,7 +321,7 @@ def record_deferred_test(folder: Path, load: Load) -> None:
     history = RunHistory.of(folder)
     record_preview(dataset, writer)
     if dataset.val is not None:  # the weights are those of the best epoch
-        epoch = int(history.newest().get("best/epoch") or last_epoch_of(history))
+        epoch = int(history.newest().get("best/epoch") or history.epochs)
         record_predictions(stack, dataset, writer, epoch)
     record_test_and_model(stack, dataset, writer, *read_test_set(stack, dataset))
     writer.journal.close()
@@ -353,7 +353,7 @@ def record_test_and_model(
         scores: test/loss and test/accuracy.
     """
     history = RunHistory.of(writer.folder)
-    epoch = last_epoch_of(history)
+    epoch = history.epochs
     model = _deployed(stack, dataset)
     with recording_model(model, dataset, writer):
         for name, figure in samples.draw_test_results(dataset, logits).items():
@@ -363,11 +363,6 @@ def record_test_and_model(
         if (layer := samples.first_layer(model.model, dataset.shape)) is not None:
             writer.image("model/first_layer", style.pixels(layer), epoch)
     writer.metrics(scores, epoch)
-
-
-def last_epoch_of(history: RunHistory) -> int:
-    """Return the last epoch that is recorded of a run, or 0."""
-    return max((step for step, _ in history.history("train/loss")), default=0)
 
 
 def record_curves(

@@ -8,7 +8,7 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.run.console import Reporter
 from mnist_exp.run.folder import load_composed
 from mnist_exp.run.job import check_unchanged, prepare
-from mnist_exp.run.recorder import Result, last_epoch_of
+from mnist_exp.run.recorder import Result
 from mnist_exp.run.train import train
 from mnist_exp.tracking import journal
 from mnist_exp.tracking.journal import RunHistory
@@ -118,7 +118,7 @@ def resume_run(folder: Path, reporter: Reporter, uploader: Uploader) -> Result |
     except ConfigError as error:
         raise ConfigError(f"{folder / '.hydra' / 'config.yaml'}: {error}") from error
     reporter.line(
-        f"{name}: goes on in {folder}; {last_epoch_of(history)} of {job.config.training.epochs} "
+        f"{name}: goes on in {folder}; {history.epochs} of {job.config.training.epochs} "
         f"epochs are recorded"
     )
     return train(job, folder, reporter, uploader, store=history.uri, resume=True)

@@ -57,6 +57,7 @@ def open_parent(setup: SweepSetup, manifest: Manifest, config: Config) -> RunWri
     tags = {
         **process_tags(),
         "sweep": "true",
+        "jobs": str(len(manifest.valid)),
         "launcher": manifest.launcher,
         "output_dir": str(setup.folder),
         "dataset": config.dataset.name,

@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock
 
 NAME = "journal.jsonl"
+EPOCH_METRIC = "train/loss"  # which every epoch of every run has
 _CRC = re.compile(rb', "crc": "([^"]{8})"}')
 _BLOCK = 4096  # bytes, of a look back for the last newline
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -195,8 +196,10 @@ class RunHistory:
     experiment: str = ""
     parent: str = ""  # the folder of its sweep
     start_time: int = 0  # ms since 1970
+    end_time: int | None = None  # likewise; None while it runs
     owner: Mapping[str, Any] = field(default_factory=dict)  # the process that writes it
     tags: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
     dataset_digest: str = ""  # the SHA-256 of the data that it began with
     # key -> step -> value, in the order in which they were recorded
     metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
@@ -218,11 +221,13 @@ class RunHistory:
                 values["start_time"] = entry.time
                 tags = dict(fields.get("tags", {}))
             if entry.kind in ("begin", "resume"):
-                values |= {"owner": fields["owner"], "status": "", "reason": ""}
+                values |= {"owner": fields["owner"], "status": "", "reason": "", "end_time": None}
             elif entry.kind == "store":
                 values["uri"] = fields["uri"]
             elif entry.kind == "tags":
                 tags |= fields["values"]
+            elif entry.kind == "params":
+                values["params"] = fields["values"]
             elif entry.kind == "dataset":
                 values.setdefault("dataset_digest", fields["digest"])
             elif entry.kind == "metrics":
@@ -230,12 +235,18 @@ class RunHistory:
                     metrics.setdefault(key, {})[fields["step"]] = value
             elif entry.kind == "end":
                 values |= {"status": fields["status"], "reason": fields.get("reason", "")}
+                values["end_time"] = entry.time
         return cls(**values, tags=tags, metrics=metrics)
 
     @property
     def is_over(self) -> bool:
         """True of a run that finished or failed; one that was killed can go on."""
         return self.status in ("FINISHED", "FAILED")
+
+    @property
+    def epochs(self) -> int:
+        """The last epoch that is recorded, or 0."""
+        return max(self.metrics.get(EPOCH_METRIC, {}), default=0)
 
     def newest(self) -> dict[str, float]:
         """Return the newest value of each metric."""

@@ -109,7 +109,9 @@ def inspect_database(path: Path, experiment: str | None) -> tuple[str, dict[str,
 def read_runs(
     path: Path, run_id: str | None = None, tag: tuple[str, str] | None = None, newest: int = -1
 ) -> list[dict[str, Any]]:
-    """Return the runs in a database, the newest first: the columns, with tags and metrics by name.
+    """Return the runs in a database, the newest first: the columns, and what they have by name.
+
+    That is tags, params, metrics, and the steps of the metrics.
 
     MLflow returns the same, after an import that takes seconds.
 
@@ -121,7 +123,7 @@ def read_runs(
     """
     query = """
         SELECT run_uuid AS id, runs.name, status, CAST(experiment_id AS TEXT) AS experiment_id,
-            start_time, artifact_uri
+            start_time, end_time, artifact_uri
         FROM runs JOIN experiments USING (experiment_id)
         WHERE CASE WHEN :id IS NULL
             THEN runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active'
@@ -136,12 +138,16 @@ def read_runs(
         rows = database.execute(
             query, {"id": run_id, "key": key, "value": value, "newest": newest}
         ).fetchall()
-        runs = {row["id"]: {**row, "tags": {}, "metrics": {}, "digest": ""} for row in rows}
+        empty = ("tags", "params", "metrics", "steps")
+        runs = {r["id"]: {**r, **{name: {} for name in empty}, "digest": ""} for r in rows}
         ids = (json.dumps(list(runs)),)
-        for row in database.execute(f"SELECT * FROM tags WHERE {of_runs}", ids):
-            runs[row["run_uuid"]]["tags"][row["key"]] = row["value"]
+        for table in ("tags", "params"):
+            query = f"SELECT run_uuid, key, value FROM {table} WHERE {of_runs}"
+            for run_uuid, key, value in database.execute(query, ids):
+                runs[run_uuid][table][key] = value
         for row in database.execute(f"SELECT * FROM latest_metrics WHERE {of_runs}", ids):
             runs[row["run_uuid"]]["metrics"][row["key"]] = _metric(row)
+            runs[row["run_uuid"]]["steps"][row["key"]] = row["step"]
         digests = f"""
             SELECT destination_id AS run_uuid, input_tags.value AS digest
             FROM inputs JOIN input_tags USING (input_uuid)
@@ -149,6 +155,11 @@ def read_runs(
         for row in database.execute(digests, ids):
             runs[row["run_uuid"]]["digest"] = row["digest"]
     return list(runs.values())
+
+
+def newest_step(run: Any, key: str) -> int:
+    """Return the step of the newest point of a metric of MLflow's entity of a run, or 0."""
+    return max((metric.step for metric in run.data._metric_objs if metric.key == key), default=0)
 
 
 def read_history(path: Path, run_id: str, key: str) -> list[tuple[int, float]]:

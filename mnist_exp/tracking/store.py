@@ -26,7 +26,7 @@ from mnist_exp.tracking.address import (
     deleted_experiment,
     named,
 )
-from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.journal import EPOCH_METRIC, RunHistory
 from mnist_exp.tracking.mlflow_internals import PARENT
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,11 @@ class StoredRun:
     status: str  # RUNNING, FINISHED, FAILED or KILLED
     experiment_id: str
     start_time: int  # ms since 1970
+    end_time: int | None  # likewise; None before its end
     tags: Mapping[str, str]
+    params: Mapping[str, str]
     metrics: Mapping[str, float]  # the newest value of each
+    epochs: int  # that are recorded
     dataset_digest: str  # the SHA-256 of the data that it was trained on, or ""
     artifact_uri: str  # where its artifacts are
 
@@ -78,8 +81,11 @@ class StoredRun:
             status=info.status,
             experiment_id=info.experiment_id,
             start_time=info.start_time,
+            end_time=info.end_time,
             tags=data.tags,
+            params=data.params,
             metrics=data.metrics,
+            epochs=mlflow_internals.newest_step(entity, EPOCH_METRIC),
             dataset_digest=digests[0] if digests else "",
             artifact_uri=info.artifact_uri,
         )
@@ -249,7 +255,15 @@ class Store:
     def _read_runs(self, **conditions: Any) -> list[StoredRun]:
         """Return the runs that an SQLite database has under these conditions. Raise ConfigError."""
         rows = self._read(mlflow_internals.read_runs, **conditions)
-        return [StoredRun(self.uri, dataset_digest=row.pop("digest"), **row) for row in rows]
+        return [
+            StoredRun(
+                self.uri,
+                dataset_digest=row.pop("digest"),
+                epochs=row.pop("steps").get(EPOCH_METRIC, 0),
+                **row,
+            )
+            for row in rows
+        ]
 
     def _read(self, read: Callable[..., T], *args: Any, **options: Any) -> T:
         """Return what a function reads from the SQLite database. Raise ConfigError.

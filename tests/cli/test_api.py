@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-import mnist_exp
+import mnist_exp.cli.main  # registers all commands
 from mnist_exp import api
-from mnist_exp.cli.commands import COMMANDS
+from mnist_exp.cli.command import COMMANDS
 from mnist_exp.config import paths
 from mnist_exp.errors import ConfigError, RunFailed
 from mnist_exp.sweeps.sweep import SweepResult

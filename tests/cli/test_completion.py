@@ -13,7 +13,8 @@ import pexpect
 import pytest
 from argcomplete.finders import CompletionFinder
 
-from mnist_exp.cli.commands import COMMANDS, shell_code
+from mnist_exp.cli.command import COMMANDS
+from mnist_exp.cli.commands import shell_code
 from mnist_exp.cli.completion import FILES, candidates, complete
 from mnist_exp.tracking import store as tracking
 from tests.helpers import ROOT, command, fresh_store

@@ -1,8 +1,4 @@
-"""The package from Python: every command as a function.
-
-Overrides are those of the command line. A run is named by `last`, its id, or the beginning of it.
-Each function imports what is heavy when it is called, and prints nothing unless it is verbose.
-"""
+"""Experiments from Python: data sets and models, training, and what has been trained."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,0 +1,52 @@
+"""The package from Python: every command as a function.
+
+Overrides are those of the command line. A run is named by `last`, its id, or the beginning of it.
+Each function imports what is heavy when it is called, and prints nothing unless it is verbose.
+"""
+
+from mnist_exp.api.catalog import list_records, runs
+from mnist_exp.api.experiments import (
+    build,
+    default_store,
+    ensemble,
+    evaluate,
+    list_runs,
+    load,
+    mark_dead_runs,
+    predict,
+    predictions_figure,
+    report,
+    reproduce,
+    resume,
+    save_figure,
+    show,
+    sync,
+    train,
+    train_composed,
+    train_sweep,
+    ui_page,
+)
+
+__all__ = [
+    "build",
+    "default_store",
+    "ensemble",
+    "evaluate",
+    "list_records",
+    "list_runs",
+    "load",
+    "mark_dead_runs",
+    "predict",
+    "predictions_figure",
+    "report",
+    "reproduce",
+    "resume",
+    "runs",
+    "save_figure",
+    "show",
+    "sync",
+    "train",
+    "train_composed",
+    "train_sweep",
+    "ui_page",
+]

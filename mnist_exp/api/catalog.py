@@ -1,0 +1,68 @@
+"""All runs on record from Python: lists and tables of them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mnist_exp.catalog.listing import Listing
+    from mnist_exp.catalog.records import Record
+
+
+def list_records(
+    sweep: str | None = None,
+    filters: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    *,
+    sort: str = "-started",
+    limit: int | None = None,
+    unfolded: bool = False,
+) -> "Listing":
+    """Return the runs on record, the newest first, with sweeps in place of their jobs.
+
+    Args:
+        sweep: A sweep, whose jobs alone are meant.
+        filters: Conditions that hold for all, as in `optimizer.lr>0.05 and model=cnn`. With one,
+            jobs of sweeps are in the answer as well.
+        overrides: `tracking.uri=...` alone, the store to look into.
+        sort: The field to sort by; with a minus in front, the greatest first.
+        limit: The greatest number of records.
+        unfolded: Jobs of sweeps are in the answer as well.
+
+    Raises:
+        ConfigError: A filter or a field is not known, or the store cannot be read.
+    """
+    records = _records(overrides)
+
+    from mnist_exp.catalog import listing
+    from mnist_exp.catalog.records import find
+
+    chosen = None if sweep is None else find(records, sweep, ("sweep",))
+    return listing.list_records(
+        records, sweep=chosen, filters=filters, order=sort, limit=limit, unfolded=unfolded
+    )
+
+
+def runs(
+    sweep: str | None = None, filters: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> "pd.DataFrame":
+    """Return a pandas table of the runs on record, jobs of sweeps included, a row for each.
+
+    The columns are those of `mnist-exp runs --csv`: id, name, status, params.NAME, metrics.NAME,
+    tags.NAME and so on. The arguments, and what is raised, are those of `list_records`.
+    """
+    import pandas as pd
+
+    from mnist_exp.catalog.listing import flat
+
+    found = list_records(sweep, filters, overrides, unfolded=True)
+    return pd.DataFrame([flat(record) for record in found.records])
+
+
+def _records(overrides: Sequence[str]) -> "list[Record]":
+    """Return all runs of the store that the overrides name. Raise ConfigError."""
+    from mnist_exp.catalog.records import load_records
+    from mnist_exp.run import lookup
+
+    return load_records(lookup.store_uri(overrides, required=False), lookup.open_runs())

@@ -1,0 +1,1 @@
+"""All runs on record: listed, compared, stopped, removed, exported."""

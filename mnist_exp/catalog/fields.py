@@ -1,0 +1,132 @@
+"""The fields of a record: what a filter, an order or a column can name.
+
+A field is one of the own fields below, or a parameter, a metric or a tag of the record by its name,
+as in `optimizer.lr`, `val/accuracy` or `model`. The last part of a name will do where only one name
+ends so: `lr`.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from mnist_exp.catalog.records import Record
+from mnist_exp.errors import ConfigError, did_you_mean
+from mnist_exp.formatting import count_of
+
+Value = str | float | None  # None where a record has no such field
+
+_OWN: dict[str, Callable[[Record], Any]] = {
+    "id": lambda record: record.id,
+    "name": lambda record: record.name,
+    "kind": lambda record: record.kind,
+    "status": lambda record: record.status,
+    "reason": lambda record: record.reason,
+    "started": lambda record: iso_time(record.start_time),
+    "seconds": lambda record: record.seconds(time.time()),
+    "epochs": lambda record: float(record.epochs),
+    "note": lambda record: record.note,
+    "sweep": lambda record: record.parent,
+    "folder": lambda record: str(record.folder or ""),
+}
+
+
+def iso_time(milliseconds: int) -> str:
+    """Return a time, in ms since 1970, in ISO 8601 in the local time zone: 2026-11-27T17:29:34."""
+    return datetime.fromtimestamp(milliseconds / 1000).isoformat(timespec="seconds")
+
+
+def value(record: Record, name: str) -> Value:
+    """Return a field of a record by its full name; a number where its text is one.
+
+    A parameter comes before a metric, and a metric before a tag, where they have one name.
+    """
+    if name in _OWN:
+        found = _OWN[name](record)
+        return found if isinstance(found, float) else parsed(found)
+    for source in (record.params, record.metrics, record.tags):
+        if name in source:
+            found = source[name]
+            return found if isinstance(found, float) else parsed(found)
+    return None
+
+
+def parsed(text: str) -> Value:
+    """Return the number that a text is, or the text; None for what stands for nothing."""
+    if text in ("", "None"):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def names(records: Iterable[Record]) -> list[str]:
+    """Return the names of all fields that the records have: own fields first, then sorted."""
+    found: set[str] = set()
+    for record in records:
+        found.update(record.params, record.metrics, record.tags)
+    return [*_OWN, *sorted(found - _OWN.keys())]
+
+
+def full_name(name: str, known: Sequence[str]) -> str:
+    """Return the full name of a field that may be shortened to its last part.
+
+    Args:
+        name: The name as it was typed.
+        known: All full names.
+
+    Raises:
+        ConfigError: There is no such field, or several names end so.
+    """
+    if name in known:
+        return name
+    ending = [full for full in known if re.split(r"[./]", full)[-1] == name]
+    ending += [full for full in known if full.endswith((f".{name}", f"/{name}"))]
+    matching = list(dict.fromkeys(ending))
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise ConfigError(f"{name}: several fields end so: {', '.join(matching)}. Name one of them")
+    parts = {part: full for full in known for part in (re.split(r"[./]", full)[-1], full)}
+    raise ConfigError(
+        f"{name}: no run has such a field. {did_you_mean(name, parts)}A field is a parameter, a "
+        f"metric or a tag, or one of {', '.join(_OWN)}"
+    )
+
+
+def sort(records: Sequence[Record], order: str, known: Sequence[str]) -> list[Record]:
+    """Return the records by a field, which a minus in front turns round.
+
+    Numbers come before texts, and records that have no such field come last, either way.
+
+    Args:
+        records: The records.
+        order: The name of the field, as in `val/accuracy` or `-started`.
+        known: The full names of all fields.
+
+    Raises:
+        ConfigError: There is no such field.
+    """
+    name = full_name(order.removeprefix("-"), known)
+    with_field: list[tuple[float | str, Record]] = []
+    without: list[Record] = []
+    for record in records:
+        found = value(record, name)
+        if found is None or (isinstance(found, float) and math.isnan(found)):
+            without.append(record)
+        else:
+            with_field.append((found, record))
+    with_field.sort(key=lambda pair: (isinstance(pair[0], str), pair[0]))
+    if order.startswith("-"):
+        with_field.reverse()
+    return [record for _, record in with_field] + without
+
+
+def describe_count(records: Sequence[Record]) -> str:
+    """Return how many runs and sweeps there are, in words: "3 sweeps, 1 run"."""
+    kinds = [record.kind for record in records]
+    counts = {noun: kinds.count(noun) for noun in ("sweep", "run", "job")}
+    return ", ".join(count_of(n, noun) for noun, n in counts.items() if n) or "nothing"

@@ -1,0 +1,64 @@
+"""The commands for all runs on record, from words to lines."""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+
+from mnist_exp import api
+from mnist_exp.cli.command import argument, command, command_line
+
+
+@command(
+    "[SWEEP] [FILTER ...]",
+    "lists runs and sweeps, the newest first",
+    argument(
+        "words",
+        nargs="*",
+        metavar="SWEEP_OR_FILTER",
+        help="a sweep, to list its runs; conditions, as in 'optimizer.lr>0.05 and model=cnn'; "
+        "and tracking.uri=...",
+    ),
+    argument("--filter", "-f", action="append", default=[], metavar="FILTER", help="a condition"),
+    argument("--sort", default="-started", metavar="FIELD", help="-val/accuracy: best first"),
+    argument("--limit", "-n", type=int, default=20, help="the greatest number of lines (20)"),
+    argument("--all", "-a", action="store_true", help="every run, those of sweeps as well"),
+    argument("--json", action="store_true", help="print JSON, with all fields"),
+    argument("--csv", action="store_true", help="print CSV, with all fields"),
+)
+def runs(args: argparse.Namespace) -> int:
+    """Print a line for each run or sweep."""
+    from datetime import datetime
+
+    from mnist_exp.run.console import Terminal
+
+    sweep, filters, overrides = _divide(args.words)
+    found = api.list_records(
+        sweep,
+        [*filters, *args.filter],
+        overrides,
+        sort=args.sort,
+        limit=None if args.all else args.limit,
+        unfolded=args.all,
+    )
+    if args.json:
+        print(json.dumps(found.as_json(), indent=1))
+    elif args.csv:
+        print(found.csv_text(), end="")
+    elif not found.records:
+        print(f"no runs. To make one: {command_line('train')}")
+    else:
+        flexible = ("name", "status", "differs in", "note")
+        Terminal().table("", *found.table(datetime.now()), cut=flexible)
+        if len(found.records) < found.total:
+            print(f"{len(found.records)} of {found.total}. More: --limit {found.total}")
+    return 0
+
+
+def _divide(words: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
+    """Return the sweep, the filters and the overrides among words."""
+    overrides = [word for word in words if word.startswith("tracking.uri=")]
+    others = [word for word in words if word not in overrides]
+    filters = [word for word in others if re.search(r"[=<>~]", word)]
+    sweeps = [word for word in others if word not in filters]
+    return (sweeps[0] if sweeps else None), [*filters, *sweeps[1:]], overrides
