@@ -10,7 +10,8 @@ from mnist_exp.system.processes import is_running
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.outages import may_pass
 from mnist_exp.tracking.run_log import OpenRun, OpenRuns, open_histories
-from mnist_exp.tracking.store import Store, StoredRun, has_runs
+from mnist_exp.tracking.store import Store, has_runs
+from mnist_exp.tracking.stored_run import StoredRun
 from mnist_exp.tracking.upload import UploadState
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from mnist_exp.figures.curves import History
 from mnist_exp.formatting import Table, number_or_dash
 from mnist_exp.run.recorder import RUN_CURVES
 from mnist_exp.run.saved_model import check_finite, load_run
-from mnist_exp.tracking.store import Store, StoredRun
+from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.stored_run import StoredRun
 from mnist_exp.training import metrics
 from mnist_exp.training.metrics import Calibration, ClassScore
 from mnist_exp.training.stack import Stack

@@ -12,8 +12,9 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.tracking import address, waiting
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns, open_runs_at
-from mnist_exp.tracking.store import Store, StoredRun, has_runs
+from mnist_exp.tracking.store import Store, has_runs
 from mnist_exp.tracking.store_check import check_store
+from mnist_exp.tracking.stored_run import StoredRun
 from mnist_exp.tracking.uploader import Uploader
 
 

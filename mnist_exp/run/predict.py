@@ -10,7 +10,8 @@ import torch
 from mnist_exp.data import photos
 from mnist_exp.data.photos import Photo, UnreadableImage
 from mnist_exp.run.saved_model import check_finite, load_model
-from mnist_exp.tracking.store import Store, StoredRun
+from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.stored_run import StoredRun
 
 CLASSES = 3  # of a prediction, the most probable first
 DRAWN = 60  # files in a figure; the memory would not do for the photos of all

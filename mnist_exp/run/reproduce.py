@@ -33,8 +33,9 @@ from mnist_exp.system.processes import is_running, process_identity
 from mnist_exp.tracking.address import normalised, store_uri
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import open_runs_at
-from mnist_exp.tracking.store import Store, StoredRun
+from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.store_check import check_store
+from mnist_exp.tracking.stored_run import StoredRun
 from mnist_exp.tracking.upload import UploadState
 from mnist_exp.tracking.uploader import Uploader
 

@@ -13,8 +13,9 @@ from mnist_exp.run.train import train
 from mnist_exp.tracking import journal
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns, open_histories
-from mnist_exp.tracking.store import Store, StoredRun, has_runs
+from mnist_exp.tracking.store import Store, has_runs
 from mnist_exp.tracking.store_check import check_store
+from mnist_exp.tracking.stored_run import StoredRun
 from mnist_exp.tracking.upload import UploadState
 from mnist_exp.tracking.uploader import Uploader
 

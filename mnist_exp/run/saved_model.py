@@ -17,7 +17,8 @@ from mnist_exp.run.build import build_model, restore_weights
 from mnist_exp.run.job import Load, load_dataset
 from mnist_exp.run.stored_config import fetch_config, load_config
 from mnist_exp.tracking import checkpoint
-from mnist_exp.tracking.store import Store, StoredRun
+from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.stored_run import StoredRun
 from mnist_exp.training.stack import Stack
 
 

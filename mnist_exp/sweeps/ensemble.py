@@ -11,7 +11,8 @@ from mnist_exp.run import saved_model
 from mnist_exp.run.evaluate import Evaluation, evaluate_stack
 from mnist_exp.run.job import CachedLoader
 from mnist_exp.sweeps import results
-from mnist_exp.tracking.store import Store, StoredRun
+from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.stored_run import StoredRun
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from mnist_exp.sweeps.recipe import recipe
 from mnist_exp.sweeps.report import Cell
 from mnist_exp.sweeps.results import Report, load_from_store, summarise
 from mnist_exp.system import files
-from mnist_exp.tracking.store import Store, StoredRun
+from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.stored_run import StoredRun
 
 BEST = "best.yaml"  # the recipe of the chosen cell
 

@@ -1,19 +1,14 @@
 """An MLflow store that is open, and the runs that it holds."""
 
-import contextlib
 import functools
-import json
 import logging
 import os
-import shlex
 import shutil
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
@@ -26,13 +21,13 @@ from mnist_exp.tracking.address import (
     deleted_experiment,
     named,
 )
-from mnist_exp.tracking.journal import EPOCH_METRIC, RunHistory
+from mnist_exp.tracking.journal import EPOCH_METRIC
 from mnist_exp.tracking.mlflow_internals import PARENT
+from mnist_exp.tracking.stored_run import StoredRun
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-RUN_KEY = "run_key"  # the tag that tells which journal a run is made from
 _PAGE = 1000  # runs that a search returns at a time
 _LOCK_SECONDS = 30.0  # that a process waits for another one, which makes the tables of a database
 
@@ -48,107 +43,6 @@ def list_runs(uri: str, sweep: bool | None) -> list[tuple[str, str]]:
     if not has_runs(uri):
         return []
     return [(run.id, run.name) for run in Store(uri).of_kind(sweep, newest=True)]
-
-
-@dataclass(frozen=True)
-class StoredRun:
-    """A run as a store has it."""
-
-    store_uri: str
-    id: str
-    name: str
-    status: str  # RUNNING, FINISHED, FAILED or KILLED
-    experiment_id: str
-    start_time: int  # ms since 1970
-    end_time: int | None  # likewise; None before its end
-    tags: Mapping[str, str]
-    params: Mapping[str, str]
-    metrics: Mapping[str, float]  # the newest value of each
-    epochs: int  # that are recorded
-    dataset_digest: str  # the SHA-256 of the data that it was trained on, or ""
-    artifact_uri: str  # where its artifacts are
-
-    @classmethod
-    def from_entity(cls, store_uri: str, entity: Any) -> "StoredRun":
-        """Return the run that an entity of MLflow describes."""
-        inputs = entity.inputs.dataset_inputs if entity.inputs else []
-        digests = [tag.value for data in inputs for tag in data.tags if tag.key == "sha256"]
-        info, data = entity.info, entity.data
-        return cls(
-            store_uri=store_uri,
-            id=info.run_id,
-            name=info.run_name,
-            status=info.status,
-            experiment_id=info.experiment_id,
-            start_time=info.start_time,
-            end_time=info.end_time,
-            tags=data.tags,
-            params=data.params,
-            metrics=data.metrics,
-            epochs=mlflow_internals.newest_step(entity, EPOCH_METRIC),
-            dataset_digest=digests[0] if digests else "",
-            artifact_uri=info.artifact_uri,
-        )
-
-    @property
-    def artifacts(self) -> Path | None:
-        """The folder of its artifacts; None if they are not in the file system."""
-        parts = urlsplit(self.artifact_uri)
-        return Path(unquote(parts.path)) if parts.scheme in ("", "file") else None
-
-    @property
-    def folder(self) -> Path:
-        """The folder that the run was recorded in, on the machine that trained it."""
-        return Path(self.tags.get("output_dir", ""))
-
-    @property
-    def key(self) -> str:
-        """The key of its record, which its folder has as well, or ""."""
-        return self.tags.get(RUN_KEY, "")
-
-    @property
-    def parent(self) -> str:
-        """The id of the sweep's run that this one belongs to, or ""."""
-        return self.tags.get(PARENT, "")
-
-    @property
-    def job(self) -> int | None:
-        """The number of the sweep's job that this run is; None for any other run."""
-        number = self.tags.get("job", "")
-        return int(number) if number.isdecimal() else None
-
-    def parsed_tag(self, name: str, parse: Callable[[str], T], default: T) -> T:
-        """Return the parsed value of a tag, or `default`, or raise ConfigError if it is damaged."""
-        text = self.tags.get(name)
-        if text is None:
-            return default
-        try:
-            return parse(text)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"run {self.id}: its tag {name} is damaged, {text[:60]!r}") from error
-
-    def choices(self) -> dict[str, str | None]:
-        """Return the option of each config group that the run was made of, or raise ConfigError."""
-        return self.parsed_tag("choices", lambda text: dict(json.loads(text)), {})
-
-    def explain_status(self) -> str:
-        """Return the run's status, the reason for it, and what a person can do next."""
-        text = f"the run is {self.status}"
-        if reason := self.tags.get("reason"):
-            text += f": {reason}"
-        if self.status == "RUNNING":
-            text += f". Its record grows in {self.folder}: wait for its end"
-            with contextlib.suppress(OSError):
-                if (history := RunHistory.of(self.folder)).status:
-                    text = (
-                        f"the run is {history.status}, which MLflow has not got yet. To bring it "
-                        f"there: mnist-exp sync {shlex.quote(str(self.folder))}"
-                    )
-        elif self.status == "KILLED":
-            uri = f"tracking.uri={self.store_uri}"
-            words = ["mnist-exp", "resume", self.parent or self.id, uri]
-            text += f". To go on with it: {shlex.join(words)}"
-        return text
 
 
 class Store:

@@ -19,8 +19,9 @@ from mnist_exp.tracking.mlflow_internals import PARENT
 from mnist_exp.tracking.mlflow_model import log_model
 from mnist_exp.tracking.outages import may_pass
 from mnist_exp.tracking.run_log import OpenRuns
-from mnist_exp.tracking.store import RUN_KEY, Store
+from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.store_check import check_store
+from mnist_exp.tracking.stored_run import RUN_KEY
 
 log = logging.getLogger(__name__)
 

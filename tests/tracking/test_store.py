@@ -9,8 +9,9 @@ import pytest
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
 from mnist_exp.errors import ConfigError
-from mnist_exp.tracking.store import Store, StoredRun
+from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.store_check import check_store
+from mnist_exp.tracking.stored_run import StoredRun
 from tests.helpers import fresh_store
 
 
