@@ -38,6 +38,7 @@ class Record:
     metrics: Mapping[str, float]  # the newest value of each
     epochs: int  # that are recorded
     dataset_digest: str  # the SHA-256 of its data, or ""
+    dataset_sizes: Mapping[str, int]  # split -> number of images; empty where that is not known
     folder: Path | None  # its output folder, where it was trained
     stored: StoredRun | None  # as the store has it; None where the store does not have it yet
     open_run: OpenRun | None = None  # its entry where it has not ended, or is not delivered whole
@@ -144,6 +145,7 @@ def _of_store(run: StoredRun) -> Record:
         metrics=run.metrics,
         epochs=run.epochs,
         dataset_digest=run.dataset_digest,
+        dataset_sizes=run.dataset_sizes,
         folder=run.folder if run.tags.get("output_dir") else None,
         stored=run,
     )
@@ -166,6 +168,7 @@ def _of_journal(open_run: OpenRun, history: RunHistory, known: Record | None) ->
         metrics=history.newest(),
         epochs=history.epochs,
         dataset_digest=history.dataset_digest,
+        dataset_sizes=history.dataset_sizes,
         folder=open_run.folder,
         stored=known.stored if known else None,
         open_run=open_run,

@@ -201,6 +201,7 @@ class RunHistory:
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
     dataset_digest: str = ""  # the SHA-256 of the data that it began with
+    dataset_sizes: Mapping[str, int] = field(default_factory=dict)  # split -> number of images
     # key -> step -> value, in the order in which they were recorded
     metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     status: str = ""  # "" while it runs
@@ -230,6 +231,7 @@ class RunHistory:
                 values["params"] = fields["values"]
             elif entry.kind == "dataset":
                 values.setdefault("dataset_digest", fields["digest"])
+                values.setdefault("dataset_sizes", fields.get("sizes", {}))
             elif entry.kind == "metrics":
                 for key, value in fields["values"].items():
                     metrics.setdefault(key, {})[fields["step"]] = value

@@ -111,7 +111,7 @@ def read_runs(
 ) -> list[dict[str, Any]]:
     """Return the runs in a database, the newest first: the columns, and what they have by name.
 
-    That is tags, params, metrics, and the steps of the metrics.
+    That is tags, params, metrics and their steps, and the SHA-256 and the profile of the data.
 
     MLflow returns the same, after an import that takes seconds.
 
@@ -139,7 +139,8 @@ def read_runs(
             query, {"id": run_id, "key": key, "value": value, "newest": newest}
         ).fetchall()
         empty = ("tags", "params", "metrics", "steps")
-        runs = {r["id"]: {**r, **{name: {} for name in empty}, "digest": ""} for r in rows}
+        texts = {"digest": "", "profile": ""}
+        runs = {r["id"]: {**r, **{name: {} for name in empty}, **texts} for r in rows}
         ids = (json.dumps(list(runs)),)
         for table in ("tags", "params"):
             query = f"SELECT run_uuid, key, value FROM {table} WHERE {of_runs}"
@@ -149,11 +150,13 @@ def read_runs(
             runs[row["run_uuid"]]["metrics"][row["key"]] = _metric(row)
             runs[row["run_uuid"]]["steps"][row["key"]] = row["step"]
         digests = f"""
-            SELECT destination_id AS run_uuid, input_tags.value AS digest
+            SELECT destination_id AS run_uuid, input_tags.value AS digest, dataset_profile
             FROM inputs JOIN input_tags USING (input_uuid)
+            LEFT JOIN datasets ON dataset_uuid = source_id
             WHERE input_tags.name = 'sha256' AND {of_runs}"""
         for row in database.execute(digests, ids):
             runs[row["run_uuid"]]["digest"] = row["digest"]
+            runs[row["run_uuid"]]["profile"] = row["dataset_profile"] or ""
     return list(runs.values())
 
 

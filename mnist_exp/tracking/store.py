@@ -23,7 +23,7 @@ from mnist_exp.tracking.address import (
 )
 from mnist_exp.tracking.journal import EPOCH_METRIC
 from mnist_exp.tracking.mlflow_internals import PARENT
-from mnist_exp.tracking.stored_run import StoredRun
+from mnist_exp.tracking.stored_run import StoredRun, sizes_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -153,6 +153,7 @@ class Store:
             StoredRun(
                 self.uri,
                 dataset_digest=row.pop("digest"),
+                dataset_sizes=sizes_of(row.pop("profile")),
                 epochs=row.pop("steps").get(EPOCH_METRIC, 0),
                 **row,
             )

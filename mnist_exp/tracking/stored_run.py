@@ -4,7 +4,7 @@ import contextlib
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -17,6 +17,17 @@ from mnist_exp.tracking.mlflow_internals import PARENT
 T = TypeVar("T")
 
 RUN_KEY = "run_key"  # the tag that tells which journal a run is made from
+
+
+def sizes_of(profile: str) -> dict[str, int]:
+    """Return the number of images of each split, from the profile that MLflow has of a data set."""
+    try:
+        sizes = json.loads(profile or "{}")
+    except ValueError:  # of a data set that another program has recorded
+        return {}
+    if not isinstance(sizes, dict):
+        return {}
+    return {split: n for split, n in sizes.items() if type(n) is int and n > 0}
 
 
 @dataclass(frozen=True)
@@ -36,12 +47,15 @@ class StoredRun:
     epochs: int  # that are recorded
     dataset_digest: str  # the SHA-256 of the data that it was trained on, or ""
     artifact_uri: str  # where its artifacts are
+    # split (train, val, test) -> the number of its images; empty where that is not on record
+    dataset_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_entity(cls, store_uri: str, entity: Any) -> "StoredRun":
         """Return the run that an entity of MLflow describes."""
         inputs = entity.inputs.dataset_inputs if entity.inputs else []
         digests = [tag.value for data in inputs for tag in data.tags if tag.key == "sha256"]
+        profiles = [data.dataset.profile or "" for data in inputs]
         info, data = entity.info, entity.data
         return cls(
             store_uri=store_uri,
@@ -57,6 +71,7 @@ class StoredRun:
             epochs=mlflow_internals.newest_step(entity, EPOCH_METRIC),
             dataset_digest=digests[0] if digests else "",
             artifact_uri=info.artifact_uri,
+            dataset_sizes=sizes_of(profiles[0]) if profiles else {},
         )
 
     @property

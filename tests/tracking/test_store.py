@@ -33,6 +33,10 @@ def test_a_database_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
     assert {p.name for p in tmp_path.iterdir()} == {"new.db", "new.db.lock", "other"}
 
 
+# as this program writes it, and as another one may
+PROFILES = ('{"image": [1, 28, 28], "train": 55000, "test": 10000}', "some text")
+
+
 def test_what_is_read_from_the_tables_is_what_mlflow_returns(tmp_path: Path) -> None:
     """Runs, metrics (not a number as well), data sets and files; deleted runs are left out."""
     store = Store(fresh_store(tmp_path))
@@ -44,7 +48,7 @@ def test_what_is_read_from_the_tables_is_what_mlflow_returns(tmp_path: Path) -> 
         for step, value in enumerate((0.5, math.nan, math.inf, 0.25)):
             client.log_metric(run_id, "train/loss", value, timestamp=step, step=step)
         tag = InputTag("sha256", f"digest{number}")
-        entity = Dataset("mnist", "12345678", "local", "{}")
+        entity = Dataset("mnist", "12345678", "local", "{}", profile=PROFILES[number])
         client.log_inputs(run_id, [DatasetInput(entity, [tag])])
     deleted = client.create_run(experiment, 3000, {}, "deleted").info.run_id
     client.delete_run(deleted)
@@ -54,6 +58,8 @@ def test_what_is_read_from_the_tables_is_what_mlflow_returns(tmp_path: Path) -> 
     assert [run.name for run in read.of_kind(True)] == ["sweep"]
     assert [run.name for run in read.of_kind(False)] == ["job 1", "job 0"]
     assert [run.name for run in read.children(parent.info.run_id).values()] == ["job 0", "job 1"]
+    sizes = [run.dataset_sizes for run in read.of_kind(None)]
+    assert sizes == [{}, {"train": 55000, "test": 10000}, {}]
     for run in (*read.of_kind(None), read.get(deleted)):
         recorded = client.get_run(run.id)
         assert run == StoredRun.from_entity(store.uri, recorded)
