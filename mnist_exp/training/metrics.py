@@ -75,18 +75,6 @@ def confusion(true: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
     return cells.view(classes, classes).cpu().numpy()
 
 
-def wilson(correct: int, seen: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of an accuracy, if `correct` of `seen` were right.
-
-    Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927): unlike
-    accuracy ± z standard errors, it stays within 0 and 1, and has a width where all are correct.
-    """
-    from scipy.stats import binomtest  # half a second to import
-
-    interval = binomtest(correct, seen).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 @dataclass(frozen=True)
 class ClassScore:
     """The scores of one class against all others, from 0 to 1; nan for 0 / 0."""

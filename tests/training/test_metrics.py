@@ -49,20 +49,6 @@ def test_sums_keep_what_float32_would_lose() -> None:
     assert [m["x/accuracy"] for m in means] == [1 / 1003, 1002 / 1003]
 
 
-@pytest.mark.parametrize(
-    "correct, seen, low, high",
-    [  # Newcombe, "Two-sided confidence intervals for the single proportion" (1998), table I
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson(correct: int, seen: int, low: float, high: float) -> None:
-    assert metrics.wilson(correct, seen) == pytest.approx((low, high), abs=5e-5)
-    assert metrics.wilson(seen - correct, seen) == pytest.approx((1 - high, 1 - low), abs=5e-5)
-
-
 def test_class_scores() -> None:
     counts = np.array([[8, 2, 0, 0], [1, 4, 0, 0], [5, 0, 0, 0], [0, 0, 0, 0]])
     first, second, missed, absent = metrics.class_scores(counts)
