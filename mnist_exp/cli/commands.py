@@ -120,7 +120,8 @@ def evaluate(args: argparse.Namespace) -> int:
     with reporting(announcement=f"{args.run} on the test set: loading torch ...") as terminal:
         ensemble = api.ensemble(args.run, args.overrides) if args.ensemble else None
         evaluation = ensemble.whole if ensemble else api.evaluate(args.run, args.overrides)
-        folder = args.output or output_root() / "outputs" / "evaluations" / evaluation.run_id[:8]
+        kept = output_root() / "outputs" / "evaluations" / evaluation.run_id[:8]
+        folder = args.output or kept
         drawn = evaluation.draw().items()
         figures = {folder / f"{name}.{args.format}": figure for name, figure in drawn}
         save_figures("--output", folder, figures)
@@ -149,6 +150,8 @@ def evaluate(args: argparse.Namespace) -> int:
     terminal.table("classes", *evaluation.table())
     print(f"figures        {', '.join(file.name for file in figures)}")
     print(f"output         {folder.resolve()}")
+    if not ensemble:
+        print(f"predictions    {kept / 'predictions.json'}, for compare")
     return 0
 
 

@@ -1,5 +1,6 @@
 """The saved model of a run on the official test set."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.figures import curves, samples
 from mnist_exp.figures.curves import History
-from mnist_exp.formatting import Table, number_or_dash
+from mnist_exp.formatting import Table, number_or_dash, wilson
+from mnist_exp.run.kept_predictions import KeptPredictions
 from mnist_exp.run.recorder import RUN_CURVES
 from mnist_exp.run.saved_model import check_finite, load_run
 from mnist_exp.tracking.store import Store
@@ -18,6 +20,8 @@ from mnist_exp.tracking.stored_run import StoredRun
 from mnist_exp.training import metrics
 from mnist_exp.training.metrics import Calibration, ClassScore
 from mnist_exp.training.stack import Stack
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Evaluation:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % confidence interval of the accuracy."""
-        return metrics.wilson(int(self._correct.sum()), len(self._correct))
+        return wilson(int(self._correct.sum()), len(self._correct))
 
     @property
     def classes(self) -> list[ClassScore]:
@@ -58,6 +62,16 @@ class Evaluation:
     @property
     def _correct(self) -> Tensor:
         return self.logits.argmax(-1) == self.dataset.test.labels
+
+    def predictions(self) -> KeptPredictions:
+        """Return the predicted class of each test image, as they are kept."""
+        return KeptPredictions(
+            run_id=self.run_id,
+            dataset_digest=self.dataset.digest,
+            classes=list(self.dataset.classes),
+            labels=self.dataset.test.labels.tolist(),
+            predicted=self.logits.argmax(-1).tolist(),
+        )
 
     def table(self) -> Table:
         """Return the scores of the classes, one row a class."""
@@ -85,7 +99,7 @@ class Evaluation:
 
 
 def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluation:
-    """Return the results of a stored run's model on the official test set.
+    """Return the results of a stored run's model on the official test set, and keep its answers.
 
     Args:
         store: The store that has the run.
@@ -97,8 +111,13 @@ def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluatio
     """
     dataset, stack = load_run(store, run, root=root)
     best_epoch = run.metrics.get("best/epoch")
+    evaluation = evaluate_stack(run, dataset, stack)
+    try:
+        evaluation.predictions().save()
+    except OSError as error:  # the results are there all the same
+        log.warning("the predictions cannot be kept, which compare needs: %s", error)
     return replace(
-        evaluate_stack(run, dataset, stack),
+        evaluation,
         model=stack.model(0),
         history={key: store.history(run.id, key) for key in RUN_CURVES},
         best_epoch=None if best_epoch is None else int(best_epoch),

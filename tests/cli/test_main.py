@@ -26,13 +26,14 @@ from PIL import Image
 
 import mnist_exp
 from mnist_exp.cli import main as cli
+from mnist_exp.config import paths
 from mnist_exp.data.dataset import Dataset
+from mnist_exp.formatting import wilson
 from mnist_exp.system import signals
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.store import Store
 from mnist_exp.training import loop
 from mnist_exp.training.events import Epoch
-from mnist_exp.training.metrics import wilson
 from tests.helpers import ROOT, command, finish, fresh_store, start, write_idx
 
 Call = Callable[..., tuple[int, str, str]]
@@ -456,7 +457,10 @@ def test_command_that_opens_the_ui(finished: Started) -> None:
 
 
 @pytest.mark.parametrize("word", ["last", "prefix", "id"])
-def test_evaluate(word: str, finished: Started, call: Call, tmp_path: Path) -> None:
+def test_evaluate(
+    word: str, finished: Started, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "output_root", lambda: tmp_path)
     (run,) = runs(finished.store)
     known = {"prefix": run.info.run_id[:6], "id": run.info.run_id}
     words = ["evaluate", known.get(word, word), f"tracking.uri={finished.store}"]
@@ -472,6 +476,8 @@ def test_evaluate(word: str, finished: Started, call: Call, tmp_path: Path) -> N
     assert re.fullmatch(r"\d+\.\d\d% expected error, 15 bins of confidence", lines["calibration"])
     assert re.search(r"^ *class +precision +recall +F1 +images *$", out, re.MULTILINE)
     assert {*"0123456789"} <= lines.keys()  # a row a class
+    kept = tmp_path / "outputs" / "evaluations" / run.info.run_id[:8] / "predictions.json"
+    assert lines["predictions"] == f"{kept}, for compare" and kept.is_file()
     files = {path.name for path in (tmp_path / "new" / "figures").iterdir()}
     names = ("mistakes", "confusion", "calibration", "curves", "first_layer")
     assert files == {f"{name}.svg" for name in names} == {*lines["figures"].split(", ")}

@@ -10,8 +10,10 @@ import torch
 from matplotlib.text import Text
 
 import mnist_exp
+from mnist_exp.config import paths
 from mnist_exp.errors import ConfigError
 from mnist_exp.run.evaluate import Evaluation
+from mnist_exp.run.kept_predictions import KeptPredictions
 from mnist_exp.run.recorder import Result
 from tests.helpers import config_on_record
 
@@ -28,8 +30,16 @@ def run(store: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 
 @pytest.fixture(scope="module")
-def found(run: Result, store: str) -> Evaluation:
-    return mnist_exp.evaluate(run.run_id, [f"tracking.uri={store}"])
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of the output folders, for what an evaluation keeps."""
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="module")
+def found(run: Result, store: str, outputs: Path) -> Evaluation:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "output_root", lambda: outputs)
+        return mnist_exp.evaluate(run.run_id, [f"tracking.uri={store}"])
 
 
 def test_numbers_are_those_of_the_run(run: Result, found: Evaluation) -> None:
@@ -37,6 +47,27 @@ def test_numbers_are_those_of_the_run(run: Result, found: Evaluation) -> None:
     assert found.test == recorded == found.recorded
     low, high = found.interval
     assert low < found.test["test/accuracy"] < high
+
+
+def test_predictions_are_kept(
+    run: Result, found: Evaluation, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "output_root", lambda: outputs)
+    kept = KeptPredictions.load(run.run_id)
+    assert kept == found.predictions()
+    right = [true == said for true, said in zip(kept.labels, kept.predicted, strict=True)]
+    assert sum(right) / len(right) == found.test["test/accuracy"]
+    assert kept.dataset_digest == found.dataset.digest and len(kept.classes) == 10
+
+
+def test_predictions_that_cannot_be_kept_do_not_matter(
+    run: Result, found: Evaluation, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    (tmp_path / "outputs").write_text("a file where the folder has to be")
+    monkeypatch.setattr(paths, "output_root", lambda: tmp_path)
+    assert mnist_exp.evaluate(run.run_id, [f"tracking.uri={store}"]).test == found.test
+    assert "the predictions cannot be kept" in caplog.text
 
 
 def test_numbers_agree_with_each_other(found: Evaluation) -> None:
