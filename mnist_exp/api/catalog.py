@@ -60,6 +60,16 @@ def runs(
     return pd.DataFrame([flat(record) for record in found.records])
 
 
+def field_names(overrides: Sequence[str] = ()) -> list[str]:
+    """Return the names of all fields that the runs on record have, for filters and orders.
+
+    `overrides`: `tracking.uri=...` alone, the store to look into. Raises ConfigError.
+    """
+    from mnist_exp.catalog import fields
+
+    return fields.names(_records(overrides))
+
+
 def _records(overrides: Sequence[str]) -> "list[Record]":
     """Return all runs of the store that the overrides name. Raise ConfigError."""
     from mnist_exp.catalog.records import load_records

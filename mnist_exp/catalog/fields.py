@@ -34,8 +34,8 @@ _OWN: dict[str, Callable[[Record], Any]] = {
 
 
 def iso_time(milliseconds: int) -> str:
-    """Return a time, in ms since 1970, in ISO 8601 in the local time zone: 2026-11-27T17:29:34."""
-    return datetime.fromtimestamp(milliseconds / 1000).isoformat(timespec="seconds")
+    """Return a time, in ms since 1970, in ISO 8601 in the local zone: 2026-11-27T17:29:34.120."""
+    return datetime.fromtimestamp(milliseconds / 1000).isoformat(timespec="milliseconds")
 
 
 def value(record: Record, name: str) -> Value:

@@ -126,7 +126,12 @@ def _joined(
             record = replace(record, parent=record.parent or parent)
         ids[str(open_run.folder)] = record.id
         records[history.key] = record
-    return sorted(records.values(), key=lambda record: (-record.start_time, record.id))
+    return sorted(records.values(), key=_order)
+
+
+def _order(record: Record) -> tuple[int, int, str]:
+    """Return what sorts records, the newest first, also where several began in a millisecond."""
+    return -record.start_time, -record.job_number, record.key
 
 
 def _of_store(run: StoredRun) -> Record:

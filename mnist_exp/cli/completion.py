@@ -25,6 +25,7 @@ FILES = ":files"  # the one candidate where the name of a file is to be complete
 MAX_RUNS = 50  # candidates
 # The metavars of runs, with the kind of run: a sweep, none, or either.
 _KINDS = {"RUN": False, "SWEEP": True, "RUN_OR_SWEEP": None, "RUN_OR_FOLDER": None}
+_FIELDS = ("FIELD", "FILTER", "SWEEP_OR_FILTER")  # those that begin with a field of runs
 
 Candidates = dict[str, str]  # with their descriptions
 
@@ -132,12 +133,16 @@ def _positional(
         answer = _overrides(word, overrides, values)
     elif argument.metavar in _KINDS:
         answer = _runs(_KINDS[argument.metavar], overrides)
+    elif argument.metavar == "SWEEP_OR_FILTER":
+        answer = _runs(True, overrides) | _fields(overrides)
     else:
         answer = _choices(argument)
     return answer, _takes_files(argument, word)
 
 
 def _choices(action: argparse.Action) -> Candidates:
+    if action.metavar in _FIELDS:
+        return _fields([])
     return dict.fromkeys(action.choices or (), "")
 
 
@@ -165,6 +170,13 @@ def _overrides(word: str, others: Sequence[str], values: dict[str, str]) -> Cand
 
     config_name, config_dir = values.get("config_name", "config"), values.get("config_dir")
     return dict.fromkeys(override_candidates(word, others, config_name, config_dir), "")
+
+
+def _fields(overrides: Sequence[str]) -> Candidates:
+    try:
+        return dict.fromkeys(api.field_names(overrides), "")
+    except ConfigError:
+        return {}
 
 
 def _runs(sweeps: bool | None, overrides: Sequence[str]) -> Candidates:
