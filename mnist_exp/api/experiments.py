@@ -233,7 +233,7 @@ def predict(
     Raises:
         ConfigError: There is no such run, or it has left no model.
     """
-    from mnist_exp.config.compose import check_list
+    from mnist_exp.config.overrides import check_list
 
     check_list("files", files)
     from mnist_exp.run.lookup import find_run
@@ -377,14 +377,14 @@ def list_runs(
     Raises:
         ConfigError: The store cannot be opened.
     """
-    from mnist_exp.config.compose import compose
+    from mnist_exp.config.overrides import tracking_uri
     from mnist_exp.config.paths import output_root
     from mnist_exp.tracking import store
     from mnist_exp.tracking.address import store_uri
     from mnist_exp.tracking.store_check import check_store
 
-    config = compose([word for word in overrides if word.startswith("tracking.")])
-    uri = store_uri(config.tracking.uri, output_root())
+    typed_uri = tracking_uri([word for word in overrides if word.startswith("tracking.")])
+    uri = store_uri(typed_uri, output_root())
     check_store(uri)
     return store.list_runs(uri, sweeps)
 

@@ -1,14 +1,13 @@
 """From the command line's words to a composed config."""
 
-import reprlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
 from mnist_exp.config.explain import explain
 from mnist_exp.config.hydra_adapter import COMPOSITION_ERRORS, compose_raw, run_hydra_raw
+from mnist_exp.config.overrides import check_list
 from mnist_exp.errors import ConfigError
 
 
@@ -48,14 +47,6 @@ def _compose(
         raise
     except COMPOSITION_ERRORS as error:
         raise explain(error, overrides) from error
-
-
-def check_list(name: str, given: object) -> None:
-    """Raise ConfigError for what is no list of texts or paths; a text is one of its letters."""
-    if isinstance(given, str | Path):
-        raise ConfigError(f"{name}: must be a list, as in [{given!r}], and not {given!r} itself")
-    if not isinstance(given, Sequence) or not all(isinstance(item, str | Path) for item in given):
-        raise ConfigError(f"{name}: must be a list of texts, and is {reprlib.repr(given)}")
 
 
 def run_hydra(words: Sequence[str], job: Callable[[DictConfig], object]) -> None:

@@ -1,16 +1,17 @@
 """The names that tell runs apart in a list."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mnist_exp.config.schema import Config
+if TYPE_CHECKING:  # a list of runs needs the names alone
+    from mnist_exp.config.schema import Config
 
 # the keys and groups whose values are in a run's name already
 KEYS_IN_NAME = ("dataset", "dataset.name", "model", "model.hidden", "optimizer", "optimizer.lr",
                 "schedule", "training.batch_size", "seed")  # fmt: skip
 
 
-def run_name(config: Config, choices: Mapping[Any, Any]) -> str:
+def run_name(config: "Config", choices: Mapping[Any, Any]) -> str:
     """Return the name of a run: the chosen one, or "mlp-64-32 sgd lr=0.1 bs=64 seed=0".
 
     Args:

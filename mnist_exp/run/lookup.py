@@ -5,9 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mnist_exp.config import paths
-from mnist_exp.config.compose import check_list, compose
-from mnist_exp.config.schema import task_config
-from mnist_exp.config.validate import validate
+from mnist_exp.config.overrides import check_list, tracking_uri
 from mnist_exp.errors import ConfigError
 from mnist_exp.tracking import address, waiting
 from mnist_exp.tracking.journal import RunHistory
@@ -26,7 +24,13 @@ def open_runs() -> OpenRuns:
 def dataset_root(overrides: Sequence[str]) -> str | None:
     """Return the folder that a run's data has moved to, if an override names it."""
     roots = [word for word in overrides if word.startswith("dataset.root=")]
-    return compose(roots).dataset.root if roots else None
+    if not roots:
+        return None
+
+    from mnist_exp.config.compose import compose
+
+    root: str | None = compose(roots).dataset.root
+    return root
 
 
 def store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = True) -> str:
@@ -49,7 +53,7 @@ def store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = 
                 f"{override}: it would change nothing here, as the run is on record. What can be "
                 f"said is tracking.uri=..., the store{more}"
             )
-    typed_uri = validate(task_config(compose(overrides))).tracking.uri
+    typed_uri = tracking_uri(overrides)
     address.warn_if_environment_wins(typed_uri)
     uri = address.store_uri(typed_uri, paths.output_root())
     check_store(uri, required=required)
