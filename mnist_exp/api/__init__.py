@@ -26,6 +26,7 @@ from mnist_exp.api.experiments import (
     train_sweep,
     ui_page,
 )
+from mnist_exp.api.lifecycle import status, stop
 
 __all__ = [
     "build",
@@ -45,6 +46,8 @@ __all__ = [
     "runs",
     "save_figure",
     "show",
+    "status",
+    "stop",
     "sync",
     "train",
     "train_composed",

@@ -112,6 +112,14 @@ def load_records(uri: str, open_runs: OpenRuns) -> list[Record]:
     return _nested(_joined(stored, waiting))
 
 
+def load_open_records(open_runs: OpenRuns) -> list[Record]:
+    """Return the runs of all stores that have not ended, or wait for their store, newest first.
+
+    No store is asked.
+    """
+    return _nested(_joined([], open_histories(open_runs)))
+
+
 def _joined(
     stored: Iterable[StoredRun], waiting: Iterable[tuple[OpenRun, RunHistory]]
 ) -> list[Record]:
@@ -219,7 +227,7 @@ def find(records: Sequence[Record], word: str, kinds: Sequence[str] = ()) -> Rec
         if not newest:
             raise ConfigError(f"last: there is no {what} yet. To make one: mnist-exp train")
         return newest[0]
-    matching = [record for record in records if _is_meant(record, word)]
+    matching = [record for record in records if is_meant(record, word)]
     if not matching:
         ids = ", ".join(record.id[:8] for record in allowed[:5])
         newest_ids = f"; the newest: {ids}" if ids else ""
@@ -236,7 +244,10 @@ def find(records: Sequence[Record], word: str, kinds: Sequence[str] = ()) -> Rec
     return record
 
 
-def _is_meant(record: Record, word: str) -> bool:
+def is_meant(record: Record, word: str) -> bool:
+    """Return whether a word is an id of a record, the beginning of one, or its output folder."""
+    if not word:
+        return False
     if record.id.startswith(word) or (record.key and record.key.startswith(word)):
         return True
     return "/" in word and record.folder is not None and record.folder == Path(word).resolve()

@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mnist_exp import __version__, api
-from mnist_exp.cli import catalog_commands, commands
+from mnist_exp.cli import catalog_commands, commands, lifecycle_commands
 from mnist_exp.cli.command import COMMANDS, command_line
 from mnist_exp.errors import BROKEN_PIPE, ConfigError, RunFailed, Terminated, did_you_mean
 from mnist_exp.system import signals, streams
 
-MODULES = (commands, catalog_commands)  # their import has registered all commands
+MODULES = (
+    commands,
+    catalog_commands,
+    lifecycle_commands,
+)  # their import has registered all commands
 
 _HELP = """\
 usage: mnist-exp COMMAND [ARGUMENT ...]

@@ -198,6 +198,8 @@ class RunHistory:
     start_time: int = 0  # ms since 1970
     end_time: int | None = None  # likewise; None while it runs
     owner: Mapping[str, Any] = field(default_factory=dict)  # the process that writes it
+    owner_since: int = 0  # ms since 1970, when that process began or resumed it
+    owner_after: int = 0  # the epochs that were recorded then
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
     dataset_digest: str = ""  # the SHA-256 of the data that it began with
@@ -223,6 +225,8 @@ class RunHistory:
                 tags = dict(fields.get("tags", {}))
             if entry.kind in ("begin", "resume"):
                 values |= {"owner": fields["owner"], "status": "", "reason": "", "end_time": None}
+                values["owner_since"] = entry.time
+                values["owner_after"] = max(metrics.get(EPOCH_METRIC, {}), default=0)
             elif entry.kind == "store":
                 values["uri"] = fields["uri"]
             elif entry.kind == "tags":

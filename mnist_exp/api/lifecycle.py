@@ -1,0 +1,71 @@
+"""Runs while they are trained, and after they are of use: what runs, ending it, removing it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mnist_exp.catalog.activity import Status, Stopped
+    from mnist_exp.catalog.records import Record
+
+
+def status(sweep: str | None = None) -> "Status":
+    """Return what is being trained on this machine now, whatever store it is for.
+
+    No store is asked, as the journals tell all.
+
+    Args:
+        sweep: The sweep, or the run, that alone is meant.
+
+    Raises:
+        ConfigError: Nothing that runs now is named so.
+    """
+    from mnist_exp.catalog.activity import Status, activities, choose
+    from mnist_exp.run import lookup
+
+    running = activities(lookup.open_runs())
+    return Status(running) if sweep is None else Status(choose(running, sweep), unfolded=True)
+
+
+def stop(run: str = "last", overrides: Sequence[str] = (), *, seconds: float = 60.0) -> "Stopped":
+    """Let a run or a sweep of another process end with a checkpoint, as by Ctrl-C.
+
+    Return it once its record has ended. `resume` goes on with it.
+
+    Args:
+        run: The run, or the sweep.
+        overrides: `tracking.uri=...` alone, the store to look into.
+        seconds: How long to wait for the end of its record.
+
+    Raises:
+        ConfigError: There is no such run, or it is not running here. Nothing has been changed.
+        RunFailed: It has been asked to end, and has not ended after so many seconds.
+    """
+    from mnist_exp.catalog import activity
+    from mnist_exp.catalog.records import load_open_records
+    from mnist_exp.run import lookup
+
+    open_records = load_open_records(lookup.open_runs())
+    meant = _find(run, open_records, overrides)
+    activity.check_stoppable(meant, [record for record in open_records if record.is_at_work])
+    return activity.stop(meant, seconds)
+
+
+def _find(word: str, open_records: "Sequence[Record]", overrides: Sequence[str]) -> "Record":
+    """Return the record that a person means: an open one, of whatever store, or one of the store.
+
+    Only where `last` or what is in no registry is meant, the store is asked.
+    """
+    from mnist_exp.api.catalog import _records
+    from mnist_exp.catalog.records import find
+    from mnist_exp.errors import ConfigError
+
+    if word != "last":
+        try:
+            return find(open_records, word)
+        except ConfigError:
+            pass  # the message below knows of all runs
+    stored = _records(overrides)
+    keys = {record.key for record in stored if record.key}
+    everything = [*stored, *(record for record in open_records if record.key not in keys)]
+    everything.sort(key=lambda record: -record.start_time)
+    return find(everything, word)

@@ -1,0 +1,56 @@
+"""The commands for runs while they are trained, and when they are of no more use."""
+
+import argparse
+import json
+
+from mnist_exp import api
+from mnist_exp.cli.command import argument, command, command_line, overrides
+
+
+@command(
+    "[SWEEP]",
+    "what is being trained on this machine now, and how far it is",
+    argument(
+        "sweep",
+        nargs="?",
+        metavar="SWEEP",
+        help="show the jobs of this sweep that run now, as in: mnist-exp status last",
+    ),
+    argument("--json", action="store_true", help="print JSON, with the jobs of sweeps"),
+)
+def status(args: argparse.Namespace) -> int:
+    """Print a line for each run or sweep that a process is at work on."""
+    from mnist_exp.run.console import Terminal
+
+    found = api.status(args.sweep)
+    if args.json:
+        print(json.dumps(found.as_json(), indent=1))
+    elif not found.activities:
+        print(f"nothing is being trained. What was: {command_line('runs')}")
+    else:
+        Terminal().table("", *found.table(), cut=("name", "process"))
+    return 0
+
+
+@command(
+    "RUN_OR_SWEEP",
+    "ends a run or a sweep of another terminal with a checkpoint, as Ctrl-C does",
+    argument(
+        "run",
+        metavar="RUN_OR_SWEEP",
+        help="an id, its beginning, last or a folder, as in: mnist-exp stop last",
+    ),
+    overrides(),
+)
+def stop(args: argparse.Namespace) -> int:
+    """Ask a run or a sweep to end, and print how it has ended and how to go on."""
+    from mnist_exp.run.console import reporting
+
+    with reporting(announcement=f"{args.run}: asking it to end, and waiting for that ..."):
+        stopped = api.stop(args.run, args.overrides)
+    record, history = stopped.record, stopped.history
+    reason = f": {history.reason}" if history.reason else ""
+    print(f"{record.kind} {record.id[:8]}  {record.name} is {history.status}{reason}")
+    if history.status != "FINISHED":
+        print(f"to go on with it: {command_line('resume', record.id[:8])}")
+    return 0

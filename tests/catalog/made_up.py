@@ -1,0 +1,67 @@
+"""Made-up runs and sweeps, recorded as real ones are."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.run_log import OpenRuns, RunWriter
+
+begun: list[RunWriter] = []  # whose journals conftest.py closes
+
+
+def begin(
+    folder: Path,
+    open_runs: OpenRuns,
+    uri: str,
+    *,
+    epochs: int = 0,
+    asked: int = 10,
+    parent: Path | None = None,
+    tags: Mapping[str, str] | None = None,
+    owner: Mapping[str, Any] | None = None,
+) -> RunWriter:
+    """Begin a run and record some epochs; validation is best in the second one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name, tags = folder.name, {"output_dir": str(folder), **(tags or {})}
+    writer = RunWriter.begin(
+        folder, open_runs, name=name, uri=uri, experiment="made up", tags=tags, parent=parent
+    )
+    begun.append(writer)
+    if owner is not None:
+        writer.journal.write("resume", owner=dict(owner))
+        open_runs.add(RunHistory.of(folder).key, folder, owner)
+    writer.params({"training.epochs": asked, "optimizer.lr": 0.1})
+    for epoch in range(1, epochs + 1):
+        accuracy = 0.9 if epoch == 2 else 0.5
+        values = {"train/loss": 1 / epoch, "val/accuracy": accuracy, "images_per_second": 100.0}
+        writer.metrics(values, epoch)
+    return writer
+
+
+def begin_sweep(
+    folder: Path, open_runs: OpenRuns, uri: str, *, jobs: int = 3, **options: Any
+) -> RunWriter:
+    """Begin the parent run of a sweep of so many jobs."""
+    tags = {"sweep": "true", "jobs": str(jobs)}
+    return begin(folder, open_runs, uri, tags=tags, **options)
+
+
+def begin_job(sweep: Path, number: int, open_runs: OpenRuns, uri: str, **options: Any) -> RunWriter:
+    """Begin a job of a sweep, in a folder of the sweep's folder."""
+    tags = {"job": str(number), "swept": json.dumps({"seed": str(number)})}
+    return begin(sweep / str(number), open_runs, uri, parent=sweep, **{"tags": tags, **options})
+
+
+def run(folder: Path, open_runs: OpenRuns, uri: str, **options: Any) -> None:
+    """Record a run from its beginning to its end."""
+    begin(folder, open_runs, uri, **{"epochs": 3, **options}).end("FINISHED")
+
+
+def sweep(folder: Path, open_runs: OpenRuns, uri: str, jobs: int = 3) -> None:
+    """Record a sweep from its beginning to its end."""
+    parent = begin_sweep(folder, open_runs, uri, jobs=jobs)
+    for number in range(jobs):
+        begin_job(folder, number, open_runs, uri, epochs=3).end("FINISHED")
+    parent.end("FINISHED")
