@@ -28,11 +28,15 @@ class Command:
     summary: str
     arguments: Sequence[Argument]
     function: Function
+    example: str = ""  # what to type, behind the name of the program
 
     def parser(self) -> argparse.ArgumentParser:
         """Return the parser of the words behind its name."""
         parser = argparse.ArgumentParser(
-            prog=f"mnist-exp {self.name}", description=self.summary, allow_abbrev=False
+            prog=f"mnist-exp {self.name}",
+            description=self.summary,
+            epilog=f"example: mnist-exp {self.example}" if self.example else None,
+            allow_abbrev=False,
         )
         for names, options in self.arguments:
             parser.add_argument(*names, **options)
@@ -46,12 +50,14 @@ class Command:
 COMMANDS: dict[str, Command] = {}
 
 
-def command(usage: str, summary: str, *arguments: Argument) -> Callable[[Function], Function]:
-    """Register the decorated function as the command of its name."""
+def command(
+    usage: str, summary: str, *arguments: Argument, example: str = ""
+) -> Callable[[Function], Function]:
+    """Register the decorated function as the command of its name. See `Command`."""
 
     def register(function: Function) -> Function:
         name = function.__name__
-        COMMANDS[name] = Command(name, usage, summary, arguments, function)
+        COMMANDS[name] = Command(name, usage, summary, arguments, function, example)
         return function
 
     return register
