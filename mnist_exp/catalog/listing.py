@@ -29,7 +29,7 @@ class Listing:
     def table(self, now: datetime) -> Table:
         """Return a row for each record. `now`: in local time, which times are told by."""
         differing = differences(self.records)
-        header = ["id", "name", "started", "status", "epochs", "val acc", "test acc"]
+        header = ["id", "name", "started", "status", "epochs", "val", "test"]
         rows = [
             [
                 record.id[:8],

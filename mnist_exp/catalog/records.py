@@ -228,6 +228,9 @@ def find(records: Sequence[Record], word: str, kinds: Sequence[str] = ()) -> Rec
             raise ConfigError(f"last: there is no {what} yet. To make one: mnist-exp train")
         return newest[0]
     matching = [record for record in records if is_meant(record, word)]
+    # a key is looked at where no id will do, and what is of another kind makes no word ambiguous
+    matching = [record for record in matching if record.id.startswith(word)] or matching
+    matching = [record for record in matching if record in allowed] or matching
     if not matching:
         ids = ", ".join(record.id[:8] for record in allowed[:5])
         newest_ids = f"; the newest: {ids}" if ids else ""

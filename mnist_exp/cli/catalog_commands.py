@@ -20,11 +20,17 @@ from mnist_exp.cli.command import argument, command, command_line
         "and tracking.uri=...",
     ),
     argument("--filter", "-f", action="append", default=[], metavar="FILTER", help="a condition"),
-    argument("--sort", default="-started", metavar="FIELD", help="-val/accuracy: best first"),
-    argument("--limit", "-n", type=int, default=20, help="the greatest number of lines (20)"),
+    argument(
+        "--sort",
+        default="-started",
+        metavar="FIELD",
+        help="the order; with a minus, the greatest first (the default is -started)",
+    ),
+    argument("--limit", "-n", type=int, default=20, metavar="N", help="the most lines (20)"),
     argument("--all", "-a", action="store_true", help="every run, those of sweeps as well"),
     argument("--json", action="store_true", help="print JSON, with all fields"),
     argument("--csv", action="store_true", help="print CSV, with all fields"),
+    example="runs 'optimizer.lr>0.05 and model=cnn' --sort=-val/accuracy",
 )
 def runs(args: argparse.Namespace) -> int:
     """Print a line for each run or sweep."""
@@ -45,8 +51,10 @@ def runs(args: argparse.Namespace) -> int:
         print(json.dumps(found.as_json(), indent=1))
     elif args.csv:
         print(found.csv_text(), end="")
+    elif not found.records and filters + args.filter:
+        print(f"no run is like that. All of them: {command_line('runs', '--all')}")
     elif not found.records:
-        print(f"no runs. To make one: {command_line('train')}")
+        print(f"there are no runs yet. To make one: {command_line('train')}")
     else:
         flexible = ("name", "status", "differs in", "note")
         Terminal().table("", *found.table(datetime.now()), cut=flexible)

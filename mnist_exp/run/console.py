@@ -19,6 +19,7 @@ from mnist_exp.errors import BROKEN_PIPE, Terminated
 if TYPE_CHECKING:  # what is coming is shown before torch is imported, which takes seconds
     from mnist_exp.training import events
 
+SHORTEST = 8  # characters that are left of a text that is cut
 NAMED_RUNS = 16  # of a stack get a line
 
 
@@ -184,7 +185,7 @@ class Terminal(Reporter):
         """
         self.announcement.stop()
         if cut:
-            rows = _cut_to_width(header, rows, cut, self.console.width)
+            header, rows = _fitted(header, rows, cut, self.console.width)
         shown = Text(title) if title else None
         table = Table(title=shown, title_justify="left", box=SIMPLE, pad_edge=False)
         for name in header:
@@ -202,32 +203,40 @@ class Terminal(Reporter):
             self.bar.remove_task(task)
 
 
-def _cut_to_width(
+def _fitted(
     header: Sequence[str], rows: Sequence[Sequence[str]], cut: Sequence[str], width: int
-) -> list[list[str]]:
-    """Return the rows of a table with the texts in some columns cut, so that a row is a line.
+) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Return a table that is no wider than a line, so that each row is one, if that can be.
 
     Args:
         header: The names of the columns.
         rows: The rows.
-        cut: The columns that can be cut, which keep ten characters each.
+        cut: The columns whose texts can be cut; where that does not do, the last ones go.
         width: The characters of a line.
     """
     widths = [max(cell_len(text) for text in column) for column in zip(header, *rows, strict=True)]
-    excess = sum(widths) + 3 * len(widths) - width
-    while excess > 0:
-        longest = max((i for i in range(len(header)) if header[i] in cut), key=lambda i: widths[i])
-        if widths[longest] <= 10:
+    flexible = [i for i, name in enumerate(header) if name in cut]
+    left_out = set()
+    excess = sum(widths) + 3 * len(widths) - 1 - width
+    while excess > 0 and flexible:
+        longest = max(flexible, key=lambda i: widths[i])
+        if widths[longest] > SHORTEST:
+            widths[longest] -= 1
+            excess -= 1
+        elif len(flexible) == 1:
             break
-        widths[longest] -= 1
-        excess -= 1
-    return [
-        [
-            text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
-            for text, width in zip(row, widths, strict=True)
-        ]
-        for row in rows
-    ]
+        else:
+            last = flexible.pop()
+            left_out.add(last)
+            excess -= widths[last] + 3
+    kept = [i for i in range(len(header)) if i not in left_out]
+    return [header[i] for i in kept], [[_cut(row[i], widths[i]) for i in kept] for row in rows]
+
+
+def _cut(text: str, width: int) -> str:
+    if cell_len(text) <= width:
+        return text
+    return set_cell_size(text, width - 1).rstrip() + "…"
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def test_table(known: list[Record]) -> None:
     by_name = {row[1]: dict(zip(header, row, strict=True)) for row in rows}
     assert by_name["sweep grid"]["epochs"] == "4/4 jobs"
     assert by_name["bad"]["status"] == "FAILED: diverged (not in MLflow)"
-    assert by_name["bad"]["val acc"] == "90.00%" and by_name["bad"]["test acc"] == ""
+    assert by_name["bad"]["val"] == "90.00%" and by_name["bad"]["test"] == ""
     assert by_name["new"]["note"] == "a note" and by_name["new"]["epochs"] == "2/2"
     # most have no patience: what is usual is not said
     assert by_name["old"]["differs in"] == "patience=5" and by_name["new"]["differs in"] == ""

@@ -79,6 +79,8 @@ def test_a_record_is_found_by_id_key_and_folder(recorded: Recorded) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             records.find(known, word, kinds)
+    other_kind = replace(job, id=f"{alone.id[:4]}y")
+    assert records.find([*known, other_kind], alone.id[:4], ("run",)) is alone
     twin = replace(alone, id=f"{alone.id[:4]}x", name="twin")
     with pytest.raises(ConfigError, match="2 ids begin like this; give more") as error:
         records.find([*known, twin], alone.id[:4])
