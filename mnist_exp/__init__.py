@@ -12,6 +12,7 @@ from mnist_exp.api import (
     ensemble,
     evaluate,
     load,
+    note,
     predict,
     predictions_figure,
     report,
@@ -23,6 +24,7 @@ from mnist_exp.api import (
     status,
     stop,
     sync,
+    tag,
     train,
     train_sweep,
 )
@@ -37,6 +39,7 @@ __all__ = [
     "ensemble",
     "evaluate",
     "load",
+    "note",
     "predict",
     "predictions_figure",
     "report",
@@ -48,6 +51,7 @@ __all__ = [
     "status",
     "stop",
     "sync",
+    "tag",
     "train",
     "train_sweep",
 ]

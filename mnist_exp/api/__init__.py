@@ -27,6 +27,7 @@ from mnist_exp.api.experiments import (
     ui_page,
 )
 from mnist_exp.api.lifecycle import status, stop
+from mnist_exp.api.records import note, tag
 
 __all__ = [
     "build",
@@ -38,6 +39,7 @@ __all__ = [
     "list_runs",
     "load",
     "mark_dead_runs",
+    "note",
     "predict",
     "predictions_figure",
     "report",
@@ -49,6 +51,7 @@ __all__ = [
     "status",
     "stop",
     "sync",
+    "tag",
     "train",
     "train_composed",
     "train_sweep",

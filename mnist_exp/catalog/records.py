@@ -8,6 +8,7 @@ from pathlib import Path
 from mnist_exp.errors import ConfigError
 from mnist_exp.system.processes import is_running
 from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.notes import NOTE
 from mnist_exp.tracking.outages import may_pass
 from mnist_exp.tracking.run_log import OpenRun, OpenRuns, open_histories
 from mnist_exp.tracking.store import Store, has_runs
@@ -17,7 +18,6 @@ from mnist_exp.tracking.upload import UploadState
 log = logging.getLogger(__name__)
 
 JOBS = "jobs"  # the tag of a sweep with the number of its jobs
-NOTE = "note"  # the tag with the text of `mnist-exp note`, which the description begins with
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mnist_exp import __version__, api
-from mnist_exp.cli import catalog_commands, commands, lifecycle_commands
+from mnist_exp.cli import catalog_commands, commands, lifecycle_commands, record_commands
 from mnist_exp.cli.command import COMMANDS, command_line
 from mnist_exp.errors import BROKEN_PIPE, ConfigError, RunFailed, Terminated, did_you_mean
 from mnist_exp.system import signals, streams
@@ -18,6 +18,7 @@ MODULES = (
     commands,
     catalog_commands,
     lifecycle_commands,
+    record_commands,
 )  # their import has registered all commands
 
 _HELP = """\

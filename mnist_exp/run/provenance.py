@@ -23,20 +23,15 @@ from mnist_exp.run.job import Job
 from mnist_exp.tracking.limits import (
     EXPERIMENT_LENGTH,
     RUN_NAME_LENGTH,
-    TAG_LENGTH,
+    check_tag,
     key_problem,
     length_problem,
     shortened,
 )
+from mnist_exp.tracking.notes import DESCRIPTION
 
 DESCRIPTION_WIDTH = 80  # characters that MLflow's page of a run has room for
 SWEPT = "sweep."  # how the parameters of a sweep's parent run begin
-RESERVED_TAGS = frozenset({
-    *("command_line", "git_dirty", "device", "threads", "cpu", "gpu", "compiled", "stack_size"),
-    *("model", "dataset", "optimizer", "overrides", "config_hash", "choices", "output_dir"),
-    *("first_losses", "stopped", "reason", "run_key", "job", "swept", "sweep", "launcher"),
-    "chosen",
-})  # fmt: skip
 
 
 def ask_git(*arguments: str) -> str:
@@ -108,14 +103,7 @@ def check_names(job: Job) -> None:
     """Raise ConfigError for a name or a tag of a run that MLflow would refuse, or that is taken."""
     tracking = job.config.tracking
     for key, value in tracking.tags.items():
-        name = f"tracking.tags.{shortened(key)}"
-        if key in RESERVED_TAGS or key.startswith(("mlflow.", "version.")):
-            raise ConfigError(
-                f"{name}={shortened(value)}: a tag of this name is recorded of every run, and "
-                f"cannot be given. Choose another name"
-            )
-        if problem := key_problem(key) or length_problem(value, TAG_LENGTH):
-            raise ConfigError(f"{name}={shortened(value)}: {problem}")
+        check_tag(f"tracking.tags.{shortened(key)}", key, value)
     for key, text, limit in (
         ("run_name", tracking.run_name or "", RUN_NAME_LENGTH),
         ("experiment", tracking.experiment, EXPERIMENT_LENGTH),
@@ -140,7 +128,7 @@ def described(text: str, *arguments: str) -> dict[str, str]:
         else:
             lines.append(f"  {word}")
     command = " \\\n".join(lines)
-    return {"mlflow.note.content": f"{text}\n\n```\n{command}\n```"}
+    return {DESCRIPTION: f"{text}\n\n```\n{command}\n```"}
 
 
 def _user() -> str:

@@ -24,7 +24,8 @@ from mnist_exp.sweeps.results import (
     summarise,
 )
 from mnist_exp.tracking.journal import RunHistory
-from mnist_exp.tracking.run_log import RunWriter, open_runs_at
+from mnist_exp.tracking.notes import DESCRIPTION, NOTE, described_with
+from mnist_exp.tracking.run_log import RunWriter, add_tags, open_runs_at
 from mnist_exp.tracking.upload import UploadState
 from mnist_exp.tracking.uploader import Uploader
 
@@ -158,8 +159,15 @@ def _record_numbers(parent: RunWriter, summary: Report) -> None:
         header, rows = summary.table()
         table = Table(header, rows[:DESCRIBED]).markdown()
         word = f"experiments={parent.folder / BEST}"
-        description = described(f"{table}\nTo train the best again:", word)
-        parent.tags({"chosen": chosen.label, **description})
+        description = described(f"{table}\nTo train the best again:", word)[DESCRIPTION]
+        add_tags(
+            parent.folder,
+            open_runs_at(paths.output_root()),
+            lambda tags: {
+                "chosen": chosen.label,
+                DESCRIPTION: described_with(tags.get(NOTE, ""), description),
+            },
+        )
     # a sweep that is resumed comes to another end: its number is the step
     tries = RunHistory.of(parent.folder).history("jobs/finished")
     parent.metrics(values, len(tries))

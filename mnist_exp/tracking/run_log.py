@@ -18,7 +18,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -242,6 +242,31 @@ class RunWriter:
         _write_last(self.journal, "end", status=status, reason=reason[:5000])
         self.journal.sync()
         self.journal.close()
+
+
+def add_tags(
+    folder: Path,
+    open_runs: OpenRuns,
+    change: Callable[[Mapping[str, str]], Mapping[str, str]],
+) -> Mapping[str, str]:
+    """Record tags of a run, which may have ended or be in training, and return them.
+
+    Args:
+        folder: Of the run.
+        open_runs: The registry, which the run is in until its store has the tags.
+        change: Returns the tags to record for those that the journal has. Nothing is recorded if it
+            raises.
+
+    Raises OSError where the disk fails.
+    """
+    with journal.lock(folder):
+        history = RunHistory.of(folder)
+        tags = dict(change(history.tags))
+        open_runs.add(history.key, folder, history.owner)  # first: what is written is delivered
+        with closing(Journal(folder)) as file:
+            file.write("tags", values=tags)
+            file.sync()
+        return tags
 
 
 def open_runs_at(root: Path) -> OpenRuns:

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -211,6 +211,16 @@ class Store:
         if self.database is not None:
             return self._read(mlflow_internals.read_history, run_id, key)
         return [(m.step, m.value) for m in self.client.get_metric_history(run_id, key)]
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run. Raise ConfigError where the store refuses one."""
+        try:
+            for key, value in tags.items():
+                self.client.set_tag(run_id, key, value)
+        except Exception as error:  # whatever a network or a database raises
+            raise ConfigError(
+                f"{named(self.uri)}: run {run_id} does not get its tags, {first_line(error)}"
+            ) from error
 
     def of_kind(self, sweep: bool | None, newest: bool = False) -> list[StoredRun]:
         """Return the runs, the newest first; `newest`: only the newest page of them.

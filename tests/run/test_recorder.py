@@ -25,10 +25,10 @@ from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as data
 from mnist_exp.errors import RunFailed
 from mnist_exp.figures.curves import learning_curves
-from mnist_exp.run.provenance import RESERVED_TAGS
 from mnist_exp.run.recorder import Result
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking import ui_view as view
+from mnist_exp.tracking.limits import RESERVED_TAGS
 from tests.helpers import ROOT
 
 EPOCH_METRICS = {

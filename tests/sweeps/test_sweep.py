@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 from mnist_exp.data import dataset as data
 from mnist_exp.run import recorder
-from mnist_exp.run.provenance import RESERVED_TAGS
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.limits import RESERVED_TAGS
 from mnist_exp.training import loop
 from mnist_exp.training.events import Epoch
 from tests.helpers import fresh_store, write_idx
