@@ -27,14 +27,16 @@ from mnist_exp.api.experiments import (
     ui_page,
 )
 from mnist_exp.api.lifecycle import status, stop
-from mnist_exp.api.records import note, tag
+from mnist_exp.api.records import export, history, note, tag
 
 __all__ = [
     "build",
     "default_store",
     "ensemble",
     "evaluate",
+    "export",
     "field_names",
+    "history",
     "list_records",
     "list_runs",
     "load",

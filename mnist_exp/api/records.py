@@ -1,11 +1,72 @@
-"""The records of runs from Python: their notes and tags."""
+"""The records of runs from Python: their numbers as tables, their notes and tags."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mnist_exp.errors import ConfigError
+
 if TYPE_CHECKING:
+    import pandas as pd
+
     from mnist_exp.catalog.annotate import Annotated
     from mnist_exp.catalog.records import Record
+    from mnist_exp.catalog.tables import TableFiles
+
+
+def history(
+    words: Sequence[str] = (), filters: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> "pd.DataFrame":
+    """Return a pandas table of the metrics of runs: run (its id), key, step, time, value.
+
+    `history(["last"])` has a row for each point that the newest run has recorded. From a server it
+    takes a call for each metric of each run.
+
+    Args:
+        words: Runs, and sweeps with their jobs; without any, all runs on record.
+        filters: Conditions that hold for all runs, as in `optimizer.lr>0.05 and model=cnn`.
+        overrides: `tracking.uri=...` alone, the store to look into.
+
+    Raises:
+        ConfigError: There is no such run, a filter is at fault, or the store cannot be read.
+    """
+    from mnist_exp.catalog import tables
+
+    records, uri = _records(overrides)
+    chosen = tables.choose(records, words, filters)
+    return tables.metrics_table(tables.points_of(chosen, uri))
+
+
+def export(
+    to: str | Path,
+    words: Sequence[str] = (),
+    filters: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    *,
+    force: bool = False,
+) -> "TableFiles":
+    """Write the tables of `history` and `runs`, and return their files.
+
+    Args:
+        to: The file. NAME.csv and NAME.parquet hold the metrics, and NAME.runs.csv beside it the
+            runs; NAME.json holds both.
+        words: Runs, and sweeps with their jobs; without any, all runs on record.
+        filters: Conditions that hold for all runs.
+        overrides: `tracking.uri=...` alone, the store to look into.
+        force: Replace files that exist.
+
+    Raises:
+        ConfigError: There is no such run, or the file exists or cannot be written.
+    """
+    from mnist_exp.catalog import tables
+
+    path = Path(to)
+    tables.check_target(path, tables.SUFFIXES, force=force)
+    records, uri = _records(overrides)
+    chosen = tables.choose(records, words, filters)
+    if not chosen:
+        raise ConfigError(f"there are no such runs in {uri}, and nothing to export")
+    return tables.write(chosen, tables.points_of(chosen, uri), path)
 
 
 def note(run: str = "last", text: str | None = None, overrides: Sequence[str] = ()) -> "Annotated":

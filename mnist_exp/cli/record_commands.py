@@ -1,12 +1,54 @@
-"""The commands for the records of runs, from words to lines: notes and tags."""
+"""The commands for the records of runs, from words to lines: tables, notes, tags."""
 
 import argparse
 import re
 from collections.abc import Sequence
 
 from mnist_exp import api
-from mnist_exp.cli.command import argument, command, command_line
+from mnist_exp.cli.command import argument, command, command_line, path
 from mnist_exp.errors import ConfigError
+
+
+@command(
+    "[RUN ...] --to FILE",
+    "writes the metrics of runs as a table",
+    argument(
+        "words",
+        nargs="*",
+        metavar="RUN_OR_SWEEP",
+        help="runs, and sweeps with their jobs; without any, all. And tracking.uri=... (from a "
+        "server it is slow: a call for each metric of each run)",
+    ),
+    argument(
+        "--to",
+        type=path,
+        metavar="FILE",
+        help="NAME.csv or NAME.parquet, which hold the metrics (run, key, step, time, value), the "
+        "runs being in NAME.runs.csv beside it; or NAME.json, which holds both",
+    ),
+    argument(
+        "--filter",
+        "-f",
+        action="append",
+        default=[],
+        metavar="FILTER",
+        help="a condition for the runs, as for mnist-exp runs",
+    ),
+    argument("--force", action="store_true", help="replace a file that exists"),
+    example="export last --to numbers.csv",
+)
+def export(args: argparse.Namespace) -> int:
+    """Write tables, and print where they are."""
+    from mnist_exp.run.console import reporting
+
+    if args.to is None:
+        raise ConfigError("--to FILE is missing, as in mnist-exp export last --to numbers.csv")
+    overrides = _overrides(args.words)
+    words = [word for word in args.words if word not in overrides]
+    with reporting(announcement=f"the tables for {args.to}: reading the record ..."):
+        written = api.export(args.to, words, args.filter, overrides, force=args.force)
+    print("\n".join(written.lines()))
+    return 0
 
 
 @command(

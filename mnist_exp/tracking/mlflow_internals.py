@@ -15,9 +15,10 @@ import os
 import re
 import sqlite3
 import uuid
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mnist_exp.system import files
 
@@ -35,6 +36,16 @@ _SETTINGS = {  # of MLflow's own, unless the user has some
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+
+
+class Point(NamedTuple):
+    """A point of a metric of a run."""
+
+    run: str  # its id
+    key: str  # the metric
+    step: int
+    time: int  # ms since 1970
+    value: float
 
 
 def import_mlflow() -> Any:
@@ -171,6 +182,19 @@ def read_history(path: Path, run_id: str, key: str) -> list[tuple[int, float]]:
     with closing(_open_to_read(path)) as database:
         database.row_factory = sqlite3.Row
         return [(row["step"], _metric(row)) for row in database.execute(query, (run_id, key))]
+
+
+def read_points(path: Path, run_ids: Sequence[str]) -> list[Point]:
+    """Return all points of all metrics of some runs in a database, in no order."""
+    query = """
+        SELECT run_uuid, key, step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END
+        FROM metrics WHERE run_uuid IN (SELECT value FROM json_each(?))"""
+    with closing(_open_to_read(path)) as database:
+        rows = database.execute(query, (json.dumps(list(run_ids)),))
+        return [
+            Point(run_id, key, step, time, math.nan if value is None else value)
+            for run_id, key, step, time, value in rows
+        ]
 
 
 def _metric(row: sqlite3.Row) -> float:

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from mnist_exp.tracking.address import (
     named,
 )
 from mnist_exp.tracking.journal import EPOCH_METRIC
-from mnist_exp.tracking.mlflow_internals import PARENT
+from mnist_exp.tracking.mlflow_internals import PARENT, Point
 from mnist_exp.tracking.stored_run import StoredRun, sizes_of
 
 log = logging.getLogger(__name__)
@@ -211,6 +211,25 @@ class Store:
         if self.database is not None:
             return self._read(mlflow_internals.read_history, run_id, key)
         return [(m.step, m.value) for m in self.client.get_metric_history(run_id, key)]
+
+    def points(self, runs: Iterable[StoredRun]) -> list[Point]:
+        """Return all points of all metrics of some runs, in no order. Raise ConfigError.
+
+        A server is asked once for each metric of each run.
+        """
+        if self.database is not None:
+            return self._read(mlflow_internals.read_points, [run.id for run in runs])
+        try:
+            return [
+                Point(run.id, key, metric.step, metric.timestamp, metric.value)
+                for run in runs
+                for key in run.metrics
+                for metric in self.client.get_metric_history(run.id, key)
+            ]
+        except Exception as error:  # whatever a network raises
+            raise ConfigError(
+                f"{named(self.uri)}: the points of the metrics cannot be read, {first_line(error)}"
+            ) from error
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run. Raise ConfigError where the store refuses one."""

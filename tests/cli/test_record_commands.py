@@ -1,4 +1,4 @@
-"""What note and tag take for words, and what they print."""
+"""What export, note and tag take for words, and what they print."""
 
 from pathlib import Path
 
@@ -65,7 +65,22 @@ def test_tags(type_in: Type) -> None:
         assert status == 2 and message in text
 
 
-@pytest.mark.parametrize("command", ["note", "tag"])
+def test_export(type_in: Type, tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    status, text = type_in("export", "last", "--to", str(file))
+    assert status == 0 and text.splitlines() == [
+        f"metrics  {file}  11 points",
+        f"runs     {tmp_path}/t.runs.csv  1 run",
+    ]
+    assert file.read_text().startswith("run,key,step,time,value\n")
+    status, text = type_in("export", "last", "--to", str(file))
+    assert status == 2 and "--force" in text
+    assert type_in("export", "last", "--to", str(file), "--force")[0] == 0
+    status, text = type_in("export", "last")
+    assert status == 2 and "--to FILE is missing" in text
+
+
+@pytest.mark.parametrize("command", ["export", "note", "tag"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
