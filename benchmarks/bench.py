@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks import first_minute
+from benchmarks import first_minute, many_runs
 from benchmarks.measure import (
     DEFAULT_STACK,
     GRID,
@@ -176,6 +176,20 @@ epoch of `train debug=fast` to its test accuracy: {test_seconds:.2f} s.
 {table(header, rows)}"""
 
 
+def many_runs_section() -> str:
+    """Return what commands take that look at all runs."""
+    with TemporaryDirectory() as folder:
+        many_runs.make(Path(folder))
+        medians = many_runs.measure(Path(folder))
+    rows = [(f"mnist-exp {name}", f"{seconds:.2f}") for name, seconds in medians.items()]
+    return f"""## Many runs
+
+On a local store of {many_runs.SWEEPS} sweeps of {many_runs.JOBS} jobs each and {many_runs.RUNS} \
+runs beside them, made by `benchmarks/many_runs.py`.
+
+{table(["command", f"seconds, median of {ROUNDS}"], rows)}"""
+
+
 def memory_section() -> str:
     """Return the peak memory of the seed recipe as a process, and its seconds."""
     use = measure_seed_recipe()
@@ -200,6 +214,7 @@ def sections() -> Iterator[str]:
     yield stack_section()
     yield start_section()
     yield first_minute_section()
+    yield many_runs_section()
     yield memory_section()
 
 

@@ -14,8 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from omegaconf import DictConfig
 
@@ -24,22 +25,31 @@ from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import identity, leaves, task_config
 from mnist_exp.tracking import waiting
 from mnist_exp.tracking.run_log import OpenRuns, RunWriter
+from mnist_exp.tracking.store import Store
 
 SWEEPS, RUNS, JOBS, EPOCHS = 40, 200, 20, 10
 RATES = ("0.003", "0.01", "0.03", "0.1", "0.3")
+# mnist-exp, with its outputs in the folder that is the first argument
+_PROGRAM = """import pathlib, sys
+from mnist_exp.config import paths
+root = pathlib.Path(sys.argv.pop(1))
+sys.argv[0], paths.output_root = "mnist-exp", lambda: root
+from mnist_exp.cli.main import program
+program()
+"""
 VERSIONS = {"version.python": "3.11.9", "version.torch": "2.13.0", "version.mnist_exp": "0.1.0"}
 
 
-def make(folder: Path, uri: str, sweeps: int = SWEEPS, runs: int = RUNS) -> None:
-    """Record made-up sweeps and runs in a folder, and upload them to a store.
+def make(folder: Path, sweeps: int = SWEEPS, runs: int = RUNS) -> None:
+    """Record made-up sweeps and runs in a folder, and upload them to a store there.
 
     Args:
-        folder: The folder, for outputs/.
-        uri: The address of the store.
+        folder: The folder, for outputs/ and mlflow.db.
         sweeps: How many sweeps, of 20 jobs each.
         runs: How many runs beside them.
     """
-    open_runs = OpenRuns(folder / "outputs" / ".open")
+    folder.mkdir(parents=True, exist_ok=True)
+    uri, open_runs = f"sqlite:///{folder}/mlflow.db", OpenRuns(folder / "outputs" / ".open")
     rng = random.Random(0)
     for number in range(sweeps):
         _record_sweep(folder / "outputs" / "sweeps" / str(number), open_runs, uri, rng)
@@ -48,8 +58,9 @@ def make(folder: Path, uri: str, sweeps: int = SWEEPS, runs: int = RUNS) -> None
         words += [f"model={rng.choice(('mlp', 'linear', 'cnn'))}"]
         place = folder / "outputs" / "runs" / str(number)
         _record(place, open_runs, uri, words, {}, None, rng)
-    count, problems = waiting.deliver(open_runs)
-    print(f"{count} runs and sweeps in {uri}", *problems.values(), sep="\n")
+    _, problems = waiting.deliver(open_runs)
+    if problems:
+        raise RuntimeError(f"not delivered: {problems}")
 
 
 def _record_sweep(folder: Path, open_runs: OpenRuns, uri: str, rng: random.Random) -> None:
@@ -134,28 +145,57 @@ def _record(
     return best[0]
 
 
-def measure(uri: str) -> Iterator[tuple[str, float]]:
-    """Yield commands on a store, and the median of the seconds that each takes."""
-    for words in COMMANDS:
-        seconds = []
-        for _ in range(ROUNDS):
-            began = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-m", "mnist_exp", *words],
-                env=environment(MLFLOW_TRACKING_URI=uri),
-                stdout=subprocess.DEVNULL,
-                check=True,
-            )
-            seconds.append(time.perf_counter() - began)
-        yield shlex.join(["mnist-exp", *words]), statistics.median(seconds)
+def commands(folder: Path) -> dict[str, Sequence[str]]:
+    """Return the words of the commands that are timed, by what the page calls them."""
+    runs = [run.id[:12] for run in Store(f"sqlite:///{folder}/mlflow.db").of_kind(False)[:2]]
+    condition = "optimizer.lr>0.05 and model=cnn and status=failed"
+    return {
+        "runs": ["runs"],
+        f"runs '{condition}'": ["runs", condition],
+        "runs SWEEP": ["runs", "last"],
+        "runs --all --json": ["runs", "--all", "--json"],
+        "status": ["status"],
+        "compare RUN RUN": ["compare", *runs],
+        "export --to FILE.parquet": ["export", "--to", f"{folder}/all.parquet", "--force"],
+        "gc --dry-run": ["gc", "--dry-run"],
+    }
 
 
-COMMANDS = (
-    ("runs",),
-    ("runs", "--all", "--json"),
-    ("runs", "optimizer.lr>0.05 and model=cnn and status=failed"),
-    ("runs", "last"),
-)
+def time_command(folder: Path, words: Sequence[str], **variables: str) -> float:
+    """Return the seconds of a command whose outputs and store are in a folder."""
+    began = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-c", _PROGRAM, str(folder), *words],
+        env=environment(**variables),
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    return time.perf_counter() - began
+
+
+def time_completion(folder: Path) -> float:
+    """Return the seconds from TAB to the candidates for a field of runs."""
+    line = "mnist-exp runs optim"
+    with NamedTemporaryFile() as answer:
+        variables = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": "bash", "COMP_LINE": line}
+        variables |= {"_ARGCOMPLETE_COMP_WORDBREAKS": " =", "_ARGCOMPLETE_IFS": "\n"}
+        variables |= {"_ARGCOMPLETE_STDOUT_FILENAME": answer.name, "COMP_POINT": str(len(line))}
+        seconds = time_command(folder, [], **variables)
+        if "optimizer.lr" not in Path(answer.name).read_text():
+            raise ValueError("TAB has offered no field")
+    return seconds
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Return the medians of the seconds that the commands take, by their names."""
+    medians = {
+        name: statistics.median(time_command(folder, words) for _ in range(ROUNDS))
+        for name, words in commands(folder).items()
+    }
+    medians["TAB behind `runs optim`"] = statistics.median(
+        time_completion(folder) for _ in range(ROUNDS)
+    )
+    return medians
 
 
 def main() -> None:
@@ -163,12 +203,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="of the store and of the runs")
     folder = parser.parse_args().folder.resolve()
-    uri = f"sqlite:///{folder}/mlflow.db"
     if not (folder / "mlflow.db").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        make(folder, uri)
-    for words, seconds in measure(uri):
-        print(f"{seconds:6.2f} s  {words}")
+        make(folder)
+    for name, seconds in measure(folder).items():
+        print(f"{seconds:6.2f} s  {name}")
 
 
 if __name__ == "__main__":
