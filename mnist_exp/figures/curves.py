@@ -1,5 +1,6 @@
 """Figures of curves: loss and accuracy of a run and of a sweep, and the reliability diagram."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from mnist_exp.figures import style
-from mnist_exp.figures.style import BLUE, GREEN, INK, ORANGE, RANKED, Floats, PixelFigure
+from mnist_exp.figures.style import BLUE, GREEN, INK, ORANGE, Floats, PixelFigure
 
 if TYPE_CHECKING:
     from mnist_exp.training.metrics import Calibration  # which imports torch
 
 # Okabe and Ito's but the yellow, too pale for a line on white; at most this many cells have a hue.
 HUES = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", INK, "#999999")
+BEST = 4  # cells of a larger sweep that have one: the best, beside the chosen
+GREY = "#c4c4c4"  # of the others
 # In turn: thin lines of two hues that few can tell apart (green and pink, say) differ in this.
 DASHES = ("-", "--", "-.")
 WIDTH = 1064  # pixels of two panels
@@ -111,9 +114,9 @@ def sweep_curves(cells: Cells, chosen: str | None, title: str) -> Figure:
 
     Each is the mean of its runs, within a band of one standard deviation (ddof=1) where two or more
     have the epoch; values that are not finite count as missing. Training loss stands in for what no
-    run has. Up to 8 cells have a hue and dashes each; more have a shade by rank, the chosen one
-    orange, and only that and the best few are named. Cells that end far behind the others get no
-    room: an arrow counts those out of sight.
+    run has. Up to 8 cells have a colour and dashes each. Of more, the best few and the chosen one
+    have, and the others are grey, without bands. Cells that end far behind the others get no room:
+    an arrow counts those out of sight.
 
     Args:
         cells: The metrics by epoch of each cell's runs, by the name of the cell, the best first.
@@ -121,53 +124,123 @@ def sweep_curves(cells: Cells, chosen: str | None, title: str) -> Figure:
         title: The title of the figure.
     """
     histories = [history for runs in cells.values() for history in runs]
-    epochs = [epoch for history in histories for points in history.values() for epoch, _ in points]
     keys = dict.fromkeys(
         key if any(len(history.get(key, ())) for history in histories) else "train/loss"
         for key in ("val/loss", "val/accuracy")
     )
     styles = _cell_styles(list(cells), chosen)
-    lines, names = _sweep_legend(styles, chosen)
+    return _draw_panels(list(keys), cells, styles, _sweep_legend(styles, chosen), title)
+
+
+@style.styled()
+def comparison_curves(cells: Cells, colours: Mapping[str, str], title: str) -> Figure:
+    """Return a figure of validation accuracy and the losses by epoch of a few runs or cells.
+
+    They are drawn as in `sweep_curves`, but all of them get room.
+
+    Args:
+        cells: The metrics by epoch of the runs of each, by its name, in the order of the legend.
+        colours: Their colours by name; those that are not in here have the next of the hues.
+        title: The title of the figure.
+    """
+    known = {key for runs in cells.values() for history in runs for key in history}
+    keys = [key for key in ("val/accuracy", "train/loss", "val/loss") if key in known]
+    free = itertools.cycle([hue for hue in HUES if hue not in colours.values()] or HUES)
+    styles: dict[str, dict[str, Any]] = {}
+    lines, names = [], []
+    for i, label in enumerate(cells):
+        colour = colours.get(label) or next(free)
+        # another turn of the hues begins with other dashes
+        dashes = DASHES[(i % len(HUES) + i // len(HUES)) % len(DASHES)]
+        styles[label] = {"color": colour, "linestyle": dashes, "linewidth": 1.8, "zorder": 3}
+        lines.append(Line2D([], [], **styles[label]))
+        names.append(style.shorten(label, 64))
+    return _draw_panels(
+        keys or ["train/loss"], cells, styles, (lines, names), title, all_of_it=True
+    )
+
+
+def _draw_panels(
+    keys: Sequence[str],
+    cells: Cells,
+    styles: Mapping[str, Any],
+    legend: tuple[list[Line2D], list[str]],
+    title: str,
+    all_of_it: bool = False,
+) -> Figure:
+    """Return a figure with a panel for each metric, and a legend under them.
+
+    Args:
+        keys: The metrics.
+        cells: As for `sweep_curves`.
+        styles: The options of each cell's line.
+        legend: Lines and their names.
+        title: The title of the figure.
+        all_of_it: Cells that end far behind the others get room as well.
+    """
+    lines, names = legend
+    width = WIDTH if len(keys) < 3 else WIDTH * 3 // 2
     widest = max(style.text_width(name, style.TEXT) for name in names)
-    across = max(1, int(1040 // (60 + widest)))
-    figure = PixelFigure((WIDTH, 424 + 24 * math.ceil(len(names) / across)), title)
+    across = max(1, int((width - 24) // (60 + widest)))
+    figure = PixelFigure((width, 424 + 24 * math.ceil(len(names) / across)), title)
     rect = (0, 0, 1, 1 - 38 / figure.height)
     figure.set_layout_engine("constrained", w_pad=0.08, rect=rect)
     for key, axes in zip(keys, np.ravel(figure.subplots(1, len(keys))), strict=True):
-        _draw_cells(axes, key, cells, styles, epochs)
+        _draw_cells(axes, key, cells, styles, all_of_it)
     figure.legend(lines, names, loc="outside lower center", ncols=across)
     return figure
 
 
 def _sweep_legend(styles: Mapping[str, Any], chosen: str | None) -> tuple[list[Line2D], list[str]]:
-    """Return the lines and names of all cells, or of the best, the chosen and the others."""
-    many = len(styles) > len(HUES)
-    named = [label for rank, label in enumerate(styles) if not many or rank < 4 or label == chosen]
+    """Return the lines and names of the cells that have a colour, and of the others together."""
+    named = [label for label, options in styles.items() if options["color"] != GREY]
     lines = [Line2D([], [], **styles[label]) for label in named]
     names = [style.shorten(label, 64) + (" (chosen)" if label == chosen else "") for label in named]
-    if many:
-        names.append(f"{len(styles) - len(named)} others, paler by rank")
-        lines.append(Line2D([], [], color=RANKED(0.5), linewidth=1.2))
+    if len(named) < len(styles):
+        names.append(f"{len(styles) - len(named)} more")
+        lines.append(Line2D([], [], color=GREY, linewidth=1.2))
     return lines, names
+
+
+def cell_colours(labels: Sequence[str], chosen: str | None) -> dict[str, str]:
+    """Return the colours of the cells of a sweep by their names, of those that have one.
+
+    The chosen cell is orange, as its frame in a heat map is. The others have the hues that are left
+    in the order of their rank: all of them where there are enough hues, and else the best few.
+
+    Args:
+        labels: The names of all cells, the best first.
+        chosen: The name of the chosen cell.
+    """
+    hues = [hue for hue in HUES if hue != ORANGE] if chosen in labels else list(HUES)
+    coloured = labels if len(labels) <= len(HUES) else labels[:BEST]
+    others = [label for label in coloured if label != chosen]
+    colours = dict(zip(others, hues, strict=False))
+    return {label: ORANGE if label == chosen else colours[label] for label in labels
+            if label == chosen or label in colours}  # fmt: skip
 
 
 def _cell_styles(labels: Sequence[str], chosen: str | None) -> dict[str, dict[str, Any]]:
     """Return the options of each cell's line; the better a cell, the further on top."""
     styles: dict[str, dict[str, Any]] = {}
-    many = len(labels) > len(HUES)
+    colours = cell_colours(labels, chosen)
     for rank, label in enumerate(labels):
-        # By the root of the rank: the best, which are named, differ most.
-        colour = RANKED(1 - 0.75 * math.sqrt(rank / len(labels))) if many else HUES[rank]
-        width, dashes = (1.2, "-") if many else (1.8, DASHES[rank % len(DASHES)])
-        styles[label] = {"color": colour, "linewidth": width, "linestyle": dashes}
-        styles[label]["zorder"] = 3 - rank / len(labels)
+        on_top = 1 - rank / len(labels)
+        if label in colours:
+            dashes = DASHES[list(colours).index(label) % len(DASHES)]
+            styles[label] = {"color": colours[label], "linewidth": 1.8, "linestyle": dashes}
+            styles[label]["zorder"] = 3 + on_top / 2
+        else:
+            # thinner the more there are: they must not become an area
+            width = max(0.4, min(1.0, 40 / len(labels)))
+            styles[label] = {"color": GREY, "linewidth": width, "zorder": 2 + on_top / 2}
         if label == chosen:
-            styles[label] |= {"color": ORANGE if many else colour, "linewidth": 3.6, "zorder": 4}
+            styles[label] |= {"linewidth": 3.6, "zorder": 4}
     return styles
 
 
 def _draw_cells(
-    axes: Axes, key: str, cells: Cells, styles: Mapping[str, Any], epochs: list[int]
+    axes: Axes, key: str, cells: Cells, styles: Mapping[str, Any], all_of_it: bool
 ) -> None:
     """Draw one metric of all cells over their epochs.
 
@@ -176,14 +249,17 @@ def _draw_cells(
         key: The metric, as in a history.
         cells: As for `sweep_curves`.
         styles: The options of each cell's line.
-        epochs: All epochs of the sweep, whether or not they have a value here.
+        all_of_it: Cells that end far behind the others get room as well.
     """
+    histories = [history for runs in cells.values() for history in runs]
+    # all of them, whether or not they have a value here
+    epochs = [epoch for history in histories for points in history.values() for epoch, _ in points]
     sign = 1 if key.endswith("accuracy") else -1  # times a value: the higher, the better
     every = {label: _over_seeds(runs, key) for label, runs in cells.items()}
     finite = [cell[:, np.isfinite(cell[1])] for cell in every.values()]
     finite = [cell for cell in finite if cell.size]
     last = sign * np.array([cell[1, -1] for cell in finite])
-    lowest = style.lowest_worth_showing(last) if finite else 0.0
+    lowest = style.lowest_worth_showing(last) if finite and not all_of_it else -math.inf
     shown = [cell for cell in finite if sign * cell[1, -1] >= lowest]
     _, means, stds = np.nan_to_num(np.hstack([np.empty((3, 0)), *shown]))
     title = key.replace("val/", "validation ").replace("train/", "training ")
@@ -194,6 +270,8 @@ def _draw_cells(
             alone = np.isfinite(mean) & (np.convolve(np.isfinite(mean), [1, 1, 1])[1:-1] == 1)
             more: Any = {"marker": "o", "markevery": alone.tolist()} if alone.any() else {}
             axes.plot(at, mean, label=label, **styles[label], **more)
+            if styles[label]["color"] == GREY:
+                continue  # the bands of many would be a fog
             # Below all lines and above the grid; with an edge, that of a single epoch is seen too.
             band: Any = {"color": styles[label]["color"], "alpha": 0.25, "linewidth": 1}
             axes.fill_between(at, mean - std, mean + std, zorder=1.8, **band)

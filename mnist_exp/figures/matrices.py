@@ -19,6 +19,8 @@ from mnist_exp.formatting import rounded_percent, shortest_number
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#f5f5f5", "#f6b26b", ORANGE, "#7a2e00"])
 HITS = LinearSegmentedColormap.from_list("hits", ["#f5f5f5", "#a6cfe8"])
 
+LEAST = 8.8  # points of the names of ticks
+
 _Text = tuple[tuple[int, int], float, str, float]  # its cell, off the middle, itself, its points
 
 
@@ -30,12 +32,33 @@ class _Axis:
     ) -> None:
         self.label, self.names, self.ticks, self.edges = label, names, ticks, edges
         self.length, self.unit = length, length / (edges[-1] - edges[0])  # in pixels
-        self.size = min(TEXT, 0.4 * self.unit)  # of the names, in points
+        self.size = min(TEXT, max(LEAST, 0.4 * self.unit))  # of the names, in points
         self.widths = np.array([text_width(name, self.size) for name in names])
+        self.named = list(range(len(names)))  # the ticks that have their name
+
+    @property
+    def line(self) -> float:
+        """The height in pixels of a line of names."""
+        return float(1.25 * self.size * style.DPI / 72)
 
     def middle(self, index: int) -> float:
         """Return the place between the edges of a cell."""
         return float(self.edges[index : index + 2].mean())
+
+    def thin(self, first: int) -> None:
+        """Leave out names that are written across the axis where they would overlap.
+
+        `first` is a tick whose name stays; from there on, both ways, the next that has room stays.
+        """
+        places = self.ticks * self.unit
+        kept = [first]
+        for tick in range(first + 1, len(places)):
+            if places[tick] - places[kept[-1]] >= self.line:
+                kept.append(tick)
+        for tick in range(first - 1, -1, -1):
+            if places[kept[0]] - places[tick] >= self.line:
+                kept.insert(0, tick)
+        self.named = kept
 
 
 def _draw_matrix(
@@ -55,8 +78,8 @@ def _draw_matrix(
     mesh = axes.pcolormesh(x.edges, y.edges, cells, edgecolors="white", linewidth=0.5, **options)
     axes.spines[:].set_visible(False)
     axes.set(xlabel=x.label, ylabel=y.label)
-    axes.set_xticks(x.ticks, x.names, fontsize=x.size)
-    axes.set_yticks(y.ticks, y.names, fontsize=y.size)
+    axes.set_xticks(x.ticks[x.named], [x.names[i] for i in x.named], fontsize=x.size)
+    axes.set_yticks(y.ticks[y.named], [y.names[i] for i in y.named], fontsize=y.size)
     axes.tick_params(length=3, labelcolor=INK)
     luminance = mesh.to_rgba(cells)[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722)
     for (row, column), shift, text, size in texts:
@@ -142,7 +165,8 @@ def heat_map(
 
     An axis is linear or logarithmic, whichever spaces its values more evenly; where neither is
     legible, the cells are equally wide and its label says "not to scale". Colours span the results,
-    but for those far below the others. Numbers are left out if they do not fit.
+    but for those far below the others. Numbers, and names of ticks, are left out where they do not
+    fit; those of the chosen cell stay.
 
     Args:
         x: The name and the ascending values of the columns.
@@ -162,6 +186,10 @@ def heat_map(
 
     apart = (columns.widths[1:] + columns.widths[:-1]) / 2 + 8
     is_tight = (apart >= np.diff(columns.ticks) * columns.unit).any()
+    row, column = (0, 0) if chosen is None else chosen
+    rows.thin(row)
+    if is_tight:
+        columns.thin(column)
     left, below = rows.widths.max() + 48, columns.widths.max() if is_tight else 18
     content = left + columns.length + 150, 28 + rows.length + below + 50
     figure = PixelFigure(content, title, "; ".join(notes))
@@ -175,7 +203,9 @@ def heat_map(
         place = columns.middle(column), rows.middle(row)
         axes.text(*place, "\N{EN DASH}", fontsize=style.TITLE, ha="center", va="center")
     if chosen is not None:
-        frame: Any = {"fill": False, "edgecolor": ORANGE, "linewidth": 4, "clip_on": False}
+        cell = min(columns.unit, rows.unit)
+        width = min(4.0, max(2.0, 0.15 * cell))  # a cell of a few pixels has to be seen in it
+        frame: Any = {"fill": False, "edgecolor": ORANGE, "linewidth": width, "clip_on": False}
         _mark_cell(axes, columns, rows, *chosen, zorder=3, **frame)
     bar = figure.place_axes(left + columns.length + 28, figure.top + 28, 16, rows.length)
     extend = "min" if results.min() < low else "neither"
@@ -220,7 +250,7 @@ def _swept_axis(label: str, values: Sequence[float], most: int) -> _Axis:
     edges = np.cumsum(np.r_[0, (around[1:] + around[:-1]) / 2])
     span = edges[-1]
     name = style.shorten(label, 40) + ("" if is_to_scale else " (not to scale)")
-    length = max(200.0, span * min(most, max(22, 960 / span)), text_width(name, TEXT) - 40)
+    length = max(200.0, span * min(most, max(6, 960 / span)), text_width(name, TEXT) - 40)
     return _Axis(name, [shortest_number(value) for value in values], ticks, edges, length)
 
 

@@ -5,8 +5,17 @@ import numpy as np
 import pytest
 from matplotlib.transforms import Bbox
 
-from mnist_exp.figures.curves import learning_curves, reliability_diagram, sweep_curves
-from mnist_exp.figures.style import pixels
+from mnist_exp.figures.curves import (
+    BEST,
+    GREY,
+    HUES,
+    cell_colours,
+    comparison_curves,
+    learning_curves,
+    reliability_diagram,
+    sweep_curves,
+)
+from mnist_exp.figures.style import ORANGE, pixels
 from mnist_exp.training.metrics import Calibration
 from tests.figures.drawn import INF, NAN, ODD_NAMES, history, ink_at_edges
 
@@ -123,8 +132,62 @@ def test_the_chosen_cell_is_thickest_and_on_top(count: int) -> None:
         others = [line for label, line in lines.items() if label != chosen]
         assert lines[chosen].get_linewidth() > max(line.get_linewidth() for line in others)
         assert lines[chosen].get_zorder() > max(line.get_zorder() for line in others)
-        assert len({str(line.get_color()) for line in axes.lines}) == count
+        assert lines[chosen].get_color() == ORANGE  # as in a heat map
         assert max(band.get_zorder() for band in axes.collections) < others[-1].get_zorder()
+
+
+@pytest.mark.parametrize("count", [1, 4, 8, 9, 16, 48, 200])
+def test_the_best_few_and_the_chosen_have_a_colour_of_their_own(count: int) -> None:
+    cells = sweep(count, 2, 3)
+    best = list(cells)[: count if count <= len(HUES) else BEST]
+    for chosen in {next(iter(cells)), list(cells)[-1]}:
+        coloured = {*best, chosen}
+        for axes in sweep_curves(cells, chosen, "x").axes:
+            colours = {str(line.get_label()): line.get_color() for line in axes.lines}
+            assert {label for label in colours if colours[label] != GREY} == coloured
+            assert len({colours[label] for label in coloured}) == len(coloured)
+            assert len(axes.collections) == len(coloured)  # bands
+            order = {str(line.get_label()): line.get_zorder() for line in axes.lines}
+            grey = [order[label] for label in cells if label not in coloured]
+            assert max(grey, default=0) < min(order[label] for label in coloured)
+
+
+def test_the_chosen_cell_is_orange_and_the_others_have_the_hues_by_rank() -> None:
+    assert cell_colours(["a", "b"], None) == {"a": HUES[0], "b": HUES[1]}
+    assert cell_colours(["a", "b"], "a") == {"a": ORANGE, "b": HUES[0]}
+    assert cell_colours(["a", "b"], "of another sweep") == {"a": HUES[0], "b": HUES[1]}
+
+
+def test_compared_curves_have_given_colours_and_else_the_next_hues() -> None:
+    cells = sweep(3, 2, 4)
+    first, second, third = cells
+    figure = comparison_curves(cells, {second: HUES[0]}, "x")
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["validation accuracy", "training loss", "validation loss"]
+    for axes in figure.axes:
+        colours = {str(line.get_label()): line.get_color() for line in axes.lines}
+        assert colours == {first: HUES[1], second: HUES[0], third: HUES[2]}
+        assert len(axes.collections) == 3
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(cells)
+    assert not ink_at_edges(pixels(figure))
+
+
+def test_all_compared_curves_are_in_sight() -> None:
+    ends = {"a": 0.98, "b": 0.97, "c": 0.979, "failed": 0.1}
+    cells = {name: [{"val/accuracy": [(1, 0.1), (2, end)]}] for name, end in ends.items()}
+    (axes,) = comparison_curves(cells, {}, "x").axes
+    assert axes.get_ylim()[0] < 0.1 and not axes.texts
+
+
+def test_more_compared_curves_than_hues_differ_in_dashes() -> None:
+    cells = sweep(2 * len(HUES), 1, 3)
+    lines = comparison_curves(cells, {}, "x").axes[0].lines
+    assert len({(str(line.get_color()), line.get_linestyle()) for line in lines}) == len(cells)
+
+
+def test_a_comparison_without_any_epoch_says_so() -> None:
+    (axes,) = comparison_curves({"a": [{}], "b": [{}]}, {}, "x").axes
+    assert [text.get_text() for text in axes.texts] == ["no finite value"]
 
 
 def test_legend_names_all_cells_or_the_best_and_the_chosen() -> None:
@@ -135,7 +198,7 @@ def test_legend_names_all_cells_or_the_best_and_the_chosen() -> None:
 
     few = [f"lr={cell} batch_size=64" for cell in range(8)]
     assert legend(8, 0) == [few[0] + " (chosen)", *few[1:]]
-    assert legend(20, 6) == [*few[:4], few[6] + " (chosen)", "15 others, paler by rank"]
+    assert legend(20, 6) == [*few[:4], few[6] + " (chosen)", "15 more"]
 
 
 @pytest.mark.parametrize("failed", [0.1, 0.95])

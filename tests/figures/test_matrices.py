@@ -1,3 +1,4 @@
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 
 from mnist_exp.figures.matrices import confusion_matrix, heat_map
 from mnist_exp.figures.style import pixels
+from mnist_exp.formatting import shortest_number
 from tests.figures.drawn import DIGITS, NAN, ODD_NAMES, counts, ink_at_edges
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -237,3 +239,28 @@ def test_one_cell_at_chance_does_not_drown_the_others() -> None:
     low, high = figure.axes[0].collections[0].get_clim()
     assert 0.9 < low <= np.sort(mean.flat)[1]
     assert high == mean.max()
+
+
+@pytest.mark.parametrize("many", [2, 16, 40, 100, 200])
+@pytest.mark.parametrize("base", [1.06, 1.0])
+def test_names_of_ticks_do_not_overlap_and_the_chosen_one_stays(many: int, base: float) -> None:
+    """Where all of them have room, all are there."""
+    values = [base**i if base > 1 else 0.01 * (i + 1) for i in range(many)]
+    shape = (2, many)
+    for turned in (False, True):
+        mean = swept(*shape).T if turned else swept(*shape)
+        axes_values: list[Any] = [("lr", values), ("size", [32, 64])]
+        x, y = reversed(axes_values) if turned else axes_values
+        chosen = (many // 3, 0) if turned else (0, many // 3)
+        figure = heat_map(x, y, mean, mean * NAN, chosen, "x")
+        canvas = pixels(figure)
+        assert canvas.shape[0] < 1600 and canvas.shape[1] < 1600 and not ink_at_edges(canvas)
+        axes = figure.axes[0]
+        names = axes.get_yticklabels() if turned else axes.get_xticklabels()
+        boxes = [name.get_window_extent() for name in names]
+        ends = [(box.y0, box.y1) if turned else (box.x0, box.x1) for box in boxes]
+        assert all(a[1] <= b[0] for a, b in pairwise(ends))
+        texts = [name.get_text() for name in names]
+        assert shortest_number(values[many // 3]) in texts
+        if many <= 40:
+            assert len(texts) == many
