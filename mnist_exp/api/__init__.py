@@ -26,7 +26,7 @@ from mnist_exp.api.experiments import (
     train_sweep,
     ui_page,
 )
-from mnist_exp.api.lifecycle import status, stop
+from mnist_exp.api.lifecycle import plan_removal, rm, status, stop
 from mnist_exp.api.records import export, history, note, tag
 
 __all__ = [
@@ -42,11 +42,13 @@ __all__ = [
     "load",
     "mark_dead_runs",
     "note",
+    "plan_removal",
     "predict",
     "predictions_figure",
     "report",
     "reproduce",
     "resume",
+    "rm",
     "runs",
     "save_figure",
     "show",

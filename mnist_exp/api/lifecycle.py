@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mnist_exp.catalog.activity import Status, Stopped
     from mnist_exp.catalog.records import Record
+    from mnist_exp.catalog.remove import RemovalPlan
 
 
 def status(sweep: str | None = None) -> "Status":
@@ -48,6 +49,43 @@ def stop(run: str = "last", overrides: Sequence[str] = (), *, seconds: float = 6
     meant = _find(run, open_records, overrides)
     activity.check_stoppable(meant, [record for record in open_records if record.is_at_work])
     return activity.stop(meant, seconds)
+
+
+def plan_removal(runs: Sequence[str], overrides: Sequence[str] = ()) -> "RemovalPlan":
+    """Return what `rm` would remove, without removing anything.
+
+    Args:
+        runs: Runs and sweeps. A sweep goes with its jobs.
+        overrides: `tracking.uri=...` alone, the store to look into.
+
+    Raises:
+        ConfigError: One of them is not there, is a job of a sweep, or may be trained just now.
+    """
+    from mnist_exp.api.catalog import _records
+    from mnist_exp.catalog import remove
+    from mnist_exp.config.overrides import check_list
+    from mnist_exp.run import lookup
+    from mnist_exp.tracking.store import Store, has_runs
+
+    check_list("runs", runs)
+    uri = lookup.store_uri(overrides)
+    store = Store(uri) if has_runs(uri) else None
+    return remove.plan(runs, _records(overrides), store, lookup.open_runs())
+
+
+def rm(runs: Sequence[str], overrides: Sequence[str] = ()) -> "RemovalPlan":
+    """Remove runs and sweeps for good: folders, artifacts and rows. Return what was removed.
+
+    Nobody is asked. `plan_removal` tells before what would go. An interrupted removal goes on when
+    it is called again. The arguments are those of `plan_removal`.
+
+    Raises:
+        ConfigError: As `plan_removal` does. Nothing has been removed.
+        RunFailed: Not all of it could be removed.
+    """
+    plan = plan_removal(runs, overrides)
+    plan.carry_out()
+    return plan
 
 
 def _find(word: str, open_records: "Sequence[Record]", overrides: Sequence[str]) -> "Record":

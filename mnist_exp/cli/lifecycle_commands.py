@@ -2,9 +2,13 @@
 
 import argparse
 import json
+import sys
 
 from mnist_exp import api
 from mnist_exp.cli.command import argument, command, command_line, overrides
+from mnist_exp.errors import ConfigError
+
+_YES = argument("--yes", "-y", action="store_true", help="remove it without asking")
 
 
 @command(
@@ -54,3 +58,47 @@ def stop(args: argparse.Namespace) -> int:
     if history.status != "FINISHED":
         print(f"to go on with it: {command_line('resume', record.id[:8])}")
     return 0
+
+
+@command(
+    "RUN_OR_SWEEP ...",
+    "removes runs and sweeps for good: folders, artifacts, and what MLflow has of them",
+    argument(
+        "runs",
+        nargs="+",
+        metavar="RUN_OR_SWEEP",
+        help="ids, beginnings of ids, last or folders, as in: mnist-exp rm 7ba6b5ac 316bf4d7; "
+        "and tracking.uri=...",
+    ),
+    _YES,
+)
+def rm(args: argparse.Namespace) -> int:
+    """Print what would go, ask, and remove it."""
+    from mnist_exp.run.console import reporting
+
+    typed = [word for word in args.runs if word.startswith("tracking.uri=")]
+    runs = [word for word in args.runs if word not in typed]
+    if not runs:
+        raise ConfigError("RUN_OR_SWEEP: none is given. To remove one: mnist-exp rm RUN_OR_SWEEP")
+    plan = api.plan_removal(runs, typed)
+    print("\n".join(plan.lines()))
+    if not _confirmed(args.yes):
+        print("nothing is removed")
+        return 0
+    with reporting(announcement="removing ..."):
+        plan.carry_out()
+    print("removed")
+    return 0
+
+
+def _confirmed(yes: bool) -> bool:
+    """Return whether a person agrees, or has agreed by --yes. Raise ConfigError without either."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            "nothing is removed, as there is no terminal to ask in. To remove it all the same, "
+            "type the same with --yes"
+        )
+    print("Remove all this for good? [y/N] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -118,7 +118,11 @@ def inspect_database(path: Path, experiment: str | None) -> tuple[str, dict[str,
 
 
 def read_runs(
-    path: Path, run_id: str | None = None, tag: tuple[str, str] | None = None, newest: int = -1
+    path: Path,
+    run_id: str | None = None,
+    tag: tuple[str, str] | None = None,
+    newest: int = -1,
+    view: str = "active_only",
 ) -> list[dict[str, Any]]:
     """Return the runs in a database, the newest first: the columns, and what they have by name.
 
@@ -131,13 +135,15 @@ def read_runs(
         run_id: The id of the only run to return, which may have been deleted.
         tag: The name and the value of a tag that the runs must have.
         newest: How many to return at most; -1 for all.
+        view: MLflow's word: all, or those that are marked as deleted (deleted_only), or others.
     """
     query = """
         SELECT run_uuid AS id, runs.name, status, CAST(experiment_id AS TEXT) AS experiment_id,
             start_time, end_time, artifact_uri
         FROM runs JOIN experiments USING (experiment_id)
         WHERE CASE WHEN :id IS NULL
-            THEN runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active'
+            THEN :view = 'all' OR (:view = 'active_only') =
+                (runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active')
             ELSE run_uuid = :id END
         AND (:key IS NULL OR EXISTS (SELECT 1 FROM tags
             WHERE tags.run_uuid = runs.run_uuid AND key = :key AND value = :value))
@@ -146,9 +152,8 @@ def read_runs(
     key, value = tag or (None, None)
     with closing(_open_to_read(path)) as database:
         database.row_factory = sqlite3.Row
-        rows = database.execute(
-            query, {"id": run_id, "key": key, "value": value, "newest": newest}
-        ).fetchall()
+        values = {"id": run_id, "key": key, "value": value, "newest": newest}
+        rows = database.execute(query, {**values, "view": view}).fetchall()
         empty = ("tags", "params", "metrics", "steps")
         texts = {"digest": "", "profile": ""}
         runs = {r["id"]: {**r, **{name: {} for name in empty}, **texts} for r in rows}
@@ -169,6 +174,55 @@ def read_runs(
             runs[row["run_uuid"]]["digest"] = row["digest"]
             runs[row["run_uuid"]]["profile"] = row["dataset_profile"] or ""
     return list(runs.values())
+
+
+def read_ids(path: Path) -> tuple[set[str], int]:
+    """Return the ids of all runs in a database, and when it was made, in ms since 1970.
+
+    Runs that are marked as deleted are among them.
+    """
+    with closing(_open_to_read(path)) as database:
+        ids = {run_id for (run_id,) in database.execute("SELECT run_uuid FROM runs")}
+        ((made,),) = database.execute("SELECT MIN(creation_time) FROM experiments")
+    return ids, made or 0
+
+
+def read_models(path: Path, run_id: str) -> list[tuple[str, str]]:
+    """Return id and address of the files of the models that a run has logged to a database."""
+    query = "SELECT model_id, artifact_location FROM logged_models WHERE source_run_id = ?"
+    with closing(_open_to_read(path)) as database:
+        return [(model_id, place) for model_id, place in database.execute(query, (run_id,))]
+
+
+def read_registered(path: Path, run_ids: Sequence[str]) -> list[str]:
+    """Return the names, with versions, by which models of runs are in a database's registry."""
+    query = """
+        SELECT name, version FROM model_versions
+        WHERE run_id IN (SELECT value FROM json_each(?)) ORDER BY name, version"""
+    with closing(_open_to_read(path)) as database:
+        rows = database.execute(query, (json.dumps(list(run_ids)),))
+        return [f"{name} version {version}" for name, version in rows]
+
+
+def delete_run_for_good(client: Any, path: Path, run_id: str) -> None:
+    """Delete a run and the models that it has logged from a database, as `mlflow gc` does.
+
+    That command leaves behind which data sets went into the run and which models came out of it.
+
+    Args:
+        client: MLflow's client of the database.
+        path: The database.
+        run_id: The id of the run.
+    """
+    store = client._tracking_client.store
+    for model_id, _ in read_models(path, run_id):
+        store._hard_delete_logged_model(model_id)
+    with closing(_open_to_read(path)) as database, database:
+        of_run = "FROM inputs WHERE destination_id = :id OR source_id = :id"
+        tags = f"DELETE FROM input_tags WHERE input_uuid IN (SELECT input_uuid {of_run})"
+        database.execute(tags, {"id": run_id})
+        database.execute(f"DELETE {of_run}", {"id": run_id})
+    store._hard_delete_run(run_id)
 
 
 def newest_step(run: Any, key: str) -> int:

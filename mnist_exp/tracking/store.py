@@ -121,22 +121,35 @@ class Store:
         """Forget what is known of the experiments, as where the store was made anew."""
         self._experiments.clear()
 
-    def _search(self, tag: tuple[str, str] | None = None, newest: bool = False) -> list[StoredRun]:
+    def _search(
+        self,
+        tag: tuple[str, str] | None = None,
+        newest: bool = False,
+        view: str = "active_only",
+    ) -> list[StoredRun]:
         """Return the runs of all experiments, newest first.
 
         Args:
             tag: The name and the value of a tag that they must have.
             newest: Whether a page of them will do.
+            view: MLflow's word: all, or those that are marked as deleted (deleted_only), or others.
         """
         if self.database is not None:
-            return self._read_runs(tag=tag, newest=_PAGE if newest else -1)
-        experiments = [e.experiment_id for e in self.client.search_experiments()]
+            return self._read_runs(tag=tag, newest=_PAGE if newest else -1, view=view)
+        client = self.client
+        from mlflow.entities import ViewType
+
+        kind = ViewType.from_string(view)
+        kind_of_experiments = kind if view == "active_only" else ViewType.ALL
+        found = client.search_experiments(kind_of_experiments)
+        experiments = [experiment.experiment_id for experiment in found]
         condition = "" if tag is None else f"tags.`{tag[0]}` = '{tag[1]}'"
         token, runs = None, []
         while True:
-            page = self.client.search_runs(
+            page = client.search_runs(
                 experiments,
                 condition,
+                kind,
                 max_results=_PAGE,
                 order_by=["attributes.start_time DESC"],
                 page_token=token,
@@ -240,6 +253,14 @@ class Store:
             raise ConfigError(
                 f"{named(self.uri)}: run {run_id} does not get its tags, {first_line(error)}"
             ) from error
+
+    def with_tag(self, name: str, value: str) -> list[StoredRun]:
+        """Return the runs that have a tag of this value, those marked as deleted included."""
+        return self._search((name, value), view="all")
+
+    def deleted(self) -> list[StoredRun]:
+        """Return the runs that are marked as deleted."""
+        return self._search(view="deleted_only")
 
     def of_kind(self, sweep: bool | None, newest: bool = False) -> list[StoredRun]:
         """Return the runs, the newest first; `newest`: only the newest page of them.

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 MOST_FAILURES = 2  # that may pass, in a row: it is not the run, it is the server
 
+DELIVERY_LOCK = ".delivery.lock"  # a file in the folder of a run that is being uploaded
 _STATE = ".delivery.json"
 _METRICS_A_BATCH = 1000  # MLflow's limit, for all that is in a call
 _PARAMS_A_BATCH = 100  # MLflow's limit, for tags as well
@@ -79,7 +80,9 @@ def upload_journal(folder: Path, open_runs: OpenRuns, store: Store) -> UploadSta
     """
     from mlflow.exceptions import MlflowException
 
-    with FileLock(folder / ".delivery.lock"):
+    _check_there(folder)  # as the lock would make the folder anew
+    with FileLock(folder / DELIVERY_LOCK):
+        _check_there(folder)
         state = UploadState.of(folder, store.uri)
         try:
             state = _upload_entries(folder, store, state)
@@ -100,6 +103,12 @@ def upload_journal(folder: Path, open_runs: OpenRuns, store: Store) -> UploadSta
             if state.ended and state.offset >= journal.size(folder):
                 open_runs.remove(RunHistory.of(folder).key)
     return state
+
+
+def _check_there(folder: Path) -> None:
+    """Raise NotReady if the folder of a run was removed, which may be in this moment."""
+    if not (folder / journal.NAME).exists():
+        raise NotReady(f"{folder}: it holds no {journal.NAME} any more")
 
 
 def _upload_entries(folder: Path, store: Store, state: UploadState) -> UploadState:

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mnist_exp.tracking import waiting
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns, RunWriter
+from mnist_exp.tracking.upload import UploadState
 
 begun: list[RunWriter] = []  # whose journals conftest.py closes
 
@@ -33,6 +35,9 @@ def begin(
         writer.journal.write("resume", owner=dict(owner))
         open_runs.add(RunHistory.of(folder).key, folder, owner)
     writer.params({"training.epochs": asked, "optimizer.lr": 0.1})
+    data = {"name": "tiny", "source": "a test", "digest": "0" * 64}
+    writer.dataset({**data, "shape": (1, 2, 2), "sizes": {"train": 3}})
+    writer.text("a text", "text.txt")
     for epoch in range(1, epochs + 1):
         accuracy = 0.9 if epoch == 2 else 0.5
         values = {"train/loss": 1 / epoch, "val/accuracy": accuracy, "images_per_second": 100.0}
@@ -65,3 +70,22 @@ def sweep(folder: Path, open_runs: OpenRuns, uri: str, jobs: int = 3) -> None:
     for number in range(jobs):
         begin_job(folder, number, open_runs, uri, epochs=3).end("FINISHED")
     parent.end("FINISHED")
+
+
+def deliver(open_runs: OpenRuns) -> None:
+    """Bring all that waits to its store."""
+    assert waiting.deliver(open_runs)[1] == {}
+
+
+def run_id(folder: Path) -> str:
+    """MLflow's id of a run that was delivered."""
+    return UploadState.of(folder).run_id
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """All files in a folder with their content, but those whose bytes do not matter."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".lock" and not path.name.startswith("store.db")
+    }

@@ -1,0 +1,296 @@
+"""Removing runs and sweeps: what would go, and taking it away in steps that can be repeated.
+
+A run goes in this order: its folder moves to outputs/.removed/ID, in one step; its entries of the
+registry of open runs go, then its artifacts and its rows in the store, and last what was moved. So
+a removal that is interrupted goes on from there when it is typed again, or by `gc`.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from mnist_exp.catalog.own_files import (
+    REMOVED,
+    evaluation_of,
+    journals,
+    outputs,
+    own_folder,
+    size_of,
+)
+from mnist_exp.catalog.records import Record, find
+from mnist_exp.errors import ConfigError, RunFailed
+from mnist_exp.formatting import count_of
+from mnist_exp.system.processes import is_running
+from mnist_exp.tracking import deletion, journal
+from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.mlflow_internals import PARENT
+from mnist_exp.tracking.run_log import OpenRuns
+from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.stored_run import RUN_KEY, StoredRun
+from mnist_exp.tracking.upload import DELIVERY_LOCK
+
+_LOCK_SECONDS = 30.0  # that an upload in progress is waited for
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A run or a sweep that is to be removed, or what is left of one whose removal began."""
+
+    id: str
+    title: str  # what is said of it
+    record: Record | None  # None where only what was moved is left
+    jobs: Sequence[Record]
+    folders: Sequence[Path]  # that will be moved: real paths
+    files: Sequence[Path]  # the others: artifacts, figures, what was moved earlier
+    left: Sequence[str]  # what stays, each with the reason
+
+    @cached_property
+    def bytes(self) -> int:
+        """How large all this is."""
+        return size_of([*self.folders, *self.files])
+
+    @property
+    def runs(self) -> int:
+        """How many runs go."""
+        return len(self.jobs) + (self.record is not None)
+
+
+@dataclass(frozen=True)
+class RemovalPlan:
+    """What is to be removed, before anything is."""
+
+    removals: Sequence[Removal]
+    store: Store | None  # None where there is none yet
+    open_runs: OpenRuns
+
+    def lines(self) -> list[str]:
+        """Return what would go and what would stay, a line each, and how much it is in all."""
+        lines = []
+        for removal in self.removals:
+            lines.append(f"{removal.title}, {_size(removal.bytes)}")
+            lines += [f"  {folder}" for folder in removal.folders]
+            lines += [f"  stays: {text}" for text in removal.left]
+        runs = count_of(sum(removal.runs for removal in self.removals), "run")
+        folders = count_of(sum(len(removal.folders) for removal in self.removals), "folder")
+        total = _size(sum(removal.bytes for removal in self.removals))
+        lines.append(f"in all: {runs}, {folders}, {total} with the artifacts")
+        if self.store and not deletion.can_delete_for_good(self.store):
+            lines.append(
+                f"{self.store.uri} marks runs as deleted; its owner frees the files by: mlflow gc"
+            )
+        return lines
+
+    def carry_out(self) -> None:
+        """Remove all of it. Raise RunFailed where that fails; it can be typed again then."""
+        for removal in self.removals:
+            try:
+                remove(removal, self.store, self.open_runs)
+            except (ConfigError, RunFailed):
+                raise
+            except Exception as error:  # whatever a file system, a database or a network raises
+                raise RunFailed(
+                    f"{removal.title}: not all of it is removed, {type(error).__name__}: {error}. "
+                    f"Type the same again to go on: mnist-exp rm {removal.id}"
+                ) from error
+
+
+def _size(number: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(number)
+
+
+def plan(
+    words: Sequence[str], records: Sequence[Record], store: Store | None, open_runs: OpenRuns
+) -> RemovalPlan:
+    """Return what the removal of runs and sweeps would remove.
+
+    Args:
+        words: The runs and sweeps: `last`, ids, beginnings of ids, folders.
+        records: All records, the newest first.
+        store: The store, if there is one.
+        open_runs: The registry of the runs that their stores do not have whole.
+
+    Raises:
+        ConfigError: One of them cannot be removed. Nothing has been changed.
+    """
+    removals: dict[str, Removal] = {}
+    for word in words:
+        if (interrupted := _left_of(word, records)) is not None:
+            removals[interrupted.id] = interrupted
+            continue
+        record = find(records, word)
+        check_removable(record, records)
+        jobs = [other for other in records if other.parent == record.id]
+        stored = [r.stored for r in (record, *jobs) if r.stored is not None]
+        if store is not None and (names := deletion.registered_models(store, stored)):
+            raise ConfigError(
+                f"{record.kind} {record.id[:8]}: its model is in MLflow's registry, as "
+                f"{', '.join(names)}. Delete that first, or keep the run"
+            )
+        removals[record.id] = removal_of(record, jobs, store)
+    return RemovalPlan(list(removals.values()), store, open_runs)
+
+
+def _left_of(word: str, records: Sequence[Record]) -> Removal | None:
+    """Return what is left of a removal, where its run is on record no more."""
+    top = outputs() / REMOVED
+    if len(word) < 4 or "/" in word or not top.is_dir() or top.is_symlink():
+        return None
+    names = [name for name in sorted(os.listdir(top)) if name.startswith(word)]
+    if len(names) != 1 or any(record.id.startswith(word) for record in records):
+        return None
+    return left_of(names[0])
+
+
+def left_of(name: str) -> Removal:
+    """Return what is left of the removal of a run of this id: what was moved."""
+    title = f"what is left of {name[:8]}, whose removal was interrupted"
+    return Removal(name, title, None, [], [], [outputs() / REMOVED / name], [])
+
+
+def check_removable(record: Record, records: Sequence[Record]) -> None:
+    """Raise ConfigError for a job of a sweep, and for what may be trained at the moment."""
+    name = f"{record.kind} {record.id[:8]}  {record.name}"
+    if record.kind == "job" and any(other.id == record.parent for other in records):
+        raise ConfigError(
+            f"{name}: it is a job of a sweep, which is removed as a whole: "
+            f"mnist-exp rm {record.parent[:8]}"
+        )
+    if has_been_moved(record.id):  # its removal has begun
+        return
+    for one in (record, *(other for other in records if other.parent == record.id)):
+        if one.is_at_work:
+            assert one.open_run is not None
+            owner = one.open_run.owner
+            raise ConfigError(
+                f"{name}: process {owner['pid']} on {owner['host']} is at work on it. Stop it "
+                f"first: mnist-exp stop {record.id[:8]}"
+            )
+        if one.status == "RUNNING" and not _has_ended_here(one):
+            raise ConfigError(
+                f"{name}: by its record {one.id[:8]} is RUNNING, and no process that trains it "
+                f"can be seen from here. Stop it where it is trained; if that machine is gone, "
+                f"delete the run in MLflow's UI"
+            )
+
+
+def _has_ended_here(record: Record) -> bool:
+    """Return whether the journal of a run that MLflow takes for a running one has ended here."""
+    if record.folder is None:
+        return False
+    try:
+        history = RunHistory.of(record.folder)
+    except OSError:
+        return False
+    if not history.key or history.key != record.key:
+        return False
+    return bool(history.status) or is_running(history.owner) is False
+
+
+def has_been_moved(run_id: str) -> bool:
+    """Return whether the removal of a run has begun, so that it has to be completed."""
+    place = outputs() / REMOVED / run_id
+    return place.is_dir() and any(place.iterdir())
+
+
+def removal_of(record: Record, jobs: Sequence[Record], store: Store | None) -> Removal:
+    """Return what would be removed with a run or a sweep, and what would not."""
+    keys = [r.key for r in (record, *jobs) if r.key or r is record]
+    folders: list[Path] = []
+    files: list[Path] = []
+    left: list[str] = []
+    own = [(record, keys), *((job, [job.key]) for job in jobs)]
+    for one, its_keys in own:
+        if one.folder is None or any(f in one.folder.resolve().parents for f in folders):
+            continue
+        folder, reason = own_folder(one.folder, its_keys)
+        if folder is not None:
+            folders.append(folder)
+        elif reason:
+            left.append(f"{one.folder}: {reason}")
+    folders.reverse()  # that of the sweep last: it tells whether the removal has begun
+    for one in (record, *jobs):
+        if one.stored is not None and store is not None:
+            stored = deletion.files_of(store, one.stored)
+            files += stored.folders
+            left += stored.left
+        if (figures := evaluation_of(one.id)) is not None:
+            files.append(figures)
+    if has_been_moved(record.id):
+        files.append(outputs() / REMOVED / record.id)
+    jobs_text = f" with its {count_of(len(jobs), 'job')}" if record.kind == "sweep" else ""
+    waits = "" if record.stored or not record.key else ", which MLflow never had"
+    title = f"{record.kind} {record.id[:8]}  {record.name}{jobs_text}, {record.status}{waits}"
+    return Removal(record.id, title, record, jobs, folders, files, left)
+
+
+def remove(removal: Removal, store: Store | None, open_runs: OpenRuns) -> None:
+    """Remove a run or a sweep, or go on with that. Raises whatever MLflow or the disk raises."""
+    place = outputs() / REMOVED / removal.id
+    if place.parent.is_symlink() or place.is_symlink():
+        raise RunFailed(f"{place}: a symbolic link, where a folder has to be. Remove the link")
+    if removal.folders:
+        place.mkdir(parents=True, exist_ok=True)
+    for folder in removal.folders:
+        _move(folder, place)
+    keys = {r.key for r in (removal.record, *removal.jobs) if r is not None and r.key}
+    if place.is_dir():
+        for path in journals(place):
+            _wait_for_upload(path.parent)
+            keys.add(RunHistory.of(path.parent).key)
+    for key in sorted(keys - {""}):
+        open_runs.remove(key)
+    for one in (*removal.jobs, removal.record):
+        if one is not None and (figures := evaluation_of(one.id)) is not None:
+            shutil.rmtree(figures)
+    if removal.record is not None and store is not None:
+        deletion.delete(store, stored_runs(removal.record, store))
+    if place.is_dir():
+        shutil.rmtree(place)
+
+
+def _move(folder: Path, place: Path) -> None:
+    """Move the folder of a run to a place, unless it is being trained by now."""
+    if not journal.size(folder):  # another process has moved it
+        return
+    with journal.lock(folder):
+        history = RunHistory.of(folder)
+        if history.key and not history.status and is_running(history.owner) is not False:
+            raise ConfigError(f"{folder}: a process is at work on it by now. Nothing is removed")
+        target = place / history.key
+        if target.exists():  # of a removal before its run's folder was put back
+            shutil.rmtree(target)
+        os.rename(folder, target)
+
+
+def _wait_for_upload(folder: Path) -> None:
+    """Wait for an upload of a run that began before its folder was moved; no other can begin."""
+    lock = folder / DELIVERY_LOCK
+    if not lock.exists():
+        return
+    try:
+        with FileLock(lock, timeout=_LOCK_SECONDS):
+            pass
+    except Timeout:
+        raise RunFailed(
+            f"{folder}: it is being uploaded to MLflow since {_LOCK_SECONDS:.0f} s. The rest is "
+            f"removed when the same is typed again"
+        ) from None
+
+
+def stored_runs(record: Record, store: Store) -> list[StoredRun]:
+    """Return the runs that a store has of a record by now, the jobs of a sweep first.
+
+    An upload may have made one since the records were read.
+    """
+    own = [run for run in [record.stored] if run is not None]
+    if record.key:
+        own = store.with_tag(RUN_KEY, record.key)
+    children = [child for run in own for child in store.with_tag(PARENT, run.id)]
+    return [*children, *own]

@@ -1,0 +1,85 @@
+"""Deleting runs from a store: their rows, and the files that the store keeps of them."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from mnist_exp.tracking import mlflow_internals
+from mnist_exp.tracking.address import artifact_root
+from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.stored_run import StoredRun
+
+
+@dataclass(frozen=True)
+class StoredFiles:
+    """The folders of a run's artifacts and models that may be removed, and what may not be."""
+
+    folders: Sequence[Path]  # real paths
+    left: Sequence[str] = ()  # each with the reason
+
+
+def can_delete_for_good(store: Store) -> bool:
+    """Return whether runs can be deleted for good; a server only marks them as deleted."""
+    return store.database is not None
+
+
+def files_of(store: Store, run: StoredRun) -> StoredFiles:
+    """Return what a store keeps of a run in files, as far as it is there.
+
+    Only folders below the store's own folder for artifacts, which are named by the run or by its
+    model, may be removed. A symbolic link is never followed.
+    """
+    if store.database is None:
+        return StoredFiles(())
+    root = _real_path(artifact_root(store.database))
+    named = [(run.id, run.artifact_uri), *mlflow_internals.read_models(store.database, run.id)]
+    folders, left = [], []
+    for name, address in named:
+        if urlsplit(address).scheme not in ("", "file"):
+            left.append(f"{address}: it is not in the file system")
+            continue
+        place = Path(unquote(urlsplit(address).path))
+        if place.name == "artifacts":
+            place = place.parent
+        if not os.path.lexists(place):
+            continue
+        real = Path(os.path.realpath(place))
+        if place.is_symlink() or root not in real.parents:
+            left.append(f"{place}: it is outside of {root}, the store's folder for artifacts")
+        elif real.name != name:
+            left.append(f"{place}: its name is not {name}")
+        else:
+            folders.append(real)
+    return StoredFiles(folders, left)
+
+
+def _real_path(address: str) -> Path:
+    return Path(os.path.realpath(unquote(urlsplit(address).path)))
+
+
+def registered_models(store: Store, runs: Sequence[StoredRun]) -> list[str]:
+    """Return the names by which models of runs are in the model registry of a local store."""
+    if store.database is None:
+        return []
+    return mlflow_internals.read_registered(store.database, [run.id for run in runs])
+
+
+def delete(store: Store, runs: Sequence[StoredRun]) -> None:
+    """Delete runs one after the other: from an SQLite database for good, with their files.
+
+    In other stores they are marked as deleted, as nobody but their owner can do more. Each step
+    can be taken again. Raises whatever MLflow or the file system raises.
+    """
+    for run in runs:
+        if store.database is None:
+            if store.client.get_run(run.id).info.lifecycle_stage == "active":
+                store.client.delete_run(run.id)
+            continue
+        for folder in files_of(store, run).folders:
+            shutil.rmtree(folder)
+        client = store.client
+        with store.lock():
+            mlflow_internals.delete_run_for_good(client, store.database, run.id)

@@ -1,0 +1,329 @@
+"""Removing runs: all of what is meant, nothing else, and whatever happens in the middle."""
+
+import os
+import shutil
+import sqlite3
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from mnist_exp import api
+from mnist_exp.errors import ConfigError
+from mnist_exp.tracking import upload
+from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.run_log import OpenRuns
+from mnist_exp.tracking.store import Store
+from tests.catalog import made_up
+from tests.catalog.made_up import deliver, kept, run_id
+from tests.helpers import fresh_store
+from tests.programs import Start, dead_owner
+
+
+@pytest.fixture
+def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return fresh_store(tmp_path)
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    return tmp_path / "outputs"
+
+
+def rm(uri: str, *words: str) -> None:
+    api.rm(words, [f"tracking.uri={uri}"])
+
+
+def rows(uri: str) -> dict[str, int]:
+    """The number of rows of each table of a database that is about runs."""
+    names = [
+        "runs",
+        "tags",
+        "params",
+        "metrics",
+        "latest_metrics",
+        "inputs",
+        "input_tags",
+        "logged_models",
+    ]
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
+        return {
+            name: database.execute(f"SELECT COUNT(*) FROM {name}").fetchone()[0] for name in names
+        }
+
+
+def log_model(uri: str, run: str) -> None:
+    """Log a model of a run, a file, as uploads do."""
+    client = Store(uri).client
+    experiment = client.get_run(run).info.experiment_id
+    model = client.create_logged_model(experiment, "model", run, {"a": "tag"})
+    place = Path(model.artifact_location.removeprefix("file://"))
+    place.mkdir(parents=True)
+    (place / "MLmodel").write_text("a model")
+
+
+def test_a_run_goes_with_all_that_is_of_it_and_nothing_else(
+    open_runs: OpenRuns, outputs: Path, uri: str, tmp_path: Path
+) -> None:
+    made_up.run(outputs / "other", open_runs, uri)
+    made_up.sweep(outputs / "sweep", open_runs, uri)
+    deliver(open_runs)
+    log_model(uri, run_id(outputs / "other"))
+    before, rows_before = kept(tmp_path), rows(uri)
+    assert any(name.endswith("MLmodel") for name in before)
+    made_up.run(outputs / "run", open_runs, uri)
+    deliver(open_runs)
+    log_model(uri, run_id(outputs / "run"))
+    figures = outputs / "evaluations" / run_id(outputs / "run")[:8]
+    figures.mkdir(parents=True)
+    (figures / "confusion.png").write_text("a figure")
+    assert rows(uri) != rows_before
+
+    plan = api.plan_removal([run_id(outputs / "run")[:10]], [f"tracking.uri={uri}"])
+    assert (outputs / "run").exists()  # it was only looked at
+    assert [removal.folders for removal in plan.removals] == [[outputs / "run"]]
+    plan.carry_out()
+    assert kept(tmp_path) == before and rows(uri) == rows_before
+    with pytest.raises(ConfigError, match="there is no such run"):
+        rm(uri, plan.removals[0].id)
+
+
+def test_a_sweep_goes_with_its_jobs(
+    open_runs: OpenRuns, outputs: Path, uri: str, tmp_path: Path
+) -> None:
+    made_up.run(outputs / "other", open_runs, uri)
+    deliver(open_runs)
+    before, rows_before = kept(tmp_path), rows(uri)
+    made_up.sweep(outputs / "sweep", open_runs, uri)
+    deliver(open_runs)
+    assert rows(uri)["runs"] == 5
+    rm(uri, run_id(outputs / "sweep"))
+    assert kept(tmp_path) == before and rows(uri) == rows_before
+
+
+def test_what_mlflow_never_had_can_go(open_runs: OpenRuns, outputs: Path, uri: str) -> None:
+    made_up.run(outputs / "run", open_runs, uri)
+    (plan,) = api.plan_removal(["last"], [f"tracking.uri={uri}"]).removals
+    assert "which MLflow never had" in plan.title
+    rm(uri, "last")
+    assert open_runs.entries() == [] and not (outputs / "run").exists()
+
+
+def test_what_an_upload_has_made_meanwhile_goes_as_well(
+    open_runs: OpenRuns, outputs: Path, uri: str
+) -> None:
+    """Another process delivers between the look at the records and the removal."""
+    made_up.sweep(outputs / "sweep", open_runs, uri)
+    plan = api.plan_removal(["last"], [f"tracking.uri={uri}"])
+    deliver(open_runs)
+    assert rows(uri)["runs"] == 4
+    plan.carry_out()
+    assert rows(uri)["runs"] == 0 and not (outputs / "sweep").exists()
+
+
+def test_an_upload_that_comes_too_late_makes_nothing_anew(
+    open_runs: OpenRuns, outputs: Path, uri: str
+) -> None:
+    folder = outputs / "run"
+    made_up.run(folder, open_runs, uri)
+    rm(uri, "last")
+    with pytest.raises(upload.NotReady):
+        upload.upload_journal(folder, open_runs, Store(uri))
+    assert not folder.exists() and rows(uri)["runs"] == 0
+
+
+def refusals(open_runs: OpenRuns, outputs: Path, uri: str, start: Start) -> dict[str, str]:
+    """What cannot be removed, with a part of the reason."""
+    made_up.begin(outputs / "running", open_runs, uri)
+    made_up.begin_sweep(outputs / "sweep", open_runs, uri, owner=dead_owner(start)).end("KILLED")
+    made_up.begin_job(outputs / "sweep", 0, open_runs, uri)  # which a process is at work on
+    owner = {"host": "elsewhere", "pid": 7, "born": ""}
+    made_up.begin(outputs / "elsewhere", open_runs, uri, owner=owner)
+    made_up.begin(outputs / "unknown", open_runs, uri, owner=owner)
+    deliver(open_runs)
+    open_runs.remove(RunHistory.of(outputs / "unknown").key)  # all that is known is in MLflow
+    return {
+        str(outputs / "running"): "is at work on it. Stop it first",
+        str(outputs / "sweep"): "is at work on it. Stop it first",
+        str(outputs / "sweep" / "0"): "job of a sweep, which is removed as a whole",
+        str(outputs / "elsewhere"): "process 7 on elsewhere is at work on it",
+        str(outputs / "unknown"): "no process that trains it can be seen",
+        "ffffffff": "there is no such run",
+    }
+
+
+def test_all_are_checked_before_anything_goes(
+    open_runs: OpenRuns, outputs: Path, uri: str, tmp_path: Path, start: Start
+) -> None:
+    made_up.run(outputs / "run", open_runs, uri)
+    words = refusals(open_runs, outputs, uri, start)
+    before = kept(tmp_path)
+    for word, reason in words.items():
+        with pytest.raises(ConfigError, match=reason):
+            rm(uri, str(outputs / "run"), word)
+    assert kept(tmp_path) == before
+
+
+def test_a_run_that_is_resumed_while_a_person_thinks_stays(
+    open_runs: OpenRuns, outputs: Path, uri: str
+) -> None:
+    made_up.begin(outputs / "run", open_runs, uri).end("KILLED")
+    plan = api.plan_removal(["last"], [f"tracking.uri={uri}"])
+    made_up.begin(outputs / "run", open_runs, uri)
+    with pytest.raises(ConfigError, match="at work on it by now"):
+        plan.carry_out()
+    assert (outputs / "run" / "journal.jsonl").exists() and len(open_runs.entries()) == 1
+
+
+def outside(folder: Path, open_runs: OpenRuns, uri: str) -> Path:
+    """A record whose folder is not in outputs/."""
+    made_up.run(folder.parents[1] / "elsewhere", open_runs, uri)
+    return folder.parents[1] / "elsewhere"
+
+
+def linked(folder: Path, open_runs: OpenRuns, uri: str) -> Path:
+    """A folder that is a symbolic link to one elsewhere."""
+    made_up.run(folder, open_runs, uri)
+    shutil.move(folder, folder.parents[1] / "elsewhere")
+    folder.symlink_to(folder.parents[1] / "elsewhere")
+    return folder.parents[1] / "elsewhere"
+
+
+def shared(folder: Path, open_runs: OpenRuns, uri: str) -> Path:
+    """A folder in which another run has its own."""
+    made_up.run(folder, open_runs, uri)
+    made_up.run(folder / "of another run", open_runs, uri)
+    return folder
+
+
+def reused(folder: Path, open_runs: OpenRuns, uri: str) -> Path:
+    """A folder that holds the record of another run by now."""
+    made_up.run(folder, open_runs, uri)
+    deliver(open_runs)
+    shutil.rmtree(folder)
+    made_up.run(folder, open_runs, fresh_store(folder.parents[1] / "another"))
+    return folder
+
+
+def everything(folder: Path, open_runs: OpenRuns, uri: str) -> Path:
+    """A record that names outputs/ itself, with all runs."""
+    made_up.run(folder.parent, open_runs, uri)
+    made_up.run(folder, open_runs, uri)
+    return folder.parent
+
+
+@pytest.mark.parametrize("make", [outside, linked, shared, reused, everything])
+def test_a_folder_that_is_not_the_run_s_own_stays(
+    make: Callable[[Path, OpenRuns, str], Path], open_runs: OpenRuns, outputs: Path, uri: str
+) -> None:
+    stays = make(outputs / "run", open_runs, uri)
+    word = RunHistory.of(stays).key
+    if make is not reused:
+        deliver(open_runs)
+    else:
+        word = Store(uri).find("last").id
+    before = kept(stays)
+    plan = api.plan_removal([word], [f"tracking.uri={uri}"])
+    assert any("  stays: " in line for line in plan.lines())
+    plan.carry_out()
+    assert kept(stays) == before
+    assert word not in [run.key for run in Store(uri).of_kind(None)]
+
+
+@pytest.mark.parametrize(
+    "place", ["{tmp}/precious", "{tmp}/mlruns/{id}/..", "{tmp}", "s3://b/{id}"]
+)
+def test_artifacts_elsewhere_stay(
+    place: str, open_runs: OpenRuns, outputs: Path, uri: str, tmp_path: Path
+) -> None:
+    """Whatever a row of the database says."""
+    made_up.run(outputs / "run", open_runs, uri)
+    deliver(open_runs)
+    own = run_id(outputs / "run")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("precious")
+    (tmp_path / "mlruns" / "another").mkdir()
+    (tmp_path / "mlruns" / "another" / "file").write_text("precious")
+    with closing(sqlite3.connect(tmp_path / "store.db")) as database, database:
+        address = place.format(tmp=tmp_path, id=own)
+        database.execute("UPDATE runs SET artifact_uri = ?", (address,))
+    plan = api.plan_removal(["last"], [f"tracking.uri={uri}"])
+    assert any("  stays: " in line for line in plan.lines())
+    plan.carry_out()
+    assert (precious / "file").exists() and (tmp_path / "mlruns" / "another" / "file").exists()
+    assert rows(uri)["runs"] == 0
+
+
+def test_a_model_in_the_registry_keeps_its_run(
+    open_runs: OpenRuns, outputs: Path, uri: str
+) -> None:
+    made_up.run(outputs / "run", open_runs, uri)
+    deliver(open_runs)
+    client = Store(uri).client
+    client.create_registered_model("digits")
+    client.create_model_version("digits", "file:///somewhere", run_id(outputs / "run"))
+    with pytest.raises(ConfigError, match="registry, as digits version 1"):
+        rm(uri, "last")
+    assert (outputs / "run").exists()
+
+
+STEPS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "sqlite3.connect")
+
+
+def remove_and_die(uri: str, word: str, step: int) -> bool:
+    """Remove a run in a process that dies at a step; return whether it got that far.
+
+    A step is whatever changes a name in the file system, or opens the database.
+    """
+    process = os.fork()
+    if not process:
+        count = 0
+
+        def die(event: str, _: object) -> None:
+            nonlocal count
+            if event in STEPS:
+                count += 1
+                if count > step:
+                    os._exit(9)
+
+        try:
+            plan = api.plan_removal([word], [f"tracking.uri={uri}"])
+            sys.addaudithook(die)
+            plan.carry_out()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert status in (0, 9)
+    return status == 9
+
+
+@pytest.mark.parametrize("jobs, is_delivered", [(1, True), (2, False)])
+def test_a_removal_that_dies_at_any_step_goes_on_when_typed_again(
+    jobs: int, is_delivered: bool, open_runs: OpenRuns, outputs: Path, uri: str, tmp_path: Path
+) -> None:
+    project, backup = tmp_path, tmp_path.with_name(f"{tmp_path.name} backup")
+    made_up.run(outputs / "other", open_runs, uri)
+    deliver(open_runs)
+    before, rows_before = kept(project), rows(uri)
+    made_up.sweep(outputs / "sweep", open_runs, uri, jobs=jobs)
+    if is_delivered:
+        deliver(open_runs)
+    word = run_id(outputs / "sweep") or RunHistory.of(outputs / "sweep").key
+    shutil.copytree(project, backup)
+    for step in range(1000):
+        shutil.rmtree(project)
+        shutil.copytree(backup, project)
+        if not remove_and_die(uri, word, step):
+            break
+        try:
+            rm(uri, word)
+        except ConfigError as error:  # it had died after the last step that left anything
+            assert "there is no such run" in str(error)
+        assert kept(project) == before and rows(uri) == rows_before, step
+        assert open_runs.entries() == [] and list(outputs.glob(".removed/*")) == [], step
+    assert step > 10
