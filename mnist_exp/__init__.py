@@ -9,6 +9,7 @@ from typing import Any
 from mnist_exp._version import __version__ as __version__
 from mnist_exp.api import (
     build,
+    compare,
     ensemble,
     evaluate,
     export,
@@ -39,6 +40,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __all__ = [
     "build",
+    "compare",
     "ensemble",
     "evaluate",
     "export",

@@ -4,7 +4,7 @@ Overrides are those of the command line. A run is named by `last`, its id, or th
 Each function imports what is heavy when it is called, and prints nothing unless it is verbose.
 """
 
-from mnist_exp.api.catalog import field_names, list_records, runs
+from mnist_exp.api.catalog import compare, field_names, list_records, runs
 from mnist_exp.api.experiments import (
     build,
     default_store,
@@ -31,6 +31,7 @@ from mnist_exp.api.records import export, history, note, tag
 
 __all__ = [
     "build",
+    "compare",
     "default_store",
     "ensemble",
     "evaluate",

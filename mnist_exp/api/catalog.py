@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mnist_exp.catalog.compare import Comparison
     from mnist_exp.catalog.listing import Listing
     from mnist_exp.catalog.records import Record
 
@@ -68,6 +69,27 @@ def field_names(overrides: Sequence[str] = ()) -> list[str]:
     from mnist_exp.catalog import fields
 
     return fields.names(_records(overrides))
+
+
+def compare(words: Sequence[str], overrides: Sequence[str] = ()) -> "Comparison":
+    """Return a comparison of runs or of cells of sweeps: what differs, metrics and tests.
+
+    Args:
+        words: Two or more runs; or two or more of SWEEP, whose chosen cell is meant, SWEEP:RANK
+            and SWEEP:KEY=VALUE,KEY=VALUE. Tests are of each against the first.
+        overrides: `tracking.uri=...` alone, the store to look into.
+
+    Raises:
+        ConfigError: There is no such run or cell, they are not of one kind, or one is there twice.
+    """
+    from mnist_exp.config.overrides import check_list
+
+    check_list("words", words)
+    records = _records(overrides)
+
+    from mnist_exp.catalog import compare as comparing
+
+    return comparing.compare(records, words)
 
 
 def _records(overrides: Sequence[str]) -> "list[Record]":

@@ -3,10 +3,18 @@
 import argparse
 import json
 import re
+import sys
 from collections.abc import Sequence
 
 from mnist_exp import api
-from mnist_exp.cli.command import argument, command, command_line
+from mnist_exp.cli.command import (
+    argument,
+    check_figure,
+    command,
+    command_line,
+    path,
+    save_figures,
+)
 
 
 @command(
@@ -60,6 +68,50 @@ def runs(args: argparse.Namespace) -> int:
         Terminal().table("", *found.table(datetime.now()), cut=flexible)
         if len(found.records) < found.total:
             print(f"{len(found.records)} of {found.total}. More: --limit {found.total}")
+    return 0
+
+
+@command(
+    "A B [C ...]",
+    "puts runs, or cells of sweeps, beside each other: what differs",
+    argument(
+        "words",
+        nargs="*",
+        metavar="RUN_OR_SWEEP",
+        help="two runs or more; or two or more of SWEEP (its chosen cell), SWEEP:2 (the second of "
+        "its leaderboard) and SWEEP:lr=0.1,batch_size=32; and tracking.uri=...",
+    ),
+    argument(
+        "--figure", type=path, metavar="FILE", help="draw the curves: a .png, .svg or .pdf file"
+    ),
+    argument("--json", action="store_true", help="print JSON instead of tables"),
+    example="compare last:1 last:2 --figure curves.png",
+)
+def compare(args: argparse.Namespace) -> int:
+    """Print what differs between runs or cells, and tests of the difference."""
+    from mnist_exp.run.console import Terminal
+
+    check_figure("--figure", args.figure)
+    overrides = [word for word in args.words if word.startswith("tracking.uri=")]
+    found = api.compare([word for word in args.words if word not in overrides], overrides)
+    if args.figure is not None:
+        save_figures("--figure", args.figure, {args.figure: found.draw()})
+        print(f"figure {args.figure.resolve()}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(found.as_json(), indent=1))
+        return 0
+    terminal = Terminal()
+    for title in found.titles():
+        terminal.line(title)
+    for title, table in found.tables():
+        terminal.line("")
+        terminal.table(title, *table)
+    for line in found.lines():
+        terminal.line(line)
+    for run_id in found.to_evaluate:
+        terminal.line(
+            f"to keep the predictions: {command_line('evaluate', run_id[:8], *overrides)}"
+        )
     return 0
 
 

@@ -27,6 +27,7 @@ from mnist_exp.run.model_export import recording_model
 from mnist_exp.run.provenance import run_tags
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.kept_files import DIFF
 from mnist_exp.tracking.run_log import OpenRuns, RunWriter, open_runs_at
 from mnist_exp.training import metrics
 from mnist_exp.training.events import Epoch, Message, Progress
@@ -40,7 +41,6 @@ THREADS = torch.get_num_threads()  # torch's choice, before any run makes its ow
 RUN_CURVES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")  # that are drawn of a run
 FINGERPRINT = "first_losses"  # a tag
 FINGERPRINT_STEPS = 8
-DIFF = "uncommitted.diff"  # an artifact
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ from mnist_exp.errors import ConfigError, reason_of
 from mnist_exp.formatting import Table, number_or_dash
 from mnist_exp.run.console import Reporter
 from mnist_exp.run.job import Job, prepare
-from mnist_exp.run.recorder import DIFF, FINGERPRINT, Result, StackPlan
+from mnist_exp.run.recorder import FINGERPRINT, Result, StackPlan
 from mnist_exp.run.stored_config import fetch_config
 from mnist_exp.run.train import LastEpochReached, run_id_of, train, train_stack
 from mnist_exp.system.processes import is_running, process_identity
 from mnist_exp.tracking.address import normalised, store_uri
 from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.kept_files import DIFF
 from mnist_exp.tracking.run_log import open_runs_at
 from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.store_check import check_store

@@ -6,8 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mnist_exp.figures.curves import sweep_curves
-from mnist_exp.figures.matrices import heat_map
 from mnist_exp.formatting import Table
 from mnist_exp.sweeps import report
 from mnist_exp.sweeps.manifest import MANIFEST, Manifest, SweepJob
@@ -42,6 +40,9 @@ class Report:
 
     def draw(self) -> dict[str, Any]:
         """Return heat maps of the swept numbers, and the curves of all jobs, by name."""
+        from mnist_exp.figures.curves import sweep_curves
+        from mnist_exp.figures.matrices import heat_map
+
         short = report.short_names({key for job in self.jobs for key in job.values})
         figures = {}
         for data in report.heat_maps(self.ranked, self.chosen):
@@ -114,7 +115,7 @@ def load_from_journals(manifest: Manifest, results: Mapping[int, JobResult]) -> 
     """Return the results of all jobs of a sweep; `results` are those of jobs without a record."""
     recorded = ((job.number, read_result(job)) for job in manifest.valid)
     found = {number: result for number, result in recorded if result is not None}
-    return _complete(manifest, {**results, **found})
+    return complete(manifest, {**results, **found})
 
 
 def load_from_store(store: Store, parent: str) -> list[JobResult]:
@@ -130,14 +131,14 @@ def load_from_store(store: Store, parent: str) -> list[JobResult]:
             results[job.number] = JobResult(
                 job.number, job.values, run.status, reason, run.id, run.metrics, curves
             )
-    return _complete(manifest, results)
+    return complete(manifest, results)
 
 
-def _complete(manifest: Manifest, results: Mapping[int, JobResult]) -> list[JobResult]:
+def complete(manifest: Manifest, results: Mapping[int, JobResult]) -> list[JobResult]:
     """Return the result of every job of a sweep, those included that have no run."""
-    complete = []
+    every = []
     for job in manifest.jobs:
         ended = manifest.ended.get(job.number, ("NOT RUN", ""))
         status, reason = ("INVALID", job.problem) if job.problem else ended
-        complete.append(results.get(job.number) or unrecorded(job, status, reason))
-    return complete
+        every.append(results.get(job.number) or unrecorded(job, status, reason))
+    return every

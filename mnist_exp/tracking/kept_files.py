@@ -11,6 +11,8 @@ from mnist_exp.system import files
 from mnist_exp.tracking import journal
 from mnist_exp.tracking.journal import RunHistory
 
+DIFF = "uncommitted.diff"  # the artifact with the changes of the code that no commit has
+
 
 def copy(folder: Path, key: str, artifact: str, to: Path) -> Path | None:
     """Copy an artifact, a file or a folder of files, from a run's folder, and return the copy.
