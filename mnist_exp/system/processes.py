@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -15,6 +16,13 @@ from typing import Any
 from mnist_exp.system import signals
 
 END_SECONDS = 4.0  # that a process has to write its checkpoint and its records
+
+# To be held by a thread while it prints, or does anything else that takes a lock: a process that is
+# forked meanwhile would inherit the lock, and wait for ever for the thread, which it does not have.
+no_fork = threading.Lock()
+os.register_at_fork(
+    before=no_fork.acquire, after_in_parent=no_fork.release, after_in_child=no_fork.release
+)
 
 
 def fork(function: Callable[..., Any], *arguments: Any) -> tuple[Connection, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mnist_exp.errors import Terminated, first_line
 from mnist_exp.system import signals
+from mnist_exp.system.processes import no_fork
 from mnist_exp.tracking.mlflow_internals import import_mlflow
 from mnist_exp.tracking.outages import may_pass
 from mnist_exp.tracking.run_log import OpenRuns
@@ -131,7 +132,8 @@ class Uploader:
                 if self._is_closing:
                     return
                 has_ended, self.problem, text = True, "the process that uploads has ended", _ENDED
-            with contextlib.suppress(OSError, Terminated):  # who trains sees that nobody reads
+            # who trains sees that nobody reads
+            with no_fork, contextlib.suppress(OSError, Terminated):
                 self._report(text)
 
 

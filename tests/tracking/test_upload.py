@@ -12,7 +12,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
-from mnist_exp.system.processes import process_identity
+from mnist_exp.system.processes import fork, process_identity, receive
 from mnist_exp.tracking import journal, upload, uploader, waiting
 from mnist_exp.tracking.journal import Journal
 from mnist_exp.tracking.run_log import OpenRuns, RunWriter, mark_dead_runs
@@ -302,6 +302,35 @@ def test_the_end_of_the_process_is_told_once(open_runs: OpenRuns, tmp_path: Path
             else:
                 assert background.close(20) == [] == said
     assert len(said) == 1 and "has ended" in said[0] and "mnist-exp sync" in said[0]
+
+
+def test_a_process_that_is_forked_during_a_report_can_print(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It inherited the lock of what the thread was printing to, and waited for it for ever."""
+    stream_lock, is_reporting = threading.Lock(), threading.Event()
+
+    def report(text: str) -> None:
+        with stream_lock:
+            is_reporting.set()
+            time.sleep(0.3)
+
+    def print_in_the_other_process() -> bool:
+        return stream_lock.acquire(timeout=5)
+
+    with Uploader() as uploads:
+        monkeypatch.setattr(uploads, "_report", report)
+        ours, theirs = multiprocessing.Pipe()
+        monkeypatch.setattr(uploads, "_connection", ours)
+        listener = threading.Thread(target=uploads._listen)
+        listener.start()
+        theirs.send(("a problem", "a text"))
+        assert is_reporting.wait(5)
+        connection, process = fork(print_in_the_other_process)
+        assert receive(connection, process) is True
+        uploads._is_closing = True
+        theirs.close()
+        listener.join(5)
 
 
 def test_a_record_that_cannot_be_looked_at_is_a_problem(
