@@ -26,7 +26,7 @@ from mnist_exp.api.experiments import (
     train_sweep,
     ui_page,
 )
-from mnist_exp.api.lifecycle import plan_removal, rm, status, stop
+from mnist_exp.api.lifecycle import gc, plan_gc, plan_removal, rm, status, stop
 from mnist_exp.api.records import export, history, note, tag
 
 __all__ = [
@@ -37,12 +37,14 @@ __all__ = [
     "evaluate",
     "export",
     "field_names",
+    "gc",
     "history",
     "list_records",
     "list_runs",
     "load",
     "mark_dead_runs",
     "note",
+    "plan_gc",
     "plan_removal",
     "predict",
     "predictions_figure",

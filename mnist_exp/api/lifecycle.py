@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mnist_exp.catalog.activity import Status, Stopped
+    from mnist_exp.catalog.garbage import GarbagePlan
     from mnist_exp.catalog.records import Record
     from mnist_exp.catalog.remove import RemovalPlan
 
@@ -85,6 +86,43 @@ def rm(runs: Sequence[str], overrides: Sequence[str] = ()) -> "RemovalPlan":
     """
     plan = plan_removal(runs, overrides)
     plan.carry_out()
+    return plan
+
+
+def plan_gc(overrides: Sequence[str] = (), *, checkpoints: bool = False) -> "GarbagePlan":
+    """Return what `gc` would clear, without clearing anything.
+
+    Args:
+        overrides: `tracking.uri=...` alone, the store whose deleted runs are meant.
+        checkpoints: Also the checkpoints of finished runs, but for their models.
+
+    Raises:
+        ConfigError: The store or the folders cannot be read.
+    """
+    from mnist_exp.api.catalog import _records
+    from mnist_exp.catalog import garbage
+    from mnist_exp.run import lookup
+    from mnist_exp.tracking.store import Store, has_runs
+
+    uri = lookup.store_uri(overrides, required=False)
+    store = Store(uri) if has_runs(uri) else None
+    return garbage.plan(_records(overrides), store, lookup.open_runs(), checkpoints=checkpoints)
+
+
+def gc(
+    overrides: Sequence[str] = (), *, checkpoints: bool = False, dry_run: bool = False
+) -> "GarbagePlan":
+    """Clear what is of no more use, and return what that was. Nobody is asked.
+
+    The arguments are those of `plan_gc`. With `dry_run`, nothing is cleared.
+
+    Raises:
+        ConfigError: As `plan_gc` does. Nothing has been cleared.
+        RunFailed: Not all of it could be cleared.
+    """
+    plan = plan_gc(overrides, checkpoints=checkpoints)
+    if not dry_run:
+        plan.carry_out()
     return plan
 
 

@@ -10,7 +10,7 @@ from mnist_exp.tracking.journal import RunHistory
 
 REMOVED = ".removed"  # in outputs/: what a removal has moved away, until all of it is gone
 EVALUATIONS = "evaluations"  # in outputs/: the figures of `evaluate`, a folder a run
-_NO_RUNS_IN = (".open", REMOVED, EVALUATIONS)
+NO_RUNS_IN = (".open", REMOVED, EVALUATIONS)
 
 
 def outputs() -> Path:
@@ -35,7 +35,7 @@ def own_folder(folder: Path, keys: Collection[str]) -> tuple[Path | None, str]:
         return None, "it is a symbolic link"
     if top not in real.parents:
         return None, f"it is outside of {top}"
-    if real.relative_to(top).parts[0] in _NO_RUNS_IN:
+    if real.relative_to(top).parts[0] in NO_RUNS_IN:
         return None, "it is no folder for runs"
     own_key = next(iter(keys), "")
     try:

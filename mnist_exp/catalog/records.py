@@ -124,7 +124,7 @@ def _joined(
     stored: Iterable[StoredRun], waiting: Iterable[tuple[OpenRun, RunHistory]]
 ) -> list[Record]:
     """Return the records of both sources; where both have one, the journal is the newer."""
-    records = {run.key or run.id: _of_store(run) for run in stored}
+    records = {run.key or run.id: of_store(run) for run in stored}
     ids: dict[str, str] = {}  # the folder of a sweep -> its id
     for open_run, history in sorted(waiting, key=lambda pair: bool(pair[1].parent)):
         known = records.get(history.key)
@@ -142,7 +142,8 @@ def _order(record: Record) -> tuple[int, int, str]:
     return -record.start_time, -record.job_number, record.key
 
 
-def _of_store(run: StoredRun) -> Record:
+def of_store(run: StoredRun) -> Record:
+    """Return the record of a run as its store has it."""
     return Record(
         id=run.id,
         key=run.key,

@@ -48,6 +48,7 @@ class Removal:
     folders: Sequence[Path]  # that will be moved: real paths
     files: Sequence[Path]  # the others: artifacts, figures, what was moved earlier
     left: Sequence[str]  # what stays, each with the reason
+    stored: Sequence[StoredRun] | None = None  # that alone go; None: all that have its key
 
     @cached_property
     def bytes(self) -> int:
@@ -72,12 +73,12 @@ class RemovalPlan:
         """Return what would go and what would stay, a line each, and how much it is in all."""
         lines = []
         for removal in self.removals:
-            lines.append(f"{removal.title}, {_size(removal.bytes)}")
+            lines.append(f"{removal.title}, {size_text(removal.bytes)}")
             lines += [f"  {folder}" for folder in removal.folders]
             lines += [f"  stays: {text}" for text in removal.left]
         runs = count_of(sum(removal.runs for removal in self.removals), "run")
         folders = count_of(sum(len(removal.folders) for removal in self.removals), "folder")
-        total = _size(sum(removal.bytes for removal in self.removals))
+        total = size_text(sum(removal.bytes for removal in self.removals))
         lines.append(f"in all: {runs}, {folders}, {total} with the artifacts")
         if self.store and not deletion.can_delete_for_good(self.store):
             lines.append(
@@ -99,7 +100,8 @@ class RemovalPlan:
                 ) from error
 
 
-def _size(number: int) -> str:
+def size_text(number: int) -> str:
+    """Return a number of bytes as text: "4.5 MB"."""
     from rich.filesize import decimal
 
     return decimal(number)
@@ -250,7 +252,8 @@ def remove(removal: Removal, store: Store | None, open_runs: OpenRuns) -> None:
         if one is not None and (figures := evaluation_of(one.id)) is not None:
             shutil.rmtree(figures)
     if removal.record is not None and store is not None:
-        deletion.delete(store, stored_runs(removal.record, store))
+        stored = removal.stored
+        deletion.delete(store, stored_runs(removal.record, store) if stored is None else stored)
     if place.is_dir():
         shutil.rmtree(place)
 

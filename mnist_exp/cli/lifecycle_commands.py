@@ -91,6 +91,39 @@ def rm(args: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    "[OVERRIDE ...]",
+    "clears what is of no more use: deleted runs, folders without a run, leftovers",
+    overrides("tracking.uri=..., as in: mnist-exp gc --dry-run"),
+    argument("--dry-run", action="store_true", help="only print what would go"),
+    argument(
+        "--checkpoints",
+        action="store_true",
+        help="also the checkpoints of finished runs; the trained models stay",
+    ),
+    _YES,
+)
+def gc(args: argparse.Namespace) -> int:
+    """Print what would go and what is kept, ask, and clear it."""
+    from mnist_exp.run.console import reporting
+
+    with reporting(announcement="looking for what is of no more use ..."):
+        plan = api.plan_gc(args.overrides, checkpoints=args.checkpoints)
+    if plan.is_empty:
+        print("\n".join([*plan.lines()[:-1], "nothing to clear"]))
+        return 0
+    print("\n".join(plan.lines()))
+    if args.dry_run:
+        return 0
+    if not _confirmed(args.yes):
+        print("nothing is removed")
+        return 0
+    with reporting(announcement="clearing ..."):
+        plan.carry_out()
+    print("cleared")
+    return 0
+
+
 def _confirmed(yes: bool) -> bool:
     """Return whether a person agrees, or has agreed by --yes. Raise ConfigError without either."""
     if yes:

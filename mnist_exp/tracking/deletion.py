@@ -2,14 +2,17 @@
 
 import os
 import shutil
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from mnist_exp.errors import ConfigError
 from mnist_exp.tracking import mlflow_internals
-from mnist_exp.tracking.address import artifact_root
+from mnist_exp.tracking.address import artifact_root, database_file
 from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.store_check import check_store
 from mnist_exp.tracking.stored_run import StoredRun
 
 
@@ -65,6 +68,24 @@ def registered_models(store: Store, runs: Sequence[StoredRun]) -> list[str]:
     if store.database is None:
         return []
     return mlflow_internals.read_registered(store.database, [run.id for run in runs])
+
+
+def ids_in(uri: str) -> tuple[set[str], int]:
+    """Return the ids of all runs of a store, and when it was made, in ms since 1970, if known.
+
+    Runs that are marked as deleted are among them. Raises ConfigError where the store cannot be
+    opened. It is never made anew.
+    """
+    database = database_file(uri)
+    if database is not None:
+        if not database.exists():
+            raise ConfigError(f"{uri}: there is no such file")
+        try:
+            return mlflow_internals.read_ids(database)
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(f"{uri}: it cannot be read, {error}") from error
+    check_store(uri)
+    return {run.id for run in Store(uri).everything()}, 0
 
 
 def delete(store: Store, runs: Sequence[StoredRun]) -> None:

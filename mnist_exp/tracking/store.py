@@ -258,6 +258,10 @@ class Store:
         """Return the runs that have a tag of this value, those marked as deleted included."""
         return self._search((name, value), view="all")
 
+    def everything(self) -> list[StoredRun]:
+        """Return all runs, those marked as deleted included."""
+        return self._search(view="all")
+
     def deleted(self) -> list[StoredRun]:
         """Return the runs that are marked as deleted."""
         return self._search(view="deleted_only")
