@@ -10,16 +10,22 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 
-def checked(is_allowed: Callable[[Any], object], allowed: str, names: Sequence[str] = ()) -> Any:
+def checked(
+    is_allowed: Callable[[Any], object],
+    allowed: str,
+    names: Sequence[str] = (),
+    default: Any = MISSING,
+) -> Any:
     """Declare a key with the check of its value.
 
     Args:
         is_allowed: The check.
         allowed: What the check allows, in words.
         names: The values that completion offers.
+        default: The value in configs on record of before there was such a key.
     """
     metadata = {"is_allowed": is_allowed, "allowed": allowed, "names": names}
-    return field(default=MISSING, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def one_of(*names: str) -> Any:
@@ -70,6 +76,7 @@ class TrackingConfig:
     image_every: int | None = checked(lambda n: n is None or n >= 1, "1 or more, or null")
     flush_seconds: float = checked(lambda seconds: 0 <= seconds <= 3600, "from 0 to 3600")
     required: bool = MISSING
+    system: bool = False
 
 
 @dataclass

@@ -25,6 +25,7 @@ from mnist_exp.run.console import Reporter, epoch_line
 from mnist_exp.run.job import Job, Load
 from mnist_exp.run.model_export import recording_model
 from mnist_exp.run.provenance import run_tags
+from mnist_exp.run.usage import UsageMeter
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.kept_files import DIFF
@@ -111,6 +112,7 @@ class RunRecorder:
             raise
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
+        self.usage = UsageMeter(self.job.device, self.job.config.tracking.system)
         self.is_open = True
         self.outcome: Result | Exception = RunFailed("not trained")
 
@@ -182,7 +184,7 @@ class RunRecorder:
         values = event.metrics[self.index]
         self.history.append({"epoch": epoch, **values})
         self.log.write(epoch_line(epoch, epochs, values) + "\n")
-        self.writer.metrics(values, epoch)
+        self.writer.metrics({**values, **self.usage.read()}, epoch)
         if reason := event.stopped.get(self.index):
             self.log.write(f"stopped {reason}\n")
             self.writer.tags({"stopped": reason})
