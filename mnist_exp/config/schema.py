@@ -76,6 +76,9 @@ class TrackingConfig:
     image_every: int | None = checked(lambda n: n is None or n >= 1, "1 or more, or null")
     flush_seconds: float = checked(lambda seconds: 0 <= seconds <= 3600, "from 0 to 3600")
     required: bool = MISSING
+    on_end: str | None = checked(
+        lambda command: command is None or command.strip(), "a command, or null", default=None
+    )
     system: bool = False
 
 

@@ -187,6 +187,7 @@ def reproduce(
     with _temporary_folder() as folder:
         record = _read_record(store, run, folder)
         config, tracking = record.config, record.config.tracking
+        tracking.on_end = None  # it was told of the first run's end
         if root is not None:
             config.dataset.root = root
         if threads is not None:

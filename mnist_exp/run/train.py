@@ -14,6 +14,7 @@ from mnist_exp.errors import RunFailed, Terminated
 from mnist_exp.run.console import Reporter
 from mnist_exp.run.folder import check_output_folder, check_registry, check_vacant, write_configs
 from mnist_exp.run.job import Job
+from mnist_exp.run.on_end import run_on_end
 from mnist_exp.run.provenance import ask_git, check_names, stack_tags
 from mnist_exp.run.recorder import (
     Event,
@@ -98,6 +99,7 @@ def train(
         raise
     finally:
         pending = uploader.close(flush_seconds)
+        run_on_end(tracking.on_end, folder)
     if isinstance(outcome, Exception):
         raise outcome
     return replace(outcome, run_id=run_id_of(folder), uploaded=not pending)

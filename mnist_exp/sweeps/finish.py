@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from mnist_exp.config import paths
 from mnist_exp.config.schema import Config
@@ -139,6 +140,16 @@ def _write_to_parent(parent: RunWriter, manifest: Manifest, summary: Report) -> 
         parent.artifact(path)
     for name, figure in figures.items():
         parent.image(f"sweep/{name}", style.pixels(figure), 0)
+
+
+def outcome_of(folder: Path) -> dict[str, str | None]:
+    """Return the choice of a sweep that has ended: its cell, and the recipe of that."""
+    chosen = RunHistory.of(folder).tags.get("chosen")
+    best = folder / BEST
+    return {
+        "chosen": chosen,
+        "best_recipe": str(best) if chosen is not None and best.exists() else None,
+    }
 
 
 def _record_numbers(parent: RunWriter, summary: Report) -> None:

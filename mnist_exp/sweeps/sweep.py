@@ -27,6 +27,7 @@ from mnist_exp.run.folder import (
     new_output_folder,
 )
 from mnist_exp.run.job import check_unchanged
+from mnist_exp.run.on_end import run_on_end
 from mnist_exp.run.provenance import check_names
 from mnist_exp.run.recorder import record_failure
 from mnist_exp.run.train import INTERRUPTED_SECONDS, run_id_of
@@ -271,6 +272,7 @@ def _opened(
         raise RunFailed(f"the sweep in {folder}: no report: {reason_of(error)}") from error
     finally:
         uploader.close(patience)
+        run_on_end(config.tracking.on_end, folder, finish.outcome_of(folder))
 
 
 # checks
