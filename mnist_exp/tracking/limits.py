@@ -18,7 +18,7 @@ RESERVED_TAGS = frozenset({
     *("command_line", "git_dirty", "device", "threads", "cpu", "gpu", "compiled", "stack_size"),
     *("model", "dataset", "optimizer", "overrides", "config_hash", "choices", "output_dir"),
     *("first_losses", "stopped", "reason", "run_key", "job", "swept", "sweep", "launcher"),
-    *("chosen", "note"),
+    *("chosen", "jobs", "note"),
 })  # fmt: skip
 
 
