@@ -1,13 +1,15 @@
 """The end of a sweep: its chosen cell is tested, and its report recorded."""
 
+import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mnist_exp.config import paths
 from mnist_exp.config.schema import Config
 from mnist_exp.errors import reason_of
-from mnist_exp.figures import style
+from mnist_exp.figures import curves, style
 from mnist_exp.formatting import Table
 from mnist_exp.run import recorder
 from mnist_exp.run.console import Reporter
@@ -25,6 +27,7 @@ from mnist_exp.sweeps.results import (
     summarise,
 )
 from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.tracking.mlflow_internals import RUN_COLOUR
 from mnist_exp.tracking.notes import DESCRIPTION, NOTE, described_with
 from mnist_exp.tracking.run_log import RunWriter, add_tags, open_runs_at
 from mnist_exp.tracking.upload import UploadState
@@ -99,7 +102,25 @@ def finish_sweep(sweep: OpenSweep, ended: str = "") -> Report:
         failures.insert(0, f"{len(summary.failed)} of {len(summary.jobs)} jobs did not finish")
     _write_to_parent(sweep.parent, manifest, summary)
     show(summary, sweep.reporter)
+    if not ended and len(summary.ranked) > 1:
+        _colour_runs(manifest, summary)
     return replace(summary, failure="; ".join(failures))
+
+
+def _colour_runs(manifest: Manifest, summary: Report) -> None:
+    """Give each run the colour that its cell has in the report: MLflow's charts draw it so."""
+    label = None if summary.chosen is None else summary.chosen.label
+    colours = curves.cell_colours([cell.label for cell in summary.ranked], label)
+    for cell in summary.ranked:
+        tag = {RUN_COLOUR: colours.get(cell.label, curves.GREY)}
+        for job in cell.jobs:
+            if job.run_id:
+                _give_tags(manifest.jobs[job.number].folder, tag)
+
+
+def _give_tags(folder: Path, tags: Mapping[str, str]) -> None:
+    with contextlib.suppress(OSError):  # the sweep has come to its end without them
+        add_tags(folder, open_runs_at(paths.output_root()), lambda _: tags)
 
 
 def _test_cell(chosen: Cell, manifest: Manifest) -> list[str]:

@@ -25,6 +25,7 @@ from mnist_exp.system import files
 SQLITE = "sqlite:///"  # how the address of a database that is a file begins
 PARENT = "mlflow.parentRunId"  # the tag of a run that belongs to a sweep: the id of the sweep's run
 LOGGED_IMAGES = {"mlflow.loggedImages": "True"}  # the tag that makes the UI look for images
+RUN_COLOUR = "mlflow.runColor"  # the tag with the colour that the UI gives to a run, "#d55e00"
 THUMBNAIL_PIXELS = 256  # the longer side of what the UI shows in a list
 LOCK_SECONDS = 5.0  # that a reader waits for the lock of a database
 _SETTINGS = {  # of MLflow's own, unless the user has some

@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from mnist_exp.data import dataset as data
+from mnist_exp.figures.style import ORANGE
 from mnist_exp.run import recorder
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.journal import RunHistory
@@ -106,6 +107,18 @@ def test_parent_and_children(seeds: Done) -> None:
     }
     assert parent.info.run_id in seeds.out
     assert "8 jobs, 1 stack of 8\n" in seeds.out and seeds.err == ""
+
+
+def test_runs_have_the_colours_of_their_cells(seeds: Done) -> None:
+    """In MLflow's charts, that is, as in the report: the chosen cell is orange."""
+    colours: dict[str, set[str]] = {}
+    for child in seeds.children.values():
+        own = swept(child)
+        cell = f"lr={own['lr']} momentum={own['momentum']}"
+        colours.setdefault(cell, set()).add(child.data.tags["mlflow.runColor"])
+    assert len(colours) == 4 and {len(each) for each in colours.values()} == {1}
+    assert colours[seeds.parent.data.tags["chosen"]] == {ORANGE}
+    assert len(set().union(*colours.values())) == 4
 
 
 def test_later_edits_do_not_reach_queued_jobs(
