@@ -52,7 +52,8 @@ setup: .venv/ready ## make the environment .venv
 # For every platform, with hashes and without the address of an index.
 lock: setup ## pin every dependency anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-		--no-emit-index-url --no-header --upgrade --group dev pyproject.toml -o requirements.lock
+		--no-emit-index-url --no-header --upgrade --extra onnx --group dev pyproject.toml \
+		-o requirements.lock
 
 clean: ## remove the environment and caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

@@ -1,4 +1,4 @@
-"""The records of runs from Python: their numbers as tables, their notes and tags."""
+"""The records of runs from Python: their numbers as tables, their models, notes and tags."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mnist_exp.catalog.annotate import Annotated
+    from mnist_exp.catalog.onnx_model import OnnxExport
     from mnist_exp.catalog.records import Record
     from mnist_exp.catalog.tables import TableFiles
 
@@ -44,29 +45,49 @@ def export(
     overrides: Sequence[str] = (),
     *,
     force: bool = False,
-) -> "TableFiles":
-    """Write the tables of `history` and `runs`, and return their files.
+) -> "TableFiles | OnnxExport":
+    """Write the tables of `history` and `runs`, or the model of a run as ONNX; return what it is.
 
     Args:
         to: The file. NAME.csv and NAME.parquet hold the metrics, and NAME.runs.csv beside it the
-            runs; NAME.json holds both.
+            runs; NAME.json holds both. NAME.onnx is the model of one run.
         words: Runs, and sweeps with their jobs; without any, all runs on record.
         filters: Conditions that hold for all runs.
-        overrides: `tracking.uri=...` alone, the store to look into.
+        overrides: `tracking.uri=...`, the store to look into, and for a model `dataset.root=...`.
         force: Replace files that exist.
 
     Raises:
         ConfigError: There is no such run, or the file exists or cannot be written.
+        RunFailed: A model does not compute the same as ONNX.
     """
     from mnist_exp.catalog import tables
 
     path = Path(to)
-    tables.check_target(path, tables.SUFFIXES, force=force)
+    tables.check_target(path, (*tables.SUFFIXES, ".onnx"), force=force)
+    if path.suffix.lower() == ".onnx":
+        return _export_model(path, words, filters, overrides)
     records, uri = _records(overrides)
     chosen = tables.choose(records, words, filters)
     if not chosen:
         raise ConfigError(f"there are no such runs in {uri}, and nothing to export")
     return tables.write(chosen, tables.points_of(chosen, uri), path)
+
+
+def _export_model(
+    path: Path, words: Sequence[str], filters: Sequence[str], overrides: Sequence[str]
+) -> "OnnxExport":
+    if len(words) != 1 or filters:
+        raise ConfigError(
+            f"--to {path}: a model is that of one run, which has to be named: "
+            f"mnist-exp export last --to {path}"
+        )
+
+    from mnist_exp.catalog import onnx_model
+    from mnist_exp.run.lookup import find_run
+
+    onnx_model.check_libraries()
+    store, run, root = find_run(words[0], overrides, data=True)
+    return onnx_model.export_model(store, run, root, path)
 
 
 def note(run: str = "last", text: str | None = None, overrides: Sequence[str] = ()) -> "Annotated":

@@ -1,4 +1,4 @@
-"""The commands for the records of runs, from words to lines: tables, notes, tags."""
+"""The commands for the records of runs, from words to lines: tables, models, notes, tags."""
 
 import argparse
 import re
@@ -11,20 +11,21 @@ from mnist_exp.errors import ConfigError
 
 @command(
     "[RUN ...] --to FILE",
-    "writes the metrics of runs as a table",
+    "writes the metrics of runs as a table, or the model of one as ONNX",
     argument(
         "words",
         nargs="*",
         metavar="RUN_OR_SWEEP",
         help="runs, and sweeps with their jobs; without any, all. And tracking.uri=... (from a "
-        "server it is slow: a call for each metric of each run)",
+        "server it is slow: a call for each metric of each run); of a model dataset.root=FOLDER",
     ),
     argument(
         "--to",
         type=path,
         metavar="FILE",
         help="NAME.csv or NAME.parquet, which hold the metrics (run, key, step, time, value), the "
-        "runs being in NAME.runs.csv beside it; or NAME.json, which holds both",
+        "runs being in NAME.runs.csv beside it; NAME.json, which holds both; NAME.onnx, which "
+        "holds the model of one run, compared with torch on the test set",
     ),
     argument(
         "--filter",
@@ -38,14 +39,15 @@ from mnist_exp.errors import ConfigError
     example="export last --to numbers.csv",
 )
 def export(args: argparse.Namespace) -> int:
-    """Write tables, and print where they are."""
+    """Write tables, or a model, and print where they are."""
     from mnist_exp.run.console import reporting
 
     if args.to is None:
         raise ConfigError("--to FILE is missing, as in mnist-exp export last --to numbers.csv")
     overrides = _overrides(args.words)
     words = [word for word in args.words if word not in overrides]
-    with reporting(announcement=f"the tables for {args.to}: reading the record ..."):
+    what = "the model" if args.to.suffix.lower() == ".onnx" else "the tables"
+    with reporting(announcement=f"{what} for {args.to}: reading the record ..."):
         written = api.export(args.to, words, args.filter, overrides, force=args.force)
     print("\n".join(written.lines()))
     return 0
@@ -106,7 +108,7 @@ def tag(args: argparse.Namespace) -> int:
 
 def _overrides(words: Sequence[str]) -> list[str]:
     """Return the overrides among words: no run, note or tag begins like one."""
-    return [word for word in words if re.match(r"tracking\.uri=", word)]
+    return [word for word in words if re.match(r"(tracking\.uri|dataset\.root)=", word)]
 
 
 def _tags(words: Sequence[str]) -> dict[str, str]:

@@ -106,10 +106,12 @@ def test_a_file_that_exists_is_replaced_only_by_force(store: list[str], tmp_path
 @pytest.mark.parametrize(
     ("name", "words", "filters", "message"),
     [
-        ("a.xlsx", [], [], r"must end in \.csv, \.parquet or \.json"),
+        ("a.xlsx", [], [], r"must end in \.csv, \.parquet, \.json or \.onnx"),
         ("a.csv", ["nope"], [], "nope: there is no such run or sweep"),
         ("a.csv", [], ["lrr>1"], "lrr: no run has such a field. Did you mean lr"),
         ("a.csv", [], ["lr>9"], "nothing to export"),
+        ("a.onnx", [], [], "has to be named"),
+        ("a.onnx", ["last", "last"], [], "has to be named"),
         ("file/a.csv", [], [], "cannot be written"),
     ],
 )
