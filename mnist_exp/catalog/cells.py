@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mnist_exp.catalog.records import Record
+from mnist_exp.config.names import short_names
 from mnist_exp.errors import ConfigError, did_you_mean
 from mnist_exp.sweeps import report, results
 from mnist_exp.sweeps.manifest import MANIFEST, Manifest
@@ -75,7 +76,7 @@ def _with_values(sweep: Record, ranked: Sequence[Cell], word: str) -> Cell:
     """Return the one cell that has the values of a word: "lr=0.1,batch_size=32"."""
     typed = f"{sweep.id[:8]}:{word}"
     keys = list(dict.fromkeys(key for cell in ranked for key in cell.values))
-    short = report.short_names(keys)
+    short = short_names(keys)
     by_name = {name: key for key in keys for name in (short[key], key)}
     wanted = {}
     for part in re.split(r"[,\s]+(?![^\[({]*[\])}])", word.strip()):

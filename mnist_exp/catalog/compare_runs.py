@@ -9,7 +9,7 @@ from mnist_exp.catalog import differences, significance
 from mnist_exp.catalog.differences import ABSENT, Difference
 from mnist_exp.catalog.records import Record
 from mnist_exp.catalog.significance import McNemar
-from mnist_exp.formatting import Table, count_of, wilson
+from mnist_exp.formatting import Table, count_of, finite, wilson
 from mnist_exp.run.kept_predictions import KeptPredictions
 
 PARTING = 1e-4  # relative: two runs whose train/loss differ by more are not the same up to rounding
@@ -144,9 +144,9 @@ class RunComparison:
             "columns": columns,
             "differences": [asdict(each) for each in self.differences],
             "not_recorded": list(self.not_recorded),
-            "metrics": [_finite(asdict(row)) for row in self.metrics],
+            "metrics": [finite(asdict(row)) for row in self.metrics],
             "curves": [
-                {"metric": PARTING_METRIC, "threshold": PARTING, **_finite(asdict(parting))}
+                {"metric": PARTING_METRIC, "threshold": PARTING, **finite(asdict(parting))}
                 for parting in self.partings
             ],
             "predictions": [asdict(test) for test in self.predictions],
@@ -321,12 +321,3 @@ def _prediction_text(test: PredictionTest, first: str, other: str) -> str:
         f"{test.result.only_other:,} in {other} alone; McNemar's exact test: "
         f"{significance.p_text(test.result.p_value)}"
     )
-
-
-def _finite(node: Any) -> Any:
-    """Return plain values with None for numbers that JSON has no word for."""
-    if isinstance(node, dict):
-        return {key: _finite(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_finite(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node

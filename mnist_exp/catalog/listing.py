@@ -11,9 +11,9 @@ from typing import Any
 
 from mnist_exp.catalog import fields
 from mnist_exp.catalog.records import Record
-from mnist_exp.config.names import KEYS_IN_NAME
+from mnist_exp.config.names import KEYS_IN_NAME, short_names
 from mnist_exp.errors import ConfigError
-from mnist_exp.formatting import Table
+from mnist_exp.formatting import Table, finite
 
 LIMIT = 20  # lines, unless more are asked for
 BEST, NEWEST, TEST = "best/val_accuracy", "val/accuracy", "test/accuracy"
@@ -114,7 +114,7 @@ def differences(records: Sequence[Record]) -> dict[str, str]:
         for key, text in record.params.items():
             values.setdefault(key, Counter())[text] += 1
     several = {key for key, counts in values.items() if len(counts) > 1}
-    short = _short_names(several)
+    short = short_names(several)
     usual = {}
     for key in several:
         ((text, count),) = values[key].most_common(1)
@@ -130,12 +130,6 @@ def differences(records: Sequence[Record]) -> dict[str, str]:
             if not key.endswith("_target_")  # the model's name stands for it
         )
     return found
-
-
-def _short_names(keys: set[str]) -> dict[str, str]:
-    last = {key: key.rpartition(".")[2] for key in keys}
-    counts = Counter(last.values())
-    return {key: name if counts[name] == 1 else key for key, name in last.items()}
 
 
 def best_val_accuracy(record: Record) -> float | None:
@@ -161,8 +155,8 @@ def as_plain(record: Record) -> dict[str, Any]:
         "ended": None if record.end_time is None else _utc(record.end_time),
         "epochs": record.epochs,
         "epochs_asked": record.epochs_asked or None,
-        "best_val_accuracy": _finite(best_val_accuracy(record)),
-        "test_accuracy": _finite(record.metrics.get(TEST)),
+        "best_val_accuracy": finite(best_val_accuracy(record)),
+        "test_accuracy": finite(record.metrics.get(TEST)),
         "note": record.note or None,
         "folder": None if record.folder is None else str(record.folder),
         "in_mlflow": record.open_run is None,
@@ -170,7 +164,7 @@ def as_plain(record: Record) -> dict[str, Any]:
     if record.kind == "sweep":
         plain["jobs"] = dict(Counter(job.status for job in record.jobs))
     plain["params"] = dict(record.params)
-    plain["metrics"] = {key: _finite(value) for key, value in record.metrics.items()}
+    plain["metrics"] = finite(record.metrics)
     plain["tags"] = dict(record.tags)
     return plain
 
@@ -189,11 +183,6 @@ def flat(record: Record) -> dict[str, Any]:
 
 def _utc(milliseconds: int) -> str:
     return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")
-
-
-def _finite(number: float | None) -> float | None:
-    """Return a number; None for what JSON has no word for."""
-    return number if number is not None and math.isfinite(number) else None
 
 
 def _short_time(milliseconds: int, now: datetime) -> str:

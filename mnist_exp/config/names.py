@@ -1,6 +1,7 @@
 """The names that tell runs apart in a list."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a list of runs needs the names alone
@@ -31,3 +32,13 @@ def run_name(config: "Config", choices: Mapping[Any, Any]) -> str:
     if "lr" in config.optimizer:
         parts.append(f"lr={config.optimizer['lr']:g}")
     return " ".join([*parts, f"bs={config.training.batch_size}", f"seed={config.seed}"])
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Return the last part of each dotted key, or all of it where two would be the same.
+
+    `seed` stays for the run's own, whether or not it is among the keys.
+    """
+    last = {key: key.rpartition(".")[2] for key in keys}
+    taken = Counter((last | {"seed": "seed"}).values())
+    return {key: name if taken[name] == 1 else key for key, name in last.items()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mnist_exp.config import paths
+from mnist_exp.config.names import short_names
 from mnist_exp.config.schema import Config
 from mnist_exp.errors import reason_of
 from mnist_exp.figures import curves, style
@@ -15,7 +16,6 @@ from mnist_exp.run import recorder
 from mnist_exp.run.console import Reporter
 from mnist_exp.run.provenance import SWEPT, described, process_tags
 from mnist_exp.run.stored_config import load_config
-from mnist_exp.sweeps import report
 from mnist_exp.sweeps.launcher import Results, SweepSetup, load_cached
 from mnist_exp.sweeps.manifest import MANIFEST, Manifest, swept_values
 from mnist_exp.sweeps.report import Cell
@@ -58,7 +58,7 @@ def open_parent(setup: SweepSetup, manifest: Manifest, config: Config) -> RunWri
         config: The config of one of them.
     """
     swept = swept_values(manifest.jobs)
-    keys = " x ".join(report.short_names(list(swept)).values())
+    keys = " x ".join(short_names(list(swept)).values())
     tags = {
         **process_tags(),
         "sweep": "true",

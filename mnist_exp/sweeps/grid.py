@@ -17,13 +17,13 @@ from mnist_exp.config.hydra_adapter import (
     make_paths_absolute,
     set_overrides,
 )
+from mnist_exp.config.names import short_names
 from mnist_exp.config.schema import SweepConfig, task_config
 from mnist_exp.config.validate import validate, validate_sweep
 from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import count_of
 from mnist_exp.run.console import Reporter
 from mnist_exp.sweeps.manifest import SweepJob, swept_values
-from mnist_exp.sweeps.report import short_names
 
 CHECK_SECONDS = 0.035  # that a job takes to be composed, validated and built
 

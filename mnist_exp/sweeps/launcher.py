@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mnist_exp.config import paths
 from mnist_exp.config.hydra_adapter import register
-from mnist_exp.config.names import KEYS_IN_NAME
+from mnist_exp.config.names import KEYS_IN_NAME, short_names
 from mnist_exp.config.schema import SweepConfig
 from mnist_exp.errors import reason_of
 from mnist_exp.formatting import count_of
@@ -33,7 +33,7 @@ from mnist_exp.run.console import Reporter, Terminal
 from mnist_exp.run.job import CachedLoader, Job, prepare
 from mnist_exp.run.recorder import THREADS, StackPlan
 from mnist_exp.run.train import train_stack
-from mnist_exp.sweeps import report, stacks
+from mnist_exp.sweeps import stacks
 from mnist_exp.sweeps.manifest import Manifest, SweepJob
 from mnist_exp.sweeps.report import JobResult
 from mnist_exp.sweeps.results import mark_job_killed, result_of, unrecorded
@@ -124,7 +124,7 @@ def with_swept_values_in_name(job: Job, values: Mapping[str, str]) -> Job:
     """Return a job that has the swept values in its run's name, unless that was chosen."""
     if job.config.tracking.run_name is not None:
         return job
-    short = report.short_names(list(values))
+    short = short_names(list(values))
     parts = [f"{short[key]}={value}" for key, value in values.items() if key not in KEYS_IN_NAME]
     return replace(job, name=" ".join([job.name, *parts]))
 

@@ -14,6 +14,7 @@ from itertools import combinations
 
 import numpy as np
 
+from mnist_exp.config.names import short_names
 from mnist_exp.formatting import MeanStd, Table, percent
 
 REASON_LENGTH = 100
@@ -87,16 +88,6 @@ class HeatMapData:
     std: np.ndarray  # [y, x]; nan where n = 1
     chosen: tuple[int, int] | None  # (row, column)
     over: tuple[str, ...]  # the other swept keys: each entry is the best cell over them
-
-
-def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return the last part of each dotted key, or all of it where two would be the same.
-
-    `seed` stays for the run's own, whether or not it is among the keys.
-    """
-    last = {key: key.rpartition(".")[2] for key in keys}
-    taken = Counter((last | {"seed": "seed"}).values())
-    return {key: name if taken[name] == 1 else key for key, name in last.items()}
 
 
 def cells(jobs: Iterable[JobResult]) -> list[Cell]:

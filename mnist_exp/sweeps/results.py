@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mnist_exp.config.names import short_names
 from mnist_exp.formatting import Table
 from mnist_exp.sweeps import report
 from mnist_exp.sweeps.manifest import MANIFEST, Manifest, SweepJob
@@ -43,7 +44,7 @@ class Report:
         from mnist_exp.figures.curves import sweep_curves
         from mnist_exp.figures.matrices import heat_map
 
-        short = report.short_names({key for job in self.jobs for key in job.values})
+        short = short_names({key for job in self.jobs for key in job.values})
         figures = {}
         for data in report.heat_maps(self.ranked, self.chosen):
             over = ", ".join(short[key] for key in data.over)
