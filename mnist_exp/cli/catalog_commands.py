@@ -89,18 +89,20 @@ def runs(args: argparse.Namespace) -> int:
 )
 def compare(args: argparse.Namespace) -> int:
     """Print what differs between runs or cells, and tests of the difference."""
-    from mnist_exp.run.console import Terminal
+    from mnist_exp.run.console import reporting
 
     check_figure("--figure", args.figure)
     overrides = [word for word in args.words if word.startswith("tracking.uri=")]
-    found = api.compare([word for word in args.words if word not in overrides], overrides)
+    words = [word for word in args.words if word not in overrides]
+    with reporting(announcement=f"comparing {' and '.join(words)} ...") as terminal:
+        found = api.compare(words, overrides)
+        if args.figure is not None:
+            save_figures("--figure", args.figure, {args.figure: found.draw()})
     if args.figure is not None:
-        save_figures("--figure", args.figure, {args.figure: found.draw()})
         print(f"figure {args.figure.resolve()}", file=sys.stderr)
     if args.json:
         print(json.dumps(found.as_json(), indent=1))
         return 0
-    terminal = Terminal()
     for title in found.titles():
         terminal.line(title)
     for title, table in found.tables():
@@ -109,9 +111,8 @@ def compare(args: argparse.Namespace) -> int:
     for line in found.lines():
         terminal.line(line)
     for run_id in found.to_evaluate:
-        terminal.line(
-            f"to keep the predictions: {command_line('evaluate', run_id[:8], *overrides)}"
-        )
+        typed = command_line("evaluate", run_id[:8], *overrides)
+        terminal.line(f"to keep the predictions: {typed}")
     return 0
 
 
