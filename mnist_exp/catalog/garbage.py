@@ -5,7 +5,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
@@ -215,8 +215,8 @@ class _Search:
         if names := deletion.registered_models(self.store, stored):
             self.found.keep("as its model is in MLflow's registry", ", ".join(names))
             return
-        values = {**vars(removal), "title": f"{removal.title}, deleted in MLflow"}
-        self.found.removals[record.id] = Removal(**values | {"stored": stored})
+        title = f"{removal.title}, deleted in MLflow"
+        self.found.removals[record.id] = replace(removal, title=title, stored=stored)
 
     def _find_orphans(self, folders: Sequence[Path]) -> None:
         """Find the folders whose runs were in a store once, as a whole, and are not any more."""

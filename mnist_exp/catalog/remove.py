@@ -241,15 +241,15 @@ def remove(removal: Removal, store: Store | None, open_runs: OpenRuns) -> None:
         place.mkdir(parents=True, exist_ok=True)
     for folder in removal.folders:
         _move(folder, place)
-    keys = {r.key for r in (removal.record, *removal.jobs) if r is not None and r.key}
-    if place.is_dir():
-        for path in journals(place):
-            _wait_for_upload(path.parent)
-            keys.add(RunHistory.of(path.parent).key)
+    moved = [path.parent for path in journals(place)] if place.is_dir() else []
+    records = [r for r in (*removal.jobs, removal.record) if r is not None]
+    keys = {r.key for r in records} | {RunHistory.of(folder).key for folder in moved}
     for key in sorted(keys - {""}):
         open_runs.remove(key)
-    for one in (*removal.jobs, removal.record):
-        if one is not None and (figures := evaluation_of(one.id)) is not None:
+    for folder in (*moved, *(r.folder for r in records if r.folder is not None)):
+        _wait_for_upload(folder)
+    for record in records:
+        if (figures := evaluation_of(record.id)) is not None:
             shutil.rmtree(figures)
     if removal.record is not None and store is not None:
         stored = removal.stored
@@ -264,8 +264,10 @@ def _move(folder: Path, place: Path) -> None:
         return
     with journal.lock(folder):
         history = RunHistory.of(folder)
-        if history.key and not history.status and is_running(history.owner) is not False:
-            raise ConfigError(f"{folder}: a process is at work on it by now. Nothing is removed")
+        if not history.key:
+            raise ConfigError(f"{folder}: its record cannot be read any more. It stays")
+        if not history.status and is_running(history.owner) is not False:
+            raise ConfigError(f"{folder}: a process is at work on it by now. It stays")
         target = place / history.key
         if target.exists():  # of a removal before its run's folder was put back
             shutil.rmtree(target)
@@ -273,7 +275,7 @@ def _move(folder: Path, place: Path) -> None:
 
 
 def _wait_for_upload(folder: Path) -> None:
-    """Wait for an upload of a run that began before its folder was moved; no other can begin."""
+    """Wait for an upload of a run that began before: it could make in the store what is deleted."""
     lock = folder / DELIVERY_LOCK
     if not lock.exists():
         return

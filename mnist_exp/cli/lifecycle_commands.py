@@ -13,7 +13,7 @@ _YES = argument("--yes", "-y", action="store_true", help="remove it without aski
 
 @command(
     "[SWEEP]",
-    "what is being trained on this machine now, and how far it is",
+    "what is being trained now, and how far it is",
     argument(
         "sweep",
         nargs="?",
@@ -38,7 +38,7 @@ def status(args: argparse.Namespace) -> int:
 
 @command(
     "RUN_OR_SWEEP",
-    "ends a run or a sweep of another terminal with a checkpoint, as Ctrl-C does",
+    "ends a run or a sweep with a checkpoint, from any terminal",
     argument(
         "run",
         metavar="RUN_OR_SWEEP",
@@ -62,7 +62,7 @@ def stop(args: argparse.Namespace) -> int:
 
 @command(
     "RUN_OR_SWEEP ...",
-    "removes runs and sweeps for good: folders, artifacts, and what MLflow has of them",
+    "removes runs and sweeps for good, with all their files",
     argument(
         "runs",
         nargs="+",
@@ -93,7 +93,7 @@ def rm(args: argparse.Namespace) -> int:
 
 @command(
     "[OVERRIDE ...]",
-    "clears what is of no more use: deleted runs, folders without a run, leftovers",
+    "clears deleted runs, folders without a run, leftovers",
     overrides("tracking.uri=..., as in: mnist-exp gc --dry-run"),
     argument("--dry-run", action="store_true", help="only print what would go"),
     argument(

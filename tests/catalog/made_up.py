@@ -1,16 +1,29 @@
 """Made-up runs and sweeps, recorded as real ones are."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mnist_exp.config import paths
 from mnist_exp.tracking import waiting
 from mnist_exp.tracking.journal import RunHistory
-from mnist_exp.tracking.run_log import OpenRuns, RunWriter
+from mnist_exp.tracking.run_log import OpenRuns, RunWriter, open_runs_at
 from mnist_exp.tracking.upload import UploadState
 
-begun: list[RunWriter] = []  # whose journals conftest.py closes
+begun: list[RunWriter] = []  # whose journals are to be closed
+
+
+@pytest.fixture
+def open_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenRuns]:
+    """The registry of a project whose outputs go to the test's own folder."""
+    monkeypatch.setattr(paths, "output_root", lambda: tmp_path)
+    yield open_runs_at(tmp_path)
+    for writer in begun:
+        writer.journal.close()
+    begun.clear()
 
 
 def begin(
