@@ -3,7 +3,6 @@
 A column is one run, or the jobs of a cell, whose values then stand together: "0,1,2".
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +79,14 @@ def _size_of(split: str) -> Callable[[Record], str | None]:
 
 
 def _joined(column: Column, of_record: Callable[[Record], str | None]) -> str | None:
-    """Return the value of a column's records, or their different values with commas between."""
-    counts = Counter(of_record(record) for record in column)
-    if len(counts) == 1:
-        (value,) = counts
-        return value
-    return ",".join(ABSENT if value is None else value for value in counts)
+    """Return the value of a column's records, or their different values with commas between.
+
+    Return None where it has no record, as a cell whose jobs were never run.
+    """
+    values = dict.fromkeys(of_record(record) for record in column)
+    if len(values) <= 1:
+        return next(iter(values), None)
+    return ",".join(ABSENT if value is None else value for value in values)
 
 
 def _uncommitted(record: Record) -> str | None:

@@ -22,6 +22,7 @@ from mnist_exp.figures.curves import HUES
 from mnist_exp.figures.style import GREEN, ORANGE
 from mnist_exp.formatting import wilson
 from mnist_exp.run.kept_predictions import KeptPredictions
+from mnist_exp.sweeps.manifest import Manifest, SweepJob
 from mnist_exp.tracking.kept_files import DIFF
 from tests.catalog.recorded import Recorded
 
@@ -208,6 +209,27 @@ def test_cells_of_uneven_seeds_are_tested_over_the_common_ones(recorded: Recorde
     found = cells(recorded.load(), ":lr=0.3", ":lr=0.1")
     test = found.tests[0]["test/accuracy"]
     assert list(test.seeds) == ["0", "1"] and test.difference == pytest.approx(-0.01)
+
+
+def test_cells_whose_jobs_were_never_run_are_there(recorded: Recorded) -> None:
+    """The list of jobs in the sweep's folder tells of them."""
+    writer = recorded.sweep("grid", GRID[:4])
+    jobs = [
+        SweepJob(number, [], {key: str(value) for key, value in values.items()}, folder=Path("x"))
+        for number, values in enumerate(GRID)
+    ]
+    Manifest("basic", {}, jobs).save(writer.folder)
+    recorded.deliver()
+    found = cells(recorded.load(), ":1", ":lr=0.1,batch_size=64", ":lr=0.3,batch_size=64")
+    assert [line.split("  ", 2)[2] for line in found.titles()] == [
+        *("3 FINISHED", "1 FINISHED, 2 NOT RUN", "3 NOT RUN")
+    ]
+    text = "\n".join(found.lines())
+    assert ": 2 jobs did not finish, and the means are over the others" in text
+    differences = {each.name: list(each.values) for each in found.differences}
+    assert differences["seed"] == ["0,1,2", "0", None]
+    assert found.tests[1]["best/val_accuracy"].reason == "they do not both have one"
+    assert found.draw().axes[0].get_title(loc="left") == "validation accuracy"
 
 
 def test_a_cell_is_named_by_rank_or_values(records: list[Record]) -> None:
