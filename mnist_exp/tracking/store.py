@@ -28,7 +28,8 @@ from mnist_exp.tracking.stored_run import StoredRun, sizes_of
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_PAGE = 1000  # runs that a search returns at a time
+_PAGE = 1000  # the newest runs, which are searched for the last one
+_PART = 250  # runs that a call returns where all are wanted: a busy server takes seconds for more
 _LOCK_SECONDS = 30.0  # that a process waits for another one, which makes the tables of a database
 
 
@@ -146,14 +147,19 @@ class Store:
         condition = "" if tag is None else f"tags.`{tag[0]}` = '{tag[1]}'"
         token, runs = None, []
         while True:
-            page = client.search_runs(
-                experiments,
-                condition,
-                kind,
-                max_results=_PAGE,
-                order_by=["attributes.start_time DESC"],
-                page_token=token,
-            )
+            try:
+                page = client.search_runs(
+                    experiments,
+                    condition,
+                    kind,
+                    max_results=_PAGE if newest else _PART,
+                    order_by=["attributes.start_time DESC"],
+                    page_token=token,
+                )
+            except Exception as error:  # whatever a network or a database raises
+                raise ConfigError(
+                    f"{named(self.uri)}: its runs cannot be read, {first_line(error)}"
+                ) from error
             runs += [StoredRun.from_entity(self.uri, entity) for entity in page]
             token = page.token
             if newest or not token:

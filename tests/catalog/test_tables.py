@@ -11,7 +11,7 @@ import mnist_exp
 from mnist_exp.catalog import tables
 from mnist_exp.config import paths
 from mnist_exp.errors import ConfigError
-from mnist_exp.tracking import journal
+from mnist_exp.tracking import journal, mlflow_internals
 from mnist_exp.tracking.upload import UploadState
 from tests.catalog.recorded import Recorded
 
@@ -52,6 +52,34 @@ def test_the_history_has_every_point_of_every_journal(store: list[str], recorded
         assert record.folder is not None
         found = rows(table[table["run"] == record.id])
         assert pd.DataFrame(found).equals(pd.DataFrame(sorted(told(record.folder)))), record.name
+
+
+def test_a_server_is_asked_for_the_same(
+    store: list[str], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = mnist_exp.history(overrides=store)
+    monkeypatch.setattr("mnist_exp.tracking.store.database_file", lambda uri: None)
+    monkeypatch.setattr("mnist_exp.tracking.store._PART", 2)  # runs in a call
+    monkeypatch.setattr(mlflow_internals, "read_runs", None)
+    monkeypatch.setattr(mlflow_internals, "read_points", None)
+    again = mnist_exp.history(overrides=store)
+    order = ["run", "key", "step", "time"]
+    pd.testing.assert_frame_equal(
+        *(table.sort_values(order, ignore_index=True) for table in (before, again))
+    )
+
+
+def test_a_server_that_fails_meanwhile_is_named(
+    store: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*_: object) -> None:
+        raise ConnectionError("it is gone")
+
+    monkeypatch.setattr("mnist_exp.tracking.store.database_file", lambda uri: None)
+    monkeypatch.setattr("mlflow.MlflowClient.get_metric_history", fails)
+    with pytest.raises(ConfigError, match=r"tracking\.uri=.*cannot be read, it is gone"):
+        mnist_exp.export(tmp_path / "a.csv", overrides=store)
+    assert not (tmp_path / "a.csv").exists()
 
 
 def test_sweeps_come_with_their_jobs_and_filters_choose(
