@@ -251,8 +251,10 @@ def _metric_text(name: str, value: float | None, interval: tuple[float, float] |
     if value is None:
         return ABSENT
     if name.endswith("accuracy"):
-        within = "" if interval is None else f" ({interval[0]:.2%} to {interval[1]:.2%})"
-        return f"{value:.2%}{within}"
+        if interval is None:
+            return f"{value:.2%}"
+        low, high = (100 * end for end in interval)
+        return f"{value:.2%} ({low:.2f} to {high:.2f})"
     return f"{value:.4f}" if name.endswith("loss") else f"{value:,.6g}"
 
 
