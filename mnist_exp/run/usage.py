@@ -35,6 +35,6 @@ class UsageMeter:
         memory = torch.cuda.max_memory_allocated(self.device) / usage.MEGABYTE
         try:
             use = {"system/gpu_utilisation": float(torch.cuda.utilization(self.device))}
-        except (ImportError, RuntimeError):  # pynvml is not installed, or finds no driver
+        except Exception:  # pynvml is missing, or whatever it raises, as for a part of a GPU (MIG)
             use = {}
         return {"system/gpu_memory_mb": memory, **use}

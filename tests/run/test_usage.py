@@ -24,18 +24,20 @@ def test_a_meter_that_is_off_reads_nothing() -> None:
     assert UsageMeter(torch.device("cpu"), is_on=False).read() == {}
 
 
-@pytest.mark.parametrize("has_pynvml", [True, False])
-def test_a_gpu(has_pynvml: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "problem", [None, ModuleNotFoundError("no pynvml"), Exception("NVML: not supported")]
+)
+def test_a_gpu(problem: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def utilization(device: torch.device) -> int:
-        if not has_pynvml:
-            raise ModuleNotFoundError("pynvml does not seem to be installed")
+        if problem is not None:
+            raise problem
         return 37
 
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
     monkeypatch.setattr(torch.cuda, "utilization", utilization)
     values = UsageMeter(torch.device("cuda"), is_on=True).read()
     assert values["system/gpu_memory_mb"] == 3
-    assert values.get("system/gpu_utilisation") == (37 if has_pynvml else None)
+    assert values.get("system/gpu_utilisation") == (None if problem else 37)
 
 
 def test_numbers_are_those_of_a_run_without_it(place: list[str], tmp_path: Path) -> None:
