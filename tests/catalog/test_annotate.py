@@ -11,6 +11,7 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.tracking import journal, waiting
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.notes import DESCRIPTION, NOTE
+from mnist_exp.tracking.run_log import RunWriter
 from mnist_exp.tracking.upload import UploadState
 from tests.catalog.recorded import Recorded
 
@@ -75,6 +76,23 @@ def test_a_run_in_training_gets_them_by_its_own_journal(
     recorded.deliver()
     tags = in_mlflow(recorded, "a")
     assert tags["team"] == "vision" and tags[DESCRIPTION] == f"while it runs\n\n{OWN}"
+
+
+def test_a_run_that_is_resumed_keeps_its_note(store: list[str], recorded: Recorded) -> None:
+    writer = recorded.run("a", {}, end="KILLED", tags={DESCRIPTION: OWN})
+    mnist_exp.note("last", "why it was stopped", store)
+    again = RunWriter.begin(
+        writer.folder,
+        recorded.open_runs,
+        name="a",
+        uri=recorded.uri,
+        experiment="tests",
+        tags={DESCRIPTION: OWN},
+    )
+    again.end("FINISHED")
+    recorded.deliver()
+    assert in_mlflow(recorded, "a")[DESCRIPTION] == f"why it was stopped\n\n{OWN}"
+    assert mnist_exp.note("last", overrides=store).note == "why it was stopped"
 
 
 def test_a_run_whose_folder_is_elsewhere_gets_them_in_the_store(
