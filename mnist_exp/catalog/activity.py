@@ -5,7 +5,6 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -254,12 +253,20 @@ def stop(record: Record, seconds: float = ENDING_SECONDS) -> Stopped:
     background does not ignore it.
 
     Raises:
+        ConfigError: The process is another user's.
         RunFailed: The record has not ended after so many seconds.
     """
     assert record.open_run is not None
     owner, folder = record.open_run.owner, record.open_run.folder
-    with suppress(ProcessLookupError):  # it has ended by itself since
+    try:
         os.kill(owner["pid"], signal.SIGTERM)
+    except ProcessLookupError:  # it has ended by itself since
+        pass
+    except PermissionError:
+        raise ConfigError(
+            f"{record.kind} {record.id[:8]}: process {owner['pid']} is another user's, who alone "
+            f"can stop it: mnist-exp stop {record.id[:8]}"
+        ) from None
     late = time.monotonic() + seconds
     while not (history := RunHistory.of(folder)).status:
         if is_running(owner) is False:

@@ -151,6 +151,21 @@ def test_a_process_that_dies_of_the_signal_leaves_a_true_status(
     assert process.wait() == -signal.SIGTERM
 
 
+def test_a_process_of_another_user_is_not_stopped(
+    open_runs: OpenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up.begin(tmp_path / "run", open_runs, "")
+    (found,) = activities(open_runs)
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("os.kill", refuse)
+    with pytest.raises(ConfigError, match="another user's"):
+        activity.stop(found.record)
+    assert RunHistory.of(tmp_path / "run").status == ""
+
+
 def test_a_job_is_not_stopped_alone(open_runs: OpenRuns, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     made_up.begin_sweep(sweep, open_runs, fresh_store(tmp_path))
