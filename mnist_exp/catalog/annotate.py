@@ -102,7 +102,8 @@ def _change(
     edited = {} if record.open_run else record.tags
     new = add_tags(folder, open_runs, lambda tags: change({**tags, **edited}))
     waits = ""
-    if not record.is_at_work:  # otherwise the process that trains it delivers it
+    # the process that trains it delivers it, unless that has ended meanwhile
+    if not record.is_at_work or RunHistory.of(folder).status:
         _, problems = waiting.deliver(open_runs, [folder])
         waits = problems.get(folder, "")
     return annotated(record, {**record.tags, **new}, waits)

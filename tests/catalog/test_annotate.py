@@ -1,14 +1,17 @@
 """Notes and tags: in the journal and in MLflow, whether a run has ended or is being trained."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 
 import mnist_exp
+from mnist_exp.catalog import annotate
 from mnist_exp.config import paths
 from mnist_exp.errors import ConfigError
-from mnist_exp.tracking import journal, waiting
+from mnist_exp.tracking import journal, run_log, waiting
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.notes import DESCRIPTION, NOTE
 from mnist_exp.tracking.run_log import RunWriter
@@ -76,6 +79,27 @@ def test_a_run_in_training_gets_them_by_its_own_journal(
     recorded.deliver()
     tags = in_mlflow(recorded, "a")
     assert tags["team"] == "vision" and tags[DESCRIPTION] == f"while it runs\n\n{OWN}"
+
+
+def test_a_run_that_ends_meanwhile(
+    store: list[str], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its uploader may have looked for the last time before there was a tag."""
+    writer = recorded.run("a", {}, end="")
+    monkeypatch.setattr(annotate, "add_tags", after(lambda: writer.end("FINISHED")))
+    assert mnist_exp.tag("last", {"team": "vision"}, store).waits == ""
+    assert in_mlflow(recorded, "a")["team"] == "vision"
+
+
+def after(first: Callable[[], None]) -> Callable[..., Any]:
+    """What adds tags once something else has happened."""
+    add_tags = run_log.add_tags
+
+    def both(*arguments: Any) -> Any:
+        first()
+        return add_tags(*arguments)
+
+    return both
 
 
 def test_a_run_that_is_resumed_keeps_its_note(store: list[str], recorded: Recorded) -> None:
