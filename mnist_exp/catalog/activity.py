@@ -217,6 +217,19 @@ class Stopped:
     record: Record
     history: RunHistory  # with its status and the reason
 
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain values, whose names are stable: docs/runs.md has them."""
+        record, history = self.record, self.history
+        return {
+            "id": record.id,
+            "name": record.name,
+            "kind": record.kind,
+            "status": history.status,
+            "reason": history.reason or None,
+            "epochs": history.epochs,
+            "folder": str(record.folder),
+        }
+
 
 def check_stoppable(record: Record, at_work: Sequence[Record]) -> None:
     """Raise ConfigError if a run or a sweep cannot be asked to end.

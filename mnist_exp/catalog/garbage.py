@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from mnist_exp.catalog.own_files import EVALUATIONS, NO_RUNS_IN, REMOVED, journals, outputs, size_of
 from mnist_exp.catalog.records import Record, of_store
@@ -65,11 +66,27 @@ class GarbagePlan:
         for reason, names in self.kept.items():
             more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
             lines.append(f"kept, {reason}: {', '.join(names[:3])}{more}")
+        lines.append(f"in all: {size_text(self.bytes)}")
+        return lines
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what would be cleared and kept as plain values: docs/runs.md has the names."""
+        places = [path for paths in self.files.values() for path in paths]
+        checkpoints = [path for _, paths in self.checkpoints for path in paths]
+        return {
+            "removals": [removal.as_json() for removal in self.removals.values()],
+            "files": [str(path) for path in places],
+            "checkpoints": [str(path) for path in checkpoints],
+            "kept": self.kept,
+            "bytes": self.bytes,
+        }
+
+    @property
+    def bytes(self) -> int:
+        """How large all this is."""
         places = [path for paths in self.files.values() for path in paths]
         places += [path for _, paths in self.checkpoints for path in paths]
-        total = size_of(places) + sum(removal.bytes for removal in self.removals.values())
-        lines.append(f"in all: {size_text(total)}")
-        return lines
+        return size_of(places) + sum(removal.bytes for removal in self.removals.values())
 
     def keep(self, reason: str, name: object) -> None:
         """Note that something is kept, and why."""

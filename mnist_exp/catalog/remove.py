@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -55,6 +56,19 @@ class Removal:
         """How large all this is."""
         return size_of([*self.folders, *self.files])
 
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain values, whose names are stable: docs/runs.md has them."""
+        records = [r for r in (self.record, *self.jobs) if r is not None]
+        return {
+            "id": self.id,
+            "what": self.title,
+            "runs": [record.id for record in records],
+            "folders": [str(folder) for folder in self.folders],
+            "files": [str(place) for place in self.files],
+            "stays": list(self.left),
+            "bytes": self.bytes,
+        }
+
     @property
     def runs(self) -> int:
         """How many runs go."""
@@ -85,6 +99,10 @@ class RemovalPlan:
                 f"{self.store.uri} marks runs as deleted; its owner frees the files by: mlflow gc"
             )
         return lines
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Return what would go and what would stay as plain values."""
+        return [removal.as_json() for removal in self.removals]
 
     def carry_out(self) -> None:
         """Remove all of it. Raise RunFailed where that fails; it can be typed again then."""

@@ -9,6 +9,9 @@ from mnist_exp.cli.command import argument, command, command_line, overrides
 from mnist_exp.errors import ConfigError
 
 _YES = argument("--yes", "-y", action="store_true", help="remove it without asking")
+_PLAN_AS_JSON = argument(
+    "--json", action="store_true", help="print JSON, and remove nothing unless there is --yes"
+)
 
 
 @command(
@@ -45,6 +48,7 @@ def status(args: argparse.Namespace) -> int:
         help="an id, its beginning, last or a folder, as in: mnist-exp stop last",
     ),
     overrides(),
+    argument("--json", action="store_true", help="print JSON"),
 )
 def stop(args: argparse.Namespace) -> int:
     """Ask a run or a sweep to end, and print how it has ended and how to go on."""
@@ -52,6 +56,9 @@ def stop(args: argparse.Namespace) -> int:
 
     with reporting(announcement=f"{args.run}: asking it to end, and waiting for that ..."):
         stopped = api.stop(args.run, args.overrides)
+    if args.json:
+        print(json.dumps(stopped.as_json(), indent=1))
+        return 0
     record, history = stopped.record, stopped.history
     reason = f": {history.reason}" if history.reason else ""
     print(f"{record.kind} {record.id[:8]}  {record.name} is {history.status}{reason}")
@@ -71,6 +78,7 @@ def stop(args: argparse.Namespace) -> int:
         "and tracking.uri=...",
     ),
     _YES,
+    _PLAN_AS_JSON,
 )
 def rm(args: argparse.Namespace) -> int:
     """Print what would go, ask, and remove it."""
@@ -81,6 +89,11 @@ def rm(args: argparse.Namespace) -> int:
     if not runs:
         raise ConfigError("RUN_OR_SWEEP: none is given. To remove one: mnist-exp rm RUN_OR_SWEEP")
     plan = api.plan_removal(runs, typed)
+    if args.json:
+        print(json.dumps(plan.as_json(), indent=1))
+        if args.yes:
+            plan.carry_out()
+        return 0
     print("\n".join(plan.lines()))
     if not _confirmed(args.yes):
         print("nothing is removed")
@@ -102,6 +115,7 @@ def rm(args: argparse.Namespace) -> int:
         help="also the checkpoints of finished runs; the trained models stay",
     ),
     _YES,
+    _PLAN_AS_JSON,
 )
 def gc(args: argparse.Namespace) -> int:
     """Print what would go and what is kept, ask, and clear it."""
@@ -109,6 +123,11 @@ def gc(args: argparse.Namespace) -> int:
 
     with reporting(announcement="looking for what is of no more use ..."):
         plan = api.plan_gc(args.overrides, checkpoints=args.checkpoints)
+    if args.json:
+        print(json.dumps(plan.as_json(), indent=1))
+        if args.yes and not args.dry_run:
+            plan.carry_out()
+        return 0
     if plan.is_empty:
         print("\n".join([*plan.lines()[:-1], "nothing to clear"]))
         return 0

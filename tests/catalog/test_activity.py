@@ -126,6 +126,8 @@ def test_stop_ends_a_run_of_another_process(
     training(start, tmp_path / "run", open_runs)
     stopped = api.stop(str(tmp_path / "run"))
     assert (stopped.history.status, stopped.history.reason) == ("KILLED", "interrupted")
+    plain = stopped.as_json()
+    assert (plain["status"], plain["folder"]) == ("KILLED", str(tmp_path / "run"))
     assert activities(open_runs) == []
 
 

@@ -102,3 +102,25 @@ def test_gc_says_what_is_kept(
     assert typed("gc", "--yes") == 0
     assert "never had the whole record: " in capsys.readouterr().out
     assert (tmp_path / "outputs" / "a run").exists()
+
+
+def test_json_tells_what_would_go_and_leaves_it(
+    open_runs: OpenRuns, uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "outputs" / "a run"
+    made_up.run(folder, open_runs, uri)
+    made_up.deliver(open_runs)
+    (folder / "state-000000010.pt").write_text("a checkpoint")
+    assert typed("gc", "--checkpoints", "--json") == 0
+    cleared = json.loads(capsys.readouterr().out)
+    assert set(cleared) == {"removals", "files", "checkpoints", "kept", "bytes"}
+    assert cleared["checkpoints"] == [str(folder / "state-000000010.pt")]
+    assert cleared["bytes"] == len("a checkpoint")
+    assert typed("rm", "last", "--json") == 0
+    (removed,) = json.loads(capsys.readouterr().out)
+    keys = {"id", "what", "runs", "folders", "files", "stays", "bytes"}
+    assert set(removed) == keys and removed["folders"] == [str(folder)]
+    assert removed["bytes"] > sum(path.stat().st_size for path in folder.iterdir())
+    assert (folder / "state-000000010.pt").exists()
+    assert typed("rm", "last", "--json", "--yes") == 0
+    assert json.loads(capsys.readouterr().out) == [removed] and not folder.exists()
