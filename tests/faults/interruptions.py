@@ -21,10 +21,9 @@ import torch._dynamo  # an optimizer imports it, which a forked process need not
 
 from mnist_exp.cli import main as cli
 from mnist_exp.config import paths
-from mnist_exp.figures import samples, style
+from mnist_exp.figures import curves, samples, style
 from mnist_exp.run import recorder, train
 from mnist_exp.run.trial import STEPS
-from mnist_exp.sweeps import results
 from mnist_exp.system.processes import is_running
 from mnist_exp.tracking import checkpoint, journal, uploader
 from mnist_exp.tracking.journal import RunHistory
@@ -54,7 +53,7 @@ LEFT_OUT: list[tuple[ModuleType, str]] = [
     (samples, "sample_grid"),
     (samples, "confusion_matrix"),
     (recorder, "learning_curves"),
-    (results, "sweep_curves"),
+    (curves, "sweep_curves"),
     (samples, "first_layer"),
 ]
 # seconds that forked programs wait: they are over before the usual pause, and no server is there
