@@ -124,9 +124,10 @@ class CellComparison:
         from mnist_exp.figures import curves
 
         is_one_sweep = len({each.sweep.id for each in self.cells}) == 1
-        lines, colours = {}, {}
+        lines = {}
         first = self.cells[0]
         of_report = curves.cell_colours(first.ranking, first.chosen) if is_one_sweep else {}
+        colours = dict(of_report)  # those of cells that are not drawn are left to them
         for label, each in zip(self.labels, self.cells, strict=True):
             name = f"{label} {each.cell.label}"
             lines[name] = [differences.curves_of(job, CURVES) for job in each.jobs]

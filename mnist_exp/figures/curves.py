@@ -140,7 +140,7 @@ def comparison_curves(cells: Cells, colours: Mapping[str, str], title: str) -> F
 
     Args:
         cells: The metrics by epoch of the runs of each, by its name, in the order of the legend.
-        colours: Their colours by name; those that are not in here have the next of the hues.
+        colours: Their colours by name; those that are not in here have hues that none in here has.
         title: The title of the figure.
     """
     known = {key for runs in cells.values() for history in runs for key in history}

@@ -18,7 +18,7 @@ from mnist_exp.catalog.compare_runs import RunComparison
 from mnist_exp.catalog.records import Record
 from mnist_exp.config import paths
 from mnist_exp.errors import ConfigError
-from mnist_exp.figures.curves import HUES
+from mnist_exp.figures.curves import HUES, cell_colours
 from mnist_exp.figures.style import GREEN, ORANGE
 from mnist_exp.formatting import wilson
 from mnist_exp.run.kept_predictions import KeptPredictions
@@ -333,6 +333,15 @@ def test_cells_of_a_sweep_have_the_colours_of_its_report(records: list[Record]) 
     ]
     of_runs = runs(records, "a", "b").draw()
     assert [line.get_color() for line in of_runs.axes[0].lines] == [*HUES[:2]]
+
+
+def test_a_grey_cell_of_the_report_gets_no_colour_of_another_cell(recorded: Recorded) -> None:
+    recorded.sweep("grid", [{"optimizer.lr": lr, "seed": 0} for lr in range(1, 13)])
+    found = cells(recorded.load(), ":1", ":12")
+    first = found.cells[0]
+    others = {*cell_colours(first.ranking, first.chosen).values()} - {ORANGE}
+    chosen, grey = (line.get_color() for line in found.draw().axes[0].lines)
+    assert chosen == ORANGE and grey in HUES and grey not in others | {ORANGE}
 
 
 def test_comparing_runs_imports_nothing_heavy(recorded: Recorded) -> None:
