@@ -34,14 +34,17 @@ def list_records(
     Raises:
         ConfigError: A filter or a field is not known, or the store cannot be read.
     """
-    records = _records(overrides)
+    from mnist_exp.config.overrides import check_list
+
+    check_list("filters", filters)
+    records, _ = load_records(overrides)
 
     from mnist_exp.catalog import listing
     from mnist_exp.catalog.records import find
 
-    chosen = None if sweep is None else find(records, sweep, ("sweep",))
+    of = None if sweep is None else find(records, sweep, ("sweep",)).jobs
     return listing.list_records(
-        records, sweep=chosen, filters=filters, order=sort, limit=limit, unfolded=unfolded
+        records, of, filters=filters, order=sort, limit=limit, unfolded=unfolded
     )
 
 
@@ -53,12 +56,11 @@ def runs(
     The columns are those of `mnist-exp runs --csv`: id, name, status, params.NAME, metrics.NAME,
     tags.NAME and so on. The arguments, and what is raised, are those of `list_records`.
     """
-    import pandas as pd
-
-    from mnist_exp.catalog.listing import flat
-
     found = list_records(sweep, filters, overrides, unfolded=True)
-    return pd.DataFrame([flat(record) for record in found.records])
+
+    from mnist_exp.catalog import tables
+
+    return tables.runs_table(found.records)
 
 
 def field_names(overrides: Sequence[str] = ()) -> list[str]:
@@ -68,7 +70,8 @@ def field_names(overrides: Sequence[str] = ()) -> list[str]:
     """
     from mnist_exp.catalog import fields
 
-    return fields.names(_records(overrides))
+    records, _ = load_records(overrides)
+    return fields.names(records)
 
 
 def compare(words: Sequence[str], overrides: Sequence[str] = ()) -> "Comparison":
@@ -85,16 +88,17 @@ def compare(words: Sequence[str], overrides: Sequence[str] = ()) -> "Comparison"
     from mnist_exp.config.overrides import check_list
 
     check_list("words", words)
-    records = _records(overrides)
+    records, _ = load_records(overrides)
 
     from mnist_exp.catalog import compare as comparing
 
     return comparing.compare(records, words)
 
 
-def _records(overrides: Sequence[str]) -> "list[Record]":
-    """Return all runs of the store that the overrides name. Raise ConfigError."""
-    from mnist_exp.catalog.records import load_records
+def load_records(overrides: Sequence[str]) -> "tuple[list[Record], str]":
+    """Return all runs of the store that the overrides name, and its address. Raise ConfigError."""
+    from mnist_exp.catalog import records
     from mnist_exp.run import lookup
 
-    return load_records(lookup.store_uri(overrides, required=False), lookup.open_runs())
+    uri = lookup.store_uri(overrides, required=False)
+    return records.load_records(uri, lookup.open_runs()), uri

@@ -62,7 +62,7 @@ def plan_removal(runs: Sequence[str], overrides: Sequence[str] = ()) -> "Removal
     Raises:
         ConfigError: One of them is not there, is a job of a sweep, or may be trained just now.
     """
-    from mnist_exp.api.catalog import _records
+    from mnist_exp.api.catalog import load_records
     from mnist_exp.catalog import remove
     from mnist_exp.config.overrides import check_list
     from mnist_exp.run import lookup
@@ -71,7 +71,7 @@ def plan_removal(runs: Sequence[str], overrides: Sequence[str] = ()) -> "Removal
     check_list("runs", runs)
     uri = lookup.store_uri(overrides)
     store = Store(uri) if has_runs(uri) else None
-    return remove.plan(runs, _records(overrides), store, lookup.open_runs())
+    return remove.plan(runs, load_records(overrides)[0], store, lookup.open_runs())
 
 
 def rm(runs: Sequence[str], overrides: Sequence[str] = ()) -> "RemovalPlan":
@@ -99,14 +99,16 @@ def plan_gc(overrides: Sequence[str] = (), *, checkpoints: bool = False) -> "Gar
     Raises:
         ConfigError: The store or the folders cannot be read.
     """
-    from mnist_exp.api.catalog import _records
+    from mnist_exp.api.catalog import load_records
     from mnist_exp.catalog import garbage
     from mnist_exp.run import lookup
     from mnist_exp.tracking.store import Store, has_runs
 
     uri = lookup.store_uri(overrides, required=False)
     store = Store(uri) if has_runs(uri) else None
-    return garbage.plan(_records(overrides), store, lookup.open_runs(), checkpoints=checkpoints)
+    return garbage.plan(
+        load_records(overrides)[0], store, lookup.open_runs(), checkpoints=checkpoints
+    )
 
 
 def gc(
@@ -131,7 +133,7 @@ def _find(word: str, open_records: "Sequence[Record]", overrides: Sequence[str])
 
     Only where `last` or what is in no registry is meant, the store is asked.
     """
-    from mnist_exp.api.catalog import _records
+    from mnist_exp.api.catalog import load_records
     from mnist_exp.catalog.records import find
     from mnist_exp.errors import ConfigError
 
@@ -140,7 +142,7 @@ def _find(word: str, open_records: "Sequence[Record]", overrides: Sequence[str])
             return find(open_records, word)
         except ConfigError:
             pass  # the message below knows of all runs
-    stored = _records(overrides)
+    stored, _ = load_records(overrides)
     keys = {record.key for record in stored if record.key}
     everything = [*stored, *(record for record in open_records if record.key not in keys)]
     everything.sort(key=lambda record: -record.start_time)

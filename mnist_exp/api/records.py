@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mnist_exp.api.catalog import load_records
 from mnist_exp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -11,7 +12,6 @@ if TYPE_CHECKING:
 
     from mnist_exp.catalog.annotate import Annotated
     from mnist_exp.catalog.onnx_model import OnnxExport
-    from mnist_exp.catalog.records import Record
     from mnist_exp.catalog.tables import TableFiles
 
 
@@ -33,7 +33,8 @@ def history(
     """
     from mnist_exp.catalog import tables
 
-    records, uri = _records(overrides)
+    _check_lists(words, filters)
+    records, uri = load_records(overrides)
     chosen = tables.choose(records, words, filters)
     return tables.metrics_table(tables.points_of(chosen, uri))
 
@@ -63,14 +64,23 @@ def export(
     from mnist_exp.catalog import tables
 
     path = Path(to)
+    _check_lists(words, filters)
     tables.check_target(path, (*tables.SUFFIXES, ".onnx"), force=force)
     if path.suffix.lower() == ".onnx":
         return _export_model(path, words, filters, overrides)
-    records, uri = _records(overrides)
+    records, uri = load_records(overrides)
     chosen = tables.choose(records, words, filters)
     if not chosen:
         raise ConfigError(f"there are no such runs in {uri}, and nothing to export")
     return tables.write(chosen, tables.points_of(chosen, uri), path)
+
+
+def _check_lists(words: Sequence[str], filters: Sequence[str]) -> None:
+    """Raise ConfigError for a text in place of a list of texts."""
+    from mnist_exp.config.overrides import check_list
+
+    check_list("words", words)
+    check_list("filters", filters)
 
 
 def _export_model(
@@ -83,10 +93,13 @@ def _export_model(
         )
 
     from mnist_exp.catalog import onnx_model
+    from mnist_exp.catalog.records import find
     from mnist_exp.run.lookup import find_run
 
     onnx_model.check_libraries()
-    store, run, root = find_run(words[0], overrides, data=True)
+    records, _ = load_records([word for word in overrides if word.startswith("tracking.uri=")])
+    record = find(records, words[0], ("run", "job"))
+    store, run, root = find_run(record.id, overrides, data=True)
     return onnx_model.export_model(store, run, root, path)
 
 
@@ -105,7 +118,7 @@ def note(run: str = "last", text: str | None = None, overrides: Sequence[str] = 
     from mnist_exp.catalog.records import find
     from mnist_exp.run import lookup
 
-    records, uri = _records(overrides)
+    records, uri = load_records(overrides)
     record = find(records, run)
     if text is None:
         return annotate.annotated(record)
@@ -129,17 +142,13 @@ def tag(
     from mnist_exp.catalog.records import find
     from mnist_exp.run import lookup
 
-    records, uri = _records(overrides)
+    is_text = isinstance(tags, Mapping) and all(
+        isinstance(text, str) for pair in tags.items() for text in pair
+    )
+    if tags is not None and not is_text:
+        raise ConfigError(f"tags: must be texts by their names, and is {tags!r}")
+    records, uri = load_records(overrides)
     record = find(records, run)
     if not tags:
         return annotate.annotated(record)
     return annotate.set_tags(record, tags, uri, lookup.open_runs())
-
-
-def _records(overrides: Sequence[str]) -> "tuple[list[Record], str]":
-    """Return all runs of the store that the overrides name, and its address. Raise ConfigError."""
-    from mnist_exp.catalog.records import load_records
-    from mnist_exp.run import lookup
-
-    uri = lookup.store_uri(overrides, required=False)
-    return load_records(uri, lookup.open_runs()), uri

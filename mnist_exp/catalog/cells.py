@@ -33,7 +33,11 @@ class SweepCell:
     def by_seed(self, metric: str) -> dict[str, float]:
         """Return a metric of the jobs that finished, by their seed, where it is finite."""
         seeds = {record.id: record.params.get("seed", "") for record in self.jobs}
-        values = {seeds[job.run_id]: job.metric(metric) for job in self.cell.finished}
+        values = {
+            seeds[job.run_id]: job.metric(metric)
+            for job in self.cell.finished
+            if job.run_id in seeds  # a run may have been deleted since
+        }
         return {seed: value for seed, value in values.items() if seed and value is not None}
 
 
@@ -51,7 +55,7 @@ def find_cell(sweep: Record, word: str) -> SweepCell:
         if chosen is None:
             raise ConfigError(
                 f"{sweep.id[:8]}: validation has chosen no cell of this sweep. Name one, as in "
-                f"{sweep.id[:8]}:1:{_listed(ranked)}"
+                f"{sweep.id[:8]}:1. Its cells are{_listed(ranked)}"
             )
         cell = chosen
     elif word.isdecimal():

@@ -14,7 +14,6 @@ from typing import Any
 
 from mnist_exp.catalog.records import Record
 from mnist_exp.errors import ConfigError, did_you_mean
-from mnist_exp.formatting import count_of
 
 Value = str | float | None  # None where a record has no such field
 
@@ -123,10 +122,3 @@ def sort(records: Sequence[Record], order: str, known: Sequence[str]) -> list[Re
     if order.startswith("-"):
         with_field.reverse()
     return [record for _, record in with_field] + without
-
-
-def describe_count(records: Sequence[Record]) -> str:
-    """Return how many runs and sweeps there are, in words: "3 sweeps, 1 run"."""
-    kinds = [record.kind for record in records]
-    counts = {noun: kinds.count(noun) for noun in ("sweep", "run", "job")}
-    return ", ".join(count_of(n, noun) for noun, n in counts.items() if n) or "nothing"

@@ -38,11 +38,11 @@ class _Comparison:
 
     def __call__(self, record: Record) -> bool:
         found, wanted = fields.value(record, self.name), _wanted(self.value)
+        if self.sign == CONTAINS:
+            return found is not None and self.value.lower() in str(found).lower()
         if found is None or wanted is None:
             is_same = found is wanted
             return is_same if self.sign in ("=", "==") else self.sign == "!=" and not is_same
-        if self.sign == CONTAINS:
-            return self.value.lower() in str(found).lower()
         if isinstance(found, float) and isinstance(wanted, float):
             return _COMPARE[self.sign](found, wanted)
         return _COMPARE[self.sign](str(found).lower(), self.value.lower())

@@ -1,6 +1,7 @@
 """The list of runs: which ones, in which order, and what is said of each."""
 
 import csv
+import functools
 import io
 import math
 from collections import Counter
@@ -14,8 +15,8 @@ from mnist_exp.catalog.records import Record
 from mnist_exp.config.names import KEYS_IN_NAME, short_names
 from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import Table, finite
+from mnist_exp.tracking.store import Store
 
-LIMIT = 20  # lines, unless more are asked for
 BEST, NEWEST, TEST = "best/val_accuracy", "val/accuracy", "test/accuracy"
 
 
@@ -65,18 +66,18 @@ class Listing:
 
 def list_records(
     records: Sequence[Record],
+    of: Sequence[Record] | None = None,
     *,
-    sweep: Record | None = None,
     filters: Sequence[str] = (),
     order: str = "-started",
-    limit: int | None = LIMIT,
+    limit: int | None = None,
     unfolded: bool = False,
 ) -> Listing:
     """Return some of the records: without filters, sweeps stand for their jobs.
 
     Args:
         records: All of them, the newest first.
-        sweep: Only the jobs of this sweep.
+        of: Those that can be listed; None for all.
         filters: Texts of `filters.parse`, all of which must hold. Jobs are then looked at as well.
         order: The field to sort by, for `fields.sort`.
         limit: The greatest number of records; None for all.
@@ -85,10 +86,8 @@ def list_records(
     Raises:
         ConfigError: A filter cannot be read, or there is no such field.
     """
-    chosen = list(records)
-    if sweep is not None:
-        chosen = list(sweep.jobs)
-    elif not filters and not unfolded:
+    chosen = list(records if of is None else of)
+    if of is None and not filters and not unfolded:
         chosen = [record for record in records if record.kind != "job"]
     known = fields.names(records)
     if filters:
@@ -96,7 +95,7 @@ def list_records(
 
         parsed = [parse(text, known) for text in filters]
         chosen = [record for record in chosen if all(each(record) for each in parsed)]
-    if order != "-started" or sweep is not None:
+    if order != "-started" or of is not None:
         chosen = fields.sort(chosen, order, known)
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit}: must be 1 or more; --all has no limit")
@@ -133,13 +132,26 @@ def differences(records: Sequence[Record]) -> dict[str, str]:
 
 
 def best_val_accuracy(record: Record) -> float | None:
-    """Return the best validation accuracy so far, 0 to 1: of a sweep, that of its best job."""
-    if (best := record.metrics.get(BEST)) is not None:
+    """Return the best validation accuracy so far, 0 to 1: of a sweep, that of its best job.
+
+    Of a run that did not come to its end, the epochs are looked through. Raises ConfigError where
+    the store cannot be read.
+    """
+    best = record.metrics.get(BEST, record.highest_val_accuracy)
+    if best is not None:
         return best
     if record.kind == "sweep":
-        of_jobs = [accuracy for job in record.jobs if (accuracy := best_val_accuracy(job))]
-        return max(of_jobs, default=None)
-    return record.metrics.get(NEWEST)
+        of_jobs = [best_val_accuracy(job) for job in record.jobs]
+        return max((accuracy for accuracy in of_jobs if accuracy is not None), default=None)
+    if record.stored is None or NEWEST not in record.metrics:
+        return None
+    points = _opened(record.stored.store_uri).history(record.id, NEWEST)
+    return max((value for _, value in points if math.isfinite(value)), default=None)
+
+
+@functools.lru_cache(1)
+def _opened(uri: str) -> Store:
+    return Store(uri)
 
 
 def as_plain(record: Record) -> dict[str, Any]:

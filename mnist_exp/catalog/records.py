@@ -37,6 +37,7 @@ class Record:
     params: Mapping[str, str]
     metrics: Mapping[str, float]  # the newest value of each
     epochs: int  # that are recorded
+    highest_val_accuracy: float | None  # of its epochs, as far as its journal is here
     dataset_digest: str  # the SHA-256 of its data, or ""
     dataset_sizes: Mapping[str, int]  # split -> number of images; empty where that is not known
     folder: Path | None  # its output folder, where it was trained
@@ -158,6 +159,7 @@ def of_store(run: StoredRun) -> Record:
         params=run.params,
         metrics=run.metrics,
         epochs=run.epochs,
+        highest_val_accuracy=None,
         dataset_digest=run.dataset_digest,
         dataset_sizes=run.dataset_sizes,
         folder=run.folder if run.tags.get("output_dir") else None,
@@ -181,6 +183,7 @@ def _of_journal(open_run: OpenRun, history: RunHistory, known: Record | None) ->
         params=history.params,
         metrics=history.newest(),
         epochs=history.epochs,
+        highest_val_accuracy=history.highest("val/accuracy"),
         dataset_digest=history.dataset_digest,
         dataset_sizes=history.dataset_sizes,
         folder=open_run.folder,

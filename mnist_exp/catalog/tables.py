@@ -1,7 +1,6 @@
 """Tables of the runs on record and of all points of their metrics, and the files of them."""
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from mnist_exp.catalog.listing import Listing, flat, list_records
 from mnist_exp.catalog.records import Record, find
 from mnist_exp.errors import ConfigError
-from mnist_exp.formatting import count_of
+from mnist_exp.formatting import count_of, finite
 from mnist_exp.system import files
 from mnist_exp.tracking import journal
 from mnist_exp.tracking.mlflow_internals import Point
@@ -58,7 +57,7 @@ def choose(
         meant = [find(records, word) for word in words]
         ids = {each.id for record in meant for each in (record, *record.jobs)}
         named = [record for record in records if record.id in ids]
-    return list_records(named, filters=filters, unfolded=True, limit=None).records
+    return list_records(records, named, filters=filters, unfolded=True).records
 
 
 def points_of(records: Sequence[Record], uri: str) -> list[Point]:
@@ -186,11 +185,7 @@ def _write_parquet(table: "pd.DataFrame", path: Path, times: Sequence[str] = ())
 def _as_json(records: Sequence[Record], points: Sequence[Point]) -> str:
     times = _iso_times(metrics_table(points)["time"])
     rows = [
-        {
-            **point._asdict(),
-            "time": time,
-            "value": point.value if math.isfinite(point.value) else None,  # JSON has no nan
-        }
+        {**point._asdict(), "time": time, "value": finite(point.value)}
         for point, time in zip(points, times, strict=True)
     ]
     runs = Listing(records, len(records)).as_json()

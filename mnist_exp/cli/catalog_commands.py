@@ -12,9 +12,12 @@ from mnist_exp.cli.command import (
     check_figure,
     command,
     command_line,
+    divide,
     path,
     save_figures,
 )
+
+LINES = 20  # of a table, unless more are asked for
 
 
 @command(
@@ -34,7 +37,13 @@ from mnist_exp.cli.command import (
         metavar="FIELD",
         help="the order; with a minus, the greatest first (the default is -started)",
     ),
-    argument("--limit", "-n", type=int, default=20, metavar="N", help="the most lines (20)"),
+    argument(
+        "--limit",
+        "-n",
+        type=int,
+        metavar="N",
+        help=f"the most lines ({LINES} of a table, unless a sweep is named; otherwise all)",
+    ),
     argument("--all", "-a", action="store_true", help="every run, those of sweeps as well"),
     argument("--json", action="store_true", help="print JSON, with all fields"),
     argument("--csv", action="store_true", help="print CSV, with all fields"),
@@ -47,12 +56,13 @@ def runs(args: argparse.Namespace) -> int:
     from mnist_exp.run.console import Terminal
 
     sweep, filters, overrides = _divide(args.words)
+    is_table = not (args.json or args.csv or args.all or sweep)
     found = api.list_records(
         sweep,
         [*filters, *args.filter],
         overrides,
         sort=args.sort,
-        limit=None if args.all else args.limit,
+        limit=LINES if args.limit is None and is_table else args.limit,
         unfolded=args.all,
     )
     if args.json:
@@ -92,8 +102,7 @@ def compare(args: argparse.Namespace) -> int:
     from mnist_exp.run.console import reporting
 
     check_figure("--figure", args.figure)
-    overrides = [word for word in args.words if word.startswith("tracking.uri=")]
-    words = [word for word in args.words if word not in overrides]
+    overrides, words = divide(args.words)
     with reporting(announcement=f"comparing {' and '.join(words)} ...") as terminal:
         found = api.compare(words, overrides)
         if args.figure is not None:
@@ -118,8 +127,7 @@ def compare(args: argparse.Namespace) -> int:
 
 def _divide(words: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
     """Return the sweep, the filters and the overrides among words."""
-    overrides = [word for word in words if word.startswith("tracking.uri=")]
-    others = [word for word in words if word not in overrides]
+    overrides, others = divide(words)
     filters = [word for word in others if re.search(r"[=<>~]", word)]
     sweeps = [word for word in others if word not in filters]
     return (sweeps[0] if sweeps else None), [*filters, *sweeps[1:]], overrides

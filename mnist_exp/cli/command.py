@@ -30,6 +30,11 @@ class Command:
     function: Function
     example: str = ""  # what to type, behind the name of the program
 
+    @property
+    def module(self) -> str:
+        """The name of the module that has its function."""
+        return self.function.__module__
+
     def parser(self) -> argparse.ArgumentParser:
         """Return the parser of the words behind its name."""
         parser = argparse.ArgumentParser(
@@ -71,6 +76,14 @@ def argument(*names: str, **options: Any) -> Argument:
 def overrides(examples: str = "tracking.uri=...") -> Argument:
     """Return the argument for overrides; its default tells argparse that none are needed."""
     return argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help=examples)
+
+
+def divide(
+    words: Sequence[str], keys: tuple[str, ...] = ("tracking.uri=",)
+) -> tuple[list[str], list[str]]:
+    """Return the overrides among words, which begin with one of the keys, and the other words."""
+    typed = [word for word in words if word.startswith(keys)]
+    return typed, [word for word in words if word not in typed]
 
 
 def path(text: str) -> Path:

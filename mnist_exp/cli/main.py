@@ -14,12 +14,8 @@ from mnist_exp.cli.command import COMMANDS, command_line
 from mnist_exp.errors import BROKEN_PIPE, ConfigError, RunFailed, Terminated, did_you_mean
 from mnist_exp.system import signals, streams
 
-MODULES = (
-    commands,
-    catalog_commands,
-    lifecycle_commands,
-    record_commands,
-)  # their import has registered all commands
+# Their import has registered all commands; a person reads of them in this order.
+MODULES = (commands, catalog_commands, lifecycle_commands, record_commands)
 
 _HELP = """\
 usage: mnist-exp COMMAND [ARGUMENT ...]
@@ -118,7 +114,8 @@ def _run(words: Sequence[str]) -> int:
 
         complete()
     if not words or words[0] in ("-h", "--help", "help"):
-        lines = [f"  {f'{c.name} {c.usage}':25} {c.summary}" for c in COMMANDS.values()]
+        ordered = [c for m in MODULES for c in COMMANDS.values() if c.module == m.__name__]
+        lines = [f"  {f'{c.name} {c.usage}':26} {c.summary}" for c in ordered]
         print(_HELP.format(commands="\n".join(lines)), end="")
         return 0 if words else 2
     name, *rest = words

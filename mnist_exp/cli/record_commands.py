@@ -1,11 +1,10 @@
 """The commands for the records of runs, from words to lines: tables, models, notes, tags."""
 
 import argparse
-import re
 from collections.abc import Sequence
 
 from mnist_exp import api
-from mnist_exp.cli.command import argument, command, command_line, path
+from mnist_exp.cli.command import argument, command, command_line, divide, path
 from mnist_exp.errors import ConfigError
 
 
@@ -44,8 +43,7 @@ def export(args: argparse.Namespace) -> int:
 
     if args.to is None:
         raise ConfigError("--to FILE is missing, as in mnist-exp export last --to numbers.csv")
-    overrides = _overrides(args.words)
-    words = [word for word in args.words if word not in overrides]
+    overrides, words = divide(args.words, ("tracking.uri=", "dataset.root="))
     what = "the model" if args.to.suffix.lower() == ".onnx" else "the tables"
     with reporting(announcement=f"{what} for {args.to}: reading the record ..."):
         written = api.export(args.to, words, args.filter, overrides, force=args.force)
@@ -68,8 +66,7 @@ def export(args: argparse.Namespace) -> int:
 )
 def note(args: argparse.Namespace) -> int:
     """Set the note of a run, or print it."""
-    overrides = _overrides(args.words)
-    texts = [word for word in args.words if word not in overrides]
+    overrides, texts = divide(args.words)
     if len(texts) > 1:
         raise ConfigError(
             f"note: it is one text, and {len(texts)} were given. Put it in quotes: "
@@ -95,8 +92,8 @@ def note(args: argparse.Namespace) -> int:
 )
 def tag(args: argparse.Namespace) -> int:
     """Set tags of a run, and print those that it has."""
-    overrides = _overrides(args.words)
-    tags = _tags([word for word in args.words if word not in overrides])
+    overrides, words = divide(args.words)
+    tags = _tags(words)
     changed = api.tag(args.run, tags, overrides)
     if tags:
         print(f"run {changed.id}  {changed.name}")
@@ -104,11 +101,6 @@ def tag(args: argparse.Namespace) -> int:
         print(f"{key}={value}")
     _tell_if_waiting(changed.waits)
     return 0
-
-
-def _overrides(words: Sequence[str]) -> list[str]:
-    """Return the overrides among words: no run, note or tag begins like one."""
-    return [word for word in words if re.match(r"(tracking\.uri|dataset\.root)=", word)]
 
 
 def _tags(words: Sequence[str]) -> dict[str, str]:

@@ -184,6 +184,7 @@ class Terminal(Reporter):
         the texts of those columns are cut first, so that a row is a line.
         """
         self.announcement.stop()
+        all_columns = header
         if cut:
             header, rows = _fitted(header, rows, cut, self.console.width)
         shown = Text(title) if title else None
@@ -193,6 +194,8 @@ class Terminal(Reporter):
         for row in rows:
             table.add_row(*map(Text, row))
         self.console.print(table)
+        if missing := [name for name in all_columns if name not in header]:
+            self.console.print(f"no room for: {', '.join(missing)}", markup=False)
 
     def stop(self) -> None:
         """Take the bar away, or the announcement."""

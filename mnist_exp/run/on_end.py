@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mnist_exp.formatting import finite
 from mnist_exp.system.processes import process_identity
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.upload import UploadState
@@ -39,7 +39,8 @@ def run_on_end(command: str | None, folder: Path, more: Mapping[str, Any] | None
             return  # it has not begun, or another process trains it
         result = {**result_of(folder, history), **(more or {})}
         problem = _run(command, json.dumps(result), SECONDS)
-    except OSError as error:  # a folder that is no more, a system without room for a process
+    # a folder that is no more, a system without room for a process; a NUL in the command
+    except (OSError, ValueError) as error:
         problem = str(error)
     if problem:
         log.warning("tracking.on_end=%s: %s. The run is not affected", command, problem)
@@ -55,10 +56,7 @@ def result_of(folder: Path, history: RunHistory) -> dict[str, Any]:
         "reason": history.reason or None,
         "folder": str(folder.resolve()),
         "store": history.uri,
-        "metrics": {
-            key: value if math.isfinite(value) else None  # JSON has no nan
-            for key, value in history.newest().items()
-        },
+        "metrics": finite(history.newest()),
     }
 
 
@@ -82,5 +80,7 @@ def _run(command: str, text: str, seconds: float) -> str:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if process.returncode < 0:
-        return f"it was ended by {signal.Signals(-process.returncode).name}"
+        number = -process.returncode
+        known = {each.value: each.name for each in signal.Signals}  # real-time ones have no name
+        return f"it was ended by {known.get(number, f'signal {number}')}"
     return f"it ended with status {process.returncode}" if process.returncode else ""

@@ -12,6 +12,7 @@ JSON as Python has it: floats with all their digits, and NaN, Infinity and -Infi
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import threading
@@ -253,6 +254,11 @@ class RunHistory:
     def epochs(self) -> int:
         """The last epoch that is recorded, or 0."""
         return max(self.metrics.get(EPOCH_METRIC, {}), default=0)
+
+    def highest(self, key: str) -> float | None:
+        """Return the highest finite value of a metric; None where there is none."""
+        values = self.metrics.get(key, {}).values()
+        return max((value for value in values if math.isfinite(value)), default=None)
 
     def newest(self) -> dict[str, float]:
         """Return the newest value of each metric."""

@@ -48,8 +48,9 @@ def check_tag(name: str, key: str, value: str) -> None:
     """
     if is_reserved(key):
         raise ConfigError(
-            f"{name}={shortened(value)}: a tag of this name is recorded of every run, and "
+            f"{name}={shortened(value)}: a tag of this name is the program's own or MLflow's, and "
             f"cannot be given. Choose another name"
+            + (", or give a note: mnist-exp note RUN TEXT" if key == "note" else "")
         )
     if problem := key_problem(key) or length_problem(value, TAG_LENGTH):
         raise ConfigError(f"{name}={shortened(value)}: {problem}")

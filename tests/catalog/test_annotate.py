@@ -160,7 +160,7 @@ def test_sweeps_and_their_jobs(store: list[str], recorded: Recorded) -> None:
 @pytest.mark.parametrize(
     ("tags", "message"),
     [
-        ({"fine": "x", "threads": "2"}, "threads=2: a tag of this name is recorded"),
+        ({"fine": "x", "threads": "2"}, "threads=2: a tag of this name is the program's own"),
         ({"note": "x"}, "cannot be given"),
         ({"mlflow.runName": "x"}, "cannot be given"),
         ({"a@b": "x"}, "letters, digits"),

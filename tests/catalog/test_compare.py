@@ -12,6 +12,7 @@ import pytest
 
 from mnist_exp import api
 from mnist_exp.catalog import compare as comparing
+from mnist_exp.catalog.cells import find_cell
 from mnist_exp.catalog.compare import compare
 from mnist_exp.catalog.compare_cells import CellComparison
 from mnist_exp.catalog.compare_runs import RunComparison
@@ -230,6 +231,20 @@ def test_cells_whose_jobs_were_never_run_are_there(recorded: Recorded) -> None:
     assert differences["seed"] == ["0,1,2", "0", None]
     assert found.tests[1]["best/val_accuracy"].reason == "they do not both have one"
     assert found.draw().axes[0].get_title(loc="left") == "validation accuracy"
+
+
+def test_a_job_that_was_deleted_since_counts_no_more(recorded: Recorded) -> None:
+    writer = recorded.sweep("grid", GRID[:3])
+    jobs = [
+        SweepJob(number, [], {key: str(value) for key, value in values.items()}, folder=Path("x"))
+        for number, values in enumerate(GRID[:3])
+    ]
+    Manifest("basic", {}, jobs, ended={n: ("FINISHED", "") for n in range(3)}).save(writer.folder)
+    recorded.run("other", {})
+    known = recorded.load()
+    (sweep,) = [record for record in known if record.kind == "sweep"]
+    cell = find_cell(replace(sweep, jobs=sweep.jobs[1:]), "")
+    assert list(cell.by_seed("test/accuracy")) == ["1", "2"]
 
 
 def test_a_cell_is_named_by_rank_or_values(records: list[Record]) -> None:

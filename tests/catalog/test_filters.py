@@ -33,6 +33,8 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
         ("not (model=cnn or status=failed)", "a"),
         ("status=failed and model=cnn or name=a", "a"),
         ("reason~diverged", "c"),
+        ("reason~None", ""),
+        ("name~null or model~ML", "a"),
         ("reason ~ 'diverged (nan)'", "c"),
         ("`who is`=i", "c"),
         ("val/accuracy>=0.7", "abc"),

@@ -34,7 +34,7 @@ def test_sweeps_stand_for_their_jobs(known: list[Record]) -> None:
     assert names(list_records(known)) == ["new", "bad", "sweep grid", "old"]
     assert names(list_records(known, unfolded=True)) == [record.name for record in known]
     (sweep,) = [record for record in known if record.kind == "sweep"]
-    assert names(list_records(known, sweep=sweep, order="name")) == ["0", "1", "2", "3"]
+    assert names(list_records(known, sweep.jobs, order="name")) == ["0", "1", "2", "3"]
     assert names(list_records(known, filters=["lr=0.3", "seed=1"])) == ["3"]
     found = list_records(known, limit=2, order="started")
     assert names(found) == ["old", "sweep grid"] and found.total == 4
@@ -92,3 +92,14 @@ def test_the_best_accuracy_of_a_sweep_that_goes_on_is_that_of_its_jobs(recorded:
 def test_every_field_can_be_sorted_by(known: list[Record]) -> None:
     for name in fields.names(known):
         assert len(fields.sort(known, name, fields.names(known))) == len(known)
+
+
+def test_the_best_accuracy_is_not_the_newest(recorded: Recorded) -> None:
+    """Of a run that goes on, and of one that was killed, before and after it is delivered."""
+    recorded.run("killed", {}, (0.9, 0.5), end="KILLED")
+    recorded.run("running", {}, (0.8, 0.0), end="").journal.close()
+    for _ in range(2):
+        by_name = {record.name: record for record in recorded.load()}
+        assert listing.best_val_accuracy(by_name["killed"]) == 0.9
+        assert listing.best_val_accuracy(by_name["running"]) == 0.8
+        recorded.deliver()

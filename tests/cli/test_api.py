@@ -120,3 +120,18 @@ def test_what_waits_is_delivered_elsewhere_or_given_up(
 def test_page_of_the_ui(sweep: SweepResult, store: str) -> None:
     uri, page = api.ui_page(sweep.run_id, [f"tracking.uri={store}"])
     assert uri == store and sweep.run_id in page
+
+
+def test_a_text_in_place_of_a_list_is_refused(tmp_path: Path) -> None:
+    """A text is a list of its letters to Python."""
+    store = [f"tracking.uri={fresh_store(tmp_path)}"]
+    for call in (
+        lambda: mnist_exp.history("last", overrides=store),
+        lambda: mnist_exp.runs(filters="lr>0.1", overrides=store),
+        lambda: mnist_exp.export(tmp_path / "x.csv", "last", overrides=store),
+    ):
+        with pytest.raises(ConfigError, match="must be a list"):
+            call()
+    for tags in (["a=b"], {"a": 3}):
+        with pytest.raises(ConfigError, match="tags: must be texts by their names"):
+            mnist_exp.tag("last", tags, store)  # type: ignore[arg-type]

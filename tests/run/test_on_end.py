@@ -84,6 +84,8 @@ def test_it_is_told_the_result(ended: Path, heard: Heard) -> None:
         ("exit 3", "it ended with status 3"),
         ("no-such-program-at-all", "it ended with status 127"),
         ("kill -9 $$", "it was ended by SIGKILL"),
+        ("kill -40 $$", "it was ended by signal 40"),  # which has no name
+        ("a\0b", "embedded null byte"),
         ("sleep 60 & wait", "it was ended, as it took more than 0 seconds"),
     ],
 )

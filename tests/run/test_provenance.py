@@ -19,10 +19,10 @@ def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     [
         (
             "+tracking.tags={threads: many}",
-            r"tracking\.tags\.threads=many: .*of every run",
+            r"tracking\.tags\.threads=many: .*the program's own",
         ),
         ("+tracking.tags={mlflow.runName: mine}", r"tags\.mlflow\.runName=mine: .*another name"),
-        ("+tracking.tags={run_key: a}", "recorded of every run"),
+        ("+tracking.tags={run_key: a}", "the program's own"),
         ("+tracking.tags={a/../b: a}", "lead elsewhere"),
         ("+tracking.tags={a@b: a}", "letters, digits"),
         ("+tracking.tags={" + "k" * 300 + ": a}", "300 characters, and MLflow takes 250"),
