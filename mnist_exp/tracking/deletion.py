@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from mnist_exp.errors import ConfigError
+from mnist_exp.errors import ConfigError, first_line
 from mnist_exp.tracking import mlflow_internals
-from mnist_exp.tracking.address import artifact_root, database_file
+from mnist_exp.tracking.address import artifact_root, database_file, named
 from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.store_check import check_store
 from mnist_exp.tracking.stored_run import StoredRun
@@ -38,9 +38,10 @@ def files_of(store: Store, run: StoredRun) -> StoredFiles:
     if store.database is None:
         return StoredFiles(())
     root = _real_path(artifact_root(store.database))
-    named = [(run.id, run.artifact_uri), *mlflow_internals.read_models(store.database, run.id)]
+    models = store.read_database(mlflow_internals.read_models, run.id)
+    places = [(run.id, run.artifact_uri), *models]
     folders, left = [], []
-    for name, address in named:
+    for name, address in places:
         if urlsplit(address).scheme not in ("", "file"):
             left.append(f"{address}: it is not in the file system")
             continue
@@ -64,13 +65,26 @@ def _real_path(address: str) -> Path:
 
 
 def registered_models(store: Store, runs: Sequence[StoredRun]) -> list[str]:
-    """Return the names by which models of runs are in the model registry of a local store."""
-    if store.database is None:
-        return []
-    return mlflow_internals.read_registered(store.database, [run.id for run in runs])
+    """Return the names by which models of runs are in the model registry. Raise ConfigError.
+
+    A server is asked once for each run.
+    """
+    ids = [run.id for run in runs]
+    if store.database is not None:
+        return store.read_database(mlflow_internals.read_registered, ids)
+    try:
+        return [
+            f"{version.name} version {version.version}"
+            for run_id in ids
+            for version in store.client.search_model_versions(f"run_id='{run_id}'")
+        ]
+    except Exception as error:  # whatever a network raises
+        raise ConfigError(
+            f"{named(store.uri)}: its model registry cannot be read, {first_line(error)}"
+        ) from error
 
 
-def ids_in(uri: str) -> tuple[set[str], int]:
+def ids_in(uri: str) -> tuple[set[str], int | None]:
     """Return the ids of all runs of a store, and when it was made, in ms since 1970, if known.
 
     Runs that are marked as deleted are among them. Raises ConfigError where the store cannot be
@@ -85,7 +99,8 @@ def ids_in(uri: str) -> tuple[set[str], int]:
         except sqlite3.DatabaseError as error:
             raise ConfigError(f"{uri}: it cannot be read, {error}") from error
     check_store(uri)
-    return {run.id for run in Store(uri).everything()}, 0
+    store = Store(uri)
+    return {run.id for run in store.everything()}, store.made_at()
 
 
 def delete(store: Store, runs: Sequence[StoredRun]) -> None:

@@ -101,7 +101,7 @@ def inspect_database(path: Path, experiment: str | None) -> tuple[str, dict[str,
     query = """
         SELECT CAST(experiment_id AS TEXT) AS experiment_id, lifecycle_stage, artifact_location
         FROM experiments WHERE name = ?"""
-    with closing(_open_to_read(path)) as database:
+    with closing(_open(path)) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
         if not tables:
             return "", None
@@ -151,7 +151,7 @@ def read_runs(
         ORDER BY start_time DESC, run_uuid LIMIT :newest"""
     of_runs = "run_uuid IN (SELECT value FROM json_each(?))"
     key, value = tag or (None, None)
-    with closing(_open_to_read(path)) as database:
+    with closing(_open(path)) as database:
         database.row_factory = sqlite3.Row
         values = {"id": run_id, "key": key, "value": value, "newest": newest}
         rows = database.execute(query, {**values, "view": view}).fetchall()
@@ -177,21 +177,21 @@ def read_runs(
     return list(runs.values())
 
 
-def read_ids(path: Path) -> tuple[set[str], int]:
-    """Return the ids of all runs in a database, and when it was made, in ms since 1970.
+def read_ids(path: Path) -> tuple[set[str], int | None]:
+    """Return the ids of all runs in a database, and when it was made, in ms since 1970, if known.
 
     Runs that are marked as deleted are among them.
     """
-    with closing(_open_to_read(path)) as database:
+    with closing(_open(path)) as database:
         ids = {run_id for (run_id,) in database.execute("SELECT run_uuid FROM runs")}
         ((made,),) = database.execute("SELECT MIN(creation_time) FROM experiments")
-    return ids, made or 0
+    return ids, made
 
 
 def read_models(path: Path, run_id: str) -> list[tuple[str, str]]:
     """Return id and address of the files of the models that a run has logged to a database."""
     query = "SELECT model_id, artifact_location FROM logged_models WHERE source_run_id = ?"
-    with closing(_open_to_read(path)) as database:
+    with closing(_open(path)) as database:
         return [(model_id, place) for model_id, place in database.execute(query, (run_id,))]
 
 
@@ -200,7 +200,7 @@ def read_registered(path: Path, run_ids: Sequence[str]) -> list[str]:
     query = """
         SELECT name, version FROM model_versions
         WHERE run_id IN (SELECT value FROM json_each(?)) ORDER BY name, version"""
-    with closing(_open_to_read(path)) as database:
+    with closing(_open(path)) as database:
         rows = database.execute(query, (json.dumps(list(run_ids)),))
         return [f"{name} version {version}" for name, version in rows]
 
@@ -218,7 +218,7 @@ def delete_run_for_good(client: Any, path: Path, run_id: str) -> None:
     store = client._tracking_client.store
     for model_id, _ in read_models(path, run_id):
         store._hard_delete_logged_model(model_id)
-    with closing(_open_to_read(path)) as database, database:
+    with closing(_open(path)) as database, database:
         of_run = "FROM inputs WHERE destination_id = :id OR source_id = :id"
         tags = f"DELETE FROM input_tags WHERE input_uuid IN (SELECT input_uuid {of_run})"
         database.execute(tags, {"id": run_id})
@@ -234,7 +234,7 @@ def newest_step(run: Any, key: str) -> int:
 def read_history(path: Path, run_id: str, key: str) -> list[tuple[int, float]]:
     """Return the points of a metric in a database: (step, value), in the order of their times."""
     query = "SELECT * FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY timestamp, step"
-    with closing(_open_to_read(path)) as database:
+    with closing(_open(path)) as database:
         database.row_factory = sqlite3.Row
         return [(row["step"], _metric(row)) for row in database.execute(query, (run_id, key))]
 
@@ -244,7 +244,7 @@ def read_points(path: Path, run_ids: Sequence[str]) -> list[Point]:
     query = """
         SELECT run_uuid, key, step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END
         FROM metrics WHERE run_uuid IN (SELECT value FROM json_each(?))"""
-    with closing(_open_to_read(path)) as database:
+    with closing(_open(path)) as database:
         rows = database.execute(query, (json.dumps(list(run_ids)),))
         return [
             Point(run_id, key, step, time, math.nan if value is None else value)
@@ -275,10 +275,10 @@ def make_database(path: Path) -> None:
     files.replace(part, path)
 
 
-def _open_to_read(path: Path) -> sqlite3.Connection:
-    """Open a database that is there, to read what is in it.
+def _open(path: Path) -> sqlite3.Connection:
+    """Open a database that is there, to read what is in it, or to delete from it.
 
-    It is open to be written as well: what a process that was killed in a commit has left half done
+    It can be written to in any case: what a process that was killed in a commit has left half done
     has to be undone before anybody can read. A file that cannot be written is opened all the same.
     """
     address = f"{path.resolve().as_uri()}?mode=rw"

@@ -141,8 +141,7 @@ class Store:
         from mlflow.entities import ViewType
 
         kind = ViewType.from_string(view)
-        kind_of_experiments = kind if view == "active_only" else ViewType.ALL
-        found = client.search_experiments(kind_of_experiments)
+        found = self._all_experiments(kind if view == "active_only" else ViewType.ALL)
         experiments = [experiment.experiment_id for experiment in found]
         condition = "" if tag is None else f"tags.`{tag[0]}` = '{tag[1]}'"
         token, runs = None, []
@@ -165,9 +164,34 @@ class Store:
             if newest or not token:
                 return runs
 
+    def _all_experiments(self, kind: Any) -> list[Any]:
+        """Return MLflow's entities of all experiments. `kind`: a ViewType. Raise ConfigError."""
+        token, found = None, []
+        while True:
+            try:
+                page = self.client.search_experiments(kind, page_token=token)
+            except Exception as error:  # whatever a network or a database raises
+                raise ConfigError(
+                    f"{named(self.uri)}: its experiments cannot be read, {first_line(error)}"
+                ) from error
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+    def made_at(self) -> int | None:
+        """Return when a server was made, in ms since 1970; None where it does not tell.
+
+        That is when the first of its experiments was made. Raises ConfigError.
+        """
+        from mlflow.entities import ViewType
+
+        times = [experiment.creation_time for experiment in self._all_experiments(ViewType.ALL)]
+        return min((time for time in times if time), default=None)
+
     def _read_runs(self, **conditions: Any) -> list[StoredRun]:
         """Return the runs that an SQLite database has under these conditions. Raise ConfigError."""
-        rows = self._read(mlflow_internals.read_runs, **conditions)
+        rows = self.read_database(mlflow_internals.read_runs, **conditions)
         return [
             StoredRun(
                 self.uri,
@@ -179,7 +203,7 @@ class Store:
             for row in rows
         ]
 
-    def _read(self, read: Callable[..., T], *args: Any, **options: Any) -> T:
+    def read_database(self, read: Callable[..., T], *args: Any, **options: Any) -> T:
         """Return what a function reads from the SQLite database. Raise ConfigError.
 
         A database that was made in this moment may have no tables yet.
@@ -228,7 +252,7 @@ class Store:
     def history(self, run_id: str, key: str) -> list[tuple[int, float]]:
         """Return the points of a metric: (step, value)."""
         if self.database is not None:
-            return self._read(mlflow_internals.read_history, run_id, key)
+            return self.read_database(mlflow_internals.read_history, run_id, key)
         return [(m.step, m.value) for m in self.client.get_metric_history(run_id, key)]
 
     def points(self, runs: Iterable[StoredRun]) -> list[Point]:
@@ -237,7 +261,7 @@ class Store:
         A server is asked once for each metric of each run.
         """
         if self.database is not None:
-            return self._read(mlflow_internals.read_points, [run.id for run in runs])
+            return self.read_database(mlflow_internals.read_points, [run.id for run in runs])
         try:
             return [
                 Point(run.id, key, metric.step, metric.timestamp, metric.value)
