@@ -62,8 +62,8 @@ def plan_removal(runs: Sequence[str], overrides: Sequence[str] = ()) -> "Removal
     Raises:
         ConfigError: One of them is not there, is a job of a sweep, or may be trained just now.
     """
-    from mnist_exp.api.catalog import load_records
     from mnist_exp.catalog import remove
+    from mnist_exp.catalog.records import load_records
     from mnist_exp.config.overrides import check_list
     from mnist_exp.run import lookup
     from mnist_exp.tracking.store import Store, has_runs
@@ -71,7 +71,10 @@ def plan_removal(runs: Sequence[str], overrides: Sequence[str] = ()) -> "Removal
     check_list("runs", runs)
     uri = lookup.store_uri(overrides)
     store = Store(uri) if has_runs(uri) else None
-    return remove.plan(runs, load_records(overrides)[0], store, lookup.open_runs())
+    open_runs = lookup.open_runs()
+    # what waits for a server is not all: a sweep would go without the jobs that only that has
+    records = load_records(uri, open_runs, required=True)
+    return remove.plan(runs, records, store, open_runs, overrides)
 
 
 def rm(runs: Sequence[str], overrides: Sequence[str] = ()) -> "RemovalPlan":
@@ -99,16 +102,16 @@ def plan_gc(overrides: Sequence[str] = (), *, checkpoints: bool = False) -> "Gar
     Raises:
         ConfigError: The store or the folders cannot be read.
     """
-    from mnist_exp.api.catalog import load_records
     from mnist_exp.catalog import garbage
+    from mnist_exp.catalog.records import load_records
     from mnist_exp.run import lookup
     from mnist_exp.tracking.store import Store, has_runs
 
-    uri = lookup.store_uri(overrides, required=False)
+    uri = lookup.store_uri(overrides)
     store = Store(uri) if has_runs(uri) else None
-    return garbage.plan(
-        load_records(overrides)[0], store, lookup.open_runs(), checkpoints=checkpoints
-    )
+    open_runs = lookup.open_runs()
+    records = load_records(uri, open_runs, required=True)
+    return garbage.plan(records, store, open_runs, checkpoints=checkpoints, typed=overrides)
 
 
 def gc(

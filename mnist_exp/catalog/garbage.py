@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -10,17 +11,28 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from mnist_exp.catalog.own_files import EVALUATIONS, NO_RUNS_IN, REMOVED, journals, outputs, size_of
+from mnist_exp.catalog.own_files import (
+    EVALUATIONS,
+    NO_RUNS_IN,
+    REMOVED,
+    is_id,
+    journals,
+    outputs,
+    size_of,
+)
 from mnist_exp.catalog.records import Record, of_store
 from mnist_exp.catalog.remove import (
     Removal,
-    RemovalPlan,
     has_been_moved,
+    jobs_of,
     left_of,
     removal_of,
+    remove_all,
     size_text,
 )
 from mnist_exp.errors import ConfigError, first_line
+from mnist_exp.run import kept_predictions
+from mnist_exp.run.kept_predictions import KeptPredictions
 from mnist_exp.tracking import deletion, journal
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns
@@ -41,6 +53,7 @@ class GarbagePlan:
 
     store: Store | None
     open_runs: OpenRuns
+    typed: Sequence[str] = ()  # the overrides with which the store was found
     removals: dict[str, Removal] = field(default_factory=dict)  # by the id or the key
     files: dict[str, list[Path]] = field(default_factory=dict)  # by what they are
     checkpoints: list[tuple[Path, list[Path]]] = field(default_factory=list)  # by the run's folder
@@ -94,7 +107,8 @@ class GarbagePlan:
 
     def carry_out(self) -> None:
         """Clear all of it. Raise RunFailed or OSError where that fails; it can be typed again."""
-        RemovalPlan(list(self.removals.values()), self.store, self.open_runs).carry_out()
+        to_go_on = shlex.join(["mnist-exp", "gc", *self.typed])  # `rm` finds no deleted runs
+        remove_all(list(self.removals.values()), self.store, self.open_runs, lambda _: to_go_on)
         for folder, paths in self.checkpoints:
             if RunHistory.of(folder).status == "FINISHED":  # a sweep may be gone on with meanwhile
                 _remove(paths)
@@ -113,7 +127,12 @@ def _remove(paths: Sequence[Path]) -> None:
 
 
 def plan(
-    records: Sequence[Record], store: Store | None, open_runs: OpenRuns, *, checkpoints: bool
+    records: Sequence[Record],
+    store: Store | None,
+    open_runs: OpenRuns,
+    *,
+    checkpoints: bool,
+    typed: Sequence[str] = (),
 ) -> GarbagePlan:
     """Return what can be cleared.
 
@@ -123,11 +142,13 @@ def plan(
         open_runs: The registry of the runs that their stores do not have whole: nothing of them
             is touched.
         checkpoints: Also the numbered checkpoints of finished runs, which a run is resumed from.
+        typed: The overrides that name the store.
 
     Raises:
         ConfigError: A folder in outputs/ cannot be read.
     """
-    return _Search(records, store, open_runs).plan(checkpoints)
+    found = _Search(records, store, open_runs).plan(checkpoints)
+    return replace(found, typed=typed)
 
 
 class _Search:
@@ -140,7 +161,9 @@ class _Search:
         self.open_folders = {run.folder for run in entries}
         self.found = GarbagePlan(store, open_runs)
         self.top = outputs()
-        self._ids: dict[str, tuple[set[str], int] | None] = {}  # by the store; None: unknown
+        # the runs of stores and when those were made, by their addresses; None: unknown
+        self._ids: dict[str, tuple[set[str], int | None] | None] = {}
+        self._gone_ids: set[str] = set()  # of the runs whose folders go
 
     def plan(self, checkpoints: bool) -> GarbagePlan:
         self._find_interrupted()
@@ -168,7 +191,7 @@ class _Search:
         """Return whether a folder is one of a run or a sweep that has not ended, or waits."""
         return any(place in self.open_folders for place in (folder, *folder.parents))
 
-    def _ids_in(self, uri: str) -> tuple[set[str], int] | None:
+    def _ids_in(self, uri: str) -> tuple[set[str], int | None] | None:
         """Return the ids of a store's runs, and when it was made; None if it cannot be opened."""
         if uri not in self._ids:
             try:
@@ -187,8 +210,9 @@ class _Search:
             if not (place / name).is_dir() or (name in by_id and not has_been_moved(name)):
                 continue  # it is none of ours, or it died before anything had been moved
             if name in by_id:
-                jobs = [record for record in self.records if record.parent == name]
-                self.found.removals[name] = removal_of(by_id[name], jobs, self.store)
+                jobs = jobs_of(by_id[name], self.records)
+                if (removal := self._removal_of(by_id[name], jobs)) is not None:
+                    self.found.removals[name] = removal
                 continue
             uris = {RunHistory.of(path.parent).uri for path in journals(place / name)} - {""}
             ids = {uri: self._ids_in(uri) for uri in sorted(uris)}
@@ -197,6 +221,14 @@ class _Search:
             else:
                 how = " or ".join(f"mnist-exp rm {name[:8]} tracking.uri={uri}" for uri in ids)
                 self.found.keep("as it is in another store. To go on", how)
+
+    def _removal_of(self, record: Record, jobs: Sequence[Record]) -> Removal | None:
+        """Return the removal of a run, or note why that has to be kept, and return None."""
+        try:
+            return removal_of(record, jobs, self.store)
+        except ConfigError as error:
+            self.found.keep("as its record is damaged", first_line(error))
+            return None
 
     def _find_deleted(self) -> None:
         """Find the runs that MLflow has marked as deleted."""
@@ -211,7 +243,7 @@ class _Search:
         parents = {record.parent for record in self.records if record.parent}
         open_sweeps = {record.id for record in self.records if record.open_run is not None}
         for record in deleted.values():
-            jobs = [job for job in deleted.values() if job.parent == record.id]
+            jobs = jobs_of(record, list(deleted.values()))
             of_sweep = {record.key, *(job.key for job in jobs)}
             name = f"{record.kind} {record.id[:8]}"
             if record.parent in deleted or record.id in self.found.removals:
@@ -224,8 +256,10 @@ class _Search:
                 self._add_deleted(record, jobs)
 
     def _add_deleted(self, record: Record, jobs: Sequence[Record]) -> None:
-        removal = removal_of(record, jobs, self.store)
+        removal = self._removal_of(record, jobs)
         assert self.store is not None
+        if removal is None:
+            return
         if not (deletion.can_delete_for_good(self.store) or removal.folders or removal.files):
             return  # the owner of the server has to free the rest
         stored = [one.stored for one in (*jobs, record) if one.stored is not None]
@@ -251,8 +285,9 @@ class _Search:
             if inside <= gone.keys():
                 title = f"{folder}, whose run {history.name} is no longer in {history.uri}"
                 self.found.removals[history.key] = Removal(
-                    history.key, title, None, [], [folder], [], []
+                    history.key, title, None, [], [folder], [], [], history.uri
                 )
+                self._gone_ids |= {UploadState.of(place).run_id for place in inside}
             else:
                 self.found.keep("as it holds records of other runs", folder)
 
@@ -267,11 +302,11 @@ class _Search:
         if known is None or state.run_id in known[0]:
             return None
         history = RunHistory.of(folder)
-        if not history.key or history.key in self.open_keys or history.uri != state.uri:
+        if not is_id(history.key) or history.key in self.open_keys or history.uri != state.uri:
             self.found.keep("as MLflow never had the whole record", folder)
             return None
-        if history.start_time < known[1]:
-            self.found.keep(f"as {state.uri} was made anew since, without it", folder)
+        if (reason := _was_made_anew(state.uri, known[1], history.start_time)) is not None:
+            self.found.keep(reason, folder)
             return None
         return history
 
@@ -289,29 +324,52 @@ class _Search:
                 self.found.checkpoints.append((folder, sorted(paths)))
 
     def _find_evaluations(self) -> None:
-        """Find the figures of runs that are in no store any more."""
+        """Find what `evaluate` has kept and drawn of runs that are in their store no more."""
         place = self.top / EVALUATIONS
         if not place.is_dir() or place.is_symlink():
             return
-        if self.store is not None:
-            self._ids_in(self.store.uri)
-        known = {record.id[:8] for record in self.records} | {key[:8] for key in self.open_keys}
-        for ids in self._ids.values():
-            if ids is None:  # they may be of its runs
-                return
-            known |= {run_id[:8] for run_id in ids[0]}
-        known -= {run_id[:8] for run_id in self.found.removals}
+        self._gone_ids |= self.found.removals.keys()
         self.found.files["figures of runs that are gone"] = [
             folder
             for folder in sorted(place.iterdir())
-            if re.fullmatch("[0-9a-f]{8}", folder.name) and folder.name not in known
+            if folder.is_dir() and not folder.is_symlink() and self._is_of_no_run(folder)
         ]
+
+    def _is_of_no_run(self, folder: Path) -> bool:
+        """Return whether the run that was evaluated into a folder is gone from its store."""
+        kept = KeptPredictions.read(folder)
+        if kept is None or not is_id(kept.run_id) or kept.run_id[:8] != folder.name:
+            return False
+        if kept.run_id in self._gone_ids:
+            return True
+        if any(kept.run_id in (record.id, record.key) for record in self.records):
+            return False
+        if not kept.store or (known := self._ids_in(kept.store)) is None or kept.run_id in known[0]:
+            return False
+        written = int((folder / kept_predictions.NAME).stat().st_mtime * 1000)
+        if (reason := _was_made_anew(kept.store, known[1], written)) is not None:
+            self.found.keep(reason, folder)
+            return False
+        return True
 
     def _old_parts(self) -> Iterator[Path]:
         for folder, _, names in os.walk(self.top):
             for name in filter(_PART.fullmatch, names):
                 if time.time() - os.lstat(path := Path(folder, name)).st_mtime > _AN_HOUR:
                     yield path
+
+
+def _was_made_anew(uri: str, made: int | None, time_on_record: int) -> str | None:
+    """Return why what a store has not got any more may be wanted all the same, or None.
+
+    Args:
+        uri: The address of the store.
+        made: When it was made, in ms since 1970, if that is known.
+        time_on_record: When it had the run, likewise.
+    """
+    if made is None:
+        return f"as {uri} does not tell whether it was made anew since"
+    return f"as {uri} was made anew since, without it" if time_on_record < made else None
 
 
 def _is_finished(folder: Path) -> bool:

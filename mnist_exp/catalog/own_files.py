@@ -1,16 +1,23 @@
 """Which files are the project's own, so that they may be removed, and how large they are."""
 
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from mnist_exp.config import paths
+from mnist_exp.run.kept_predictions import KeptPredictions
 from mnist_exp.tracking import journal
 from mnist_exp.tracking.journal import RunHistory
 
 REMOVED = ".removed"  # in outputs/: what a removal has moved away, until all of it is gone
 EVALUATIONS = "evaluations"  # in outputs/: the figures of `evaluate`, a folder a run
 NO_RUNS_IN = (".open", REMOVED, EVALUATIONS)
+
+
+def is_id(text: str) -> bool:
+    """Return whether a text is an id of a run or a key of a record, which a path may be made of."""
+    return re.fullmatch("[0-9a-f]{32}", text) is not None
 
 
 def outputs() -> Path:
@@ -43,6 +50,8 @@ def own_folder(folder: Path, keys: Collection[str]) -> tuple[Path | None, str]:
             return None, "it does not hold the record of this run"
         for path in journals(real):
             history = RunHistory.of(path.parent)
+            if not is_id(history.key):
+                return None, f"the key of the record in {path.parent} is damaged: {history.key!r}"
             if history.key not in keys and history.parent not in (str(folder), str(real)):
                 return None, f"it holds the record of another run, in {path.parent}"
     except OSError as error:
@@ -73,8 +82,15 @@ def size_of(places: Iterable[Path]) -> int:
 
 
 def evaluation_of(run_id: str) -> Path | None:
-    """Return the folder of the figures that `evaluate` has drawn of a run, if there is one."""
+    """Return the folder of what `evaluate` has kept and drawn of a run, if there is one.
+
+    Runs whose ids begin alike share a folder, which is that of the run evaluated last.
+    """
+    if not is_id(run_id):
+        return None
     top = outputs() / EVALUATIONS
     folder = top / run_id[:8]
-    is_own = folder.is_dir() and not folder.is_symlink() and not top.is_symlink()
-    return folder if is_own and len(run_id) >= 8 else None
+    if not folder.is_dir() or folder.is_symlink() or top.is_symlink():
+        return None
+    kept = KeptPredictions.read(folder)
+    return folder if kept is None or kept.run_id == run_id else None

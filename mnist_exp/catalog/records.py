@@ -88,7 +88,7 @@ class Record:
         return self.tags.get(NOTE, "")
 
 
-def load_records(uri: str, open_runs: OpenRuns) -> list[Record]:
+def load_records(uri: str, open_runs: OpenRuns, *, required: bool = False) -> list[Record]:
     """Return all runs of a store, the newest first, and those that it does not have yet.
 
     Sweeps hold their jobs, which are in the list as well. Where a server does not answer, what
@@ -97,6 +97,7 @@ def load_records(uri: str, open_runs: OpenRuns) -> list[Record]:
     Args:
         uri: The address of the store.
         open_runs: The registry of the runs that their stores do not have whole.
+        required: A server has to answer.
 
     Raises:
         ConfigError: The store cannot be read.
@@ -106,7 +107,7 @@ def load_records(uri: str, open_runs: OpenRuns) -> list[Record]:
         try:
             stored = Store(uri).of_kind(None)
         except ConfigError as error:
-            if not may_pass(error):
+            if required or not may_pass(error):
                 raise
             log.warning("%s. Shown is what waits for it here", error)
     waiting = [(run, history) for run, history in open_histories(open_runs) if history.uri == uri]
@@ -124,10 +125,14 @@ def load_open_records(open_runs: OpenRuns) -> list[Record]:
 def _joined(
     stored: Iterable[StoredRun], waiting: Iterable[tuple[OpenRun, RunHistory]]
 ) -> list[Record]:
-    """Return the records of both sources; where both have one, the journal is the newer."""
+    """Return the records of both sources; where both have one, the journal is the newer.
+
+    An entry of the registry whose journal is gone, or has not begun yet, is none.
+    """
     records = {run.key or run.id: of_store(run) for run in stored}
     ids: dict[str, str] = {}  # the folder of a sweep -> its id
-    for open_run, history in sorted(waiting, key=lambda pair: bool(pair[1].parent)):
+    begun = [(open_run, history) for open_run, history in waiting if history.key]
+    for open_run, history in sorted(begun, key=lambda pair: bool(pair[1].parent)):
         known = records.get(history.key)
         record = _of_journal(open_run, history, known)
         if history.parent:

@@ -2,13 +2,15 @@
 
 A run goes in this order: its folder moves to outputs/.removed/ID, in one step; its entries of the
 registry of open runs go, then its artifacts and its rows in the store, and last what was moved. So
-a removal that is interrupted goes on from there when it is typed again, or by `gc`.
+a removal that is interrupted goes on from there by `rm ID`, or by `gc`.
 """
 
+import logging
 import os
+import shlex
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,14 @@ from filelock import FileLock, Timeout
 from mnist_exp.catalog.own_files import (
     REMOVED,
     evaluation_of,
+    is_id,
     journals,
     outputs,
     own_folder,
     size_of,
 )
 from mnist_exp.catalog.records import Record, find
-from mnist_exp.errors import ConfigError, RunFailed
+from mnist_exp.errors import ConfigError, RunFailed, Terminated
 from mnist_exp.formatting import count_of
 from mnist_exp.system.processes import is_running
 from mnist_exp.tracking import deletion, journal
@@ -34,6 +37,8 @@ from mnist_exp.tracking.run_log import OpenRuns
 from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.stored_run import RUN_KEY, StoredRun
 from mnist_exp.tracking.upload import DELIVERY_LOCK
+
+log = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 30.0  # that an upload in progress is waited for
 
@@ -49,6 +54,7 @@ class Removal:
     folders: Sequence[Path]  # that will be moved: real paths
     files: Sequence[Path]  # the others: artifacts, figures, what was moved earlier
     left: Sequence[str]  # what stays, each with the reason
+    uri: str = ""  # of the store that its folders are of; "" where that is not asked
     stored: Sequence[StoredRun] | None = None  # that alone go; None: all that have its key
 
     @cached_property
@@ -82,6 +88,7 @@ class RemovalPlan:
     removals: Sequence[Removal]
     store: Store | None  # None where there is none yet
     open_runs: OpenRuns
+    typed: Sequence[str] = ()  # the overrides with which the store was found
 
     def lines(self) -> list[str]:
         """Return what would go and what would stay, a line each, and how much it is in all."""
@@ -105,17 +112,46 @@ class RemovalPlan:
         return [removal.as_json() for removal in self.removals]
 
     def carry_out(self) -> None:
-        """Remove all of it. Raise RunFailed where that fails; it can be typed again then."""
-        for removal in self.removals:
-            try:
-                remove(removal, self.store, self.open_runs)
-            except (ConfigError, RunFailed):
-                raise
-            except Exception as error:  # whatever a file system, a database or a network raises
-                raise RunFailed(
-                    f"{removal.title}: not all of it is removed, {type(error).__name__}: {error}. "
-                    f"Type the same again to go on: mnist-exp rm {removal.id}"
-                ) from error
+        """Remove all of it. Raise RunFailed, which says how to go on, where that fails."""
+
+        def to_go_on(rest: Sequence[Removal]) -> str:
+            ids = [removal.id[:8] for removal in rest]  # `last` may be another run by now
+            return shlex.join(["mnist-exp", "rm", *ids, *self.typed])
+
+        remove_all(self.removals, self.store, self.open_runs, to_go_on)
+
+
+def remove_all(
+    removals: Sequence[Removal],
+    store: Store | None,
+    open_runs: OpenRuns,
+    to_go_on: Callable[[Sequence[Removal]], str],
+) -> None:
+    """Remove runs and sweeps one after the other.
+
+    Args:
+        removals: What to remove.
+        store: The store, if there is one.
+        open_runs: The registry of the runs that their stores do not have whole.
+        to_go_on: Returns what to type to go on with the removals that are not complete.
+
+    Raises:
+        RunFailed: Not all of it could be removed.
+    """
+    for number, removal in enumerate(removals):
+        what_to_type = to_go_on(removals[number:])
+        try:
+            remove(removal, store, open_runs)
+        except (KeyboardInterrupt, Terminated):
+            log.warning("not all of it is removed. To go on with that: %s", what_to_type)
+            raise
+        except Exception as error:  # whatever a file system, a database or a network raises
+            is_told = isinstance(error, ConfigError | RunFailed)
+            reason = str(error) if is_told else f"{type(error).__name__}: {error}"
+            raise RunFailed(
+                f"{removal.title}: not all of it is removed. {reason}. To go on with that: "
+                f"{what_to_type}"
+            ) from error
 
 
 def size_text(number: int) -> str:
@@ -126,7 +162,11 @@ def size_text(number: int) -> str:
 
 
 def plan(
-    words: Sequence[str], records: Sequence[Record], store: Store | None, open_runs: OpenRuns
+    words: Sequence[str],
+    records: Sequence[Record],
+    store: Store | None,
+    open_runs: OpenRuns,
+    typed: Sequence[str] = (),
 ) -> RemovalPlan:
     """Return what the removal of runs and sweeps would remove.
 
@@ -135,26 +175,56 @@ def plan(
         records: All records, the newest first.
         store: The store, if there is one.
         open_runs: The registry of the runs that their stores do not have whole.
+        typed: The overrides that name the store.
 
     Raises:
         ConfigError: One of them cannot be removed. Nothing has been changed.
     """
     removals: dict[str, Removal] = {}
     for word in words:
+        if word == "last" and (begun := begun_removals()):
+            raise ConfigError(
+                f"last: the removal of {', '.join(name[:8] for name in begun)} was interrupted, "
+                f"and another run may be the last one by now. Name the run by its id. To complete "
+                f"the removal: {shlex.join(['mnist-exp', 'rm', begun[0][:8], *typed])}"
+            )
         if (interrupted := _left_of(word, records)) is not None:
             removals[interrupted.id] = interrupted
             continue
         record = find(records, word)
         check_removable(record, records)
-        jobs = [other for other in records if other.parent == record.id]
+        jobs = jobs_of(record, records)
         stored = [r.stored for r in (record, *jobs) if r.stored is not None]
         if store is not None and (names := deletion.registered_models(store, stored)):
             raise ConfigError(
                 f"{record.kind} {record.id[:8]}: its model is in MLflow's registry, as "
                 f"{', '.join(names)}. Delete that first, or keep the run"
             )
-        removals[record.id] = removal_of(record, jobs, store)
-    return RemovalPlan(list(removals.values()), store, open_runs)
+        removal = removal_of(record, jobs, store)
+        nested = [
+            f"{other.id[:8]}  {other.name}: another program has nested it in this run"
+            for other in records
+            if other.parent == record.id and not is_job(other)
+        ]
+        removals[record.id] = replace(removal, left=[*removal.left, *nested])
+    return RemovalPlan(list(removals.values()), store, open_runs, typed)
+
+
+def is_job(record: Record | StoredRun) -> bool:
+    """Return whether a run is a job of a sweep, and not one that another program has nested."""
+    return bool(record.key and record.parent and record.tags.get("job", "").isdecimal())
+
+
+def jobs_of(record: Record, records: Sequence[Record]) -> list[Record]:
+    """Return the jobs of a sweep among records; they go with it."""
+    return [other for other in records if other.parent == record.id and is_job(other)]
+
+
+def begun_removals() -> list[str]:
+    """Return the ids of the runs whose removal has begun and has not come to its end."""
+    top = outputs() / REMOVED
+    names = sorted(os.listdir(top)) if top.is_dir() and not top.is_symlink() else []
+    return [name for name in names if has_been_moved(name)]
 
 
 def _left_of(word: str, records: Sequence[Record]) -> Removal | None:
@@ -177,14 +247,14 @@ def left_of(name: str) -> Removal:
 def check_removable(record: Record, records: Sequence[Record]) -> None:
     """Raise ConfigError for a job of a sweep, and for what may be trained at the moment."""
     name = f"{record.kind} {record.id[:8]}  {record.name}"
-    if record.kind == "job" and any(other.id == record.parent for other in records):
+    if is_job(record) and any(other.id == record.parent for other in records):
         raise ConfigError(
             f"{name}: it is a job of a sweep, which is removed as a whole: "
             f"mnist-exp rm {record.parent[:8]}"
         )
     if has_been_moved(record.id):  # its removal has begun
         return
-    for one in (record, *(other for other in records if other.parent == record.id)):
+    for one in (record, *jobs_of(record, records)):
         if one.is_at_work:
             assert one.open_run is not None
             owner = one.open_run.owner
@@ -216,21 +286,37 @@ def _has_ended_here(record: Record) -> bool:
 def has_been_moved(run_id: str) -> bool:
     """Return whether the removal of a run has begun, so that it has to be completed."""
     place = outputs() / REMOVED / run_id
-    return place.is_dir() and any(place.iterdir())
+    return is_id(run_id) and place.is_dir() and any(place.iterdir())
 
 
 def removal_of(record: Record, jobs: Sequence[Record], store: Store | None) -> Removal:
-    """Return what would be removed with a run or a sweep, and what would not."""
+    """Return what would be removed with a run or a sweep, and what would not.
+
+    Raises ConfigError where an id or a key is damaged, which no path may be made of.
+    """
+    for one in (record, *jobs):
+        if damaged := [text for text in (one.id, one.key or one.id) if not is_id(text)]:
+            raise ConfigError(
+                f"{record.kind} {record.id[:8]}  {record.name}: by its record, {damaged[0]!r} is "
+                f"its id or its key or that of a job. It has to be 32 digits, 0 to 9 and a to f. "
+                f"Nothing of it is removed: delete it in MLflow's UI"
+            )
+    uri = "" if store is None else store.uri
     keys = [r.key for r in (record, *jobs) if r.key or r is record]
     folders: list[Path] = []
     files: list[Path] = []
     left: list[str] = []
+    elsewhere: list[Path] = []  # of another store by now
     own = [(record, keys), *((job, [job.key]) for job in jobs)]
     for one, its_keys in own:
-        if one.folder is None or any(f in one.folder.resolve().parents for f in folders):
+        known = [*folders, *elsewhere]
+        if one.folder is None or any(f in one.folder.resolve().parents for f in known):
             continue
         folder, reason = own_folder(one.folder, its_keys)
-        if folder is not None:
+        if folder is not None and _is_of_another_store(folder, one.key, uri):
+            elsewhere.append(folder)
+            left.append(f"{folder}: its record is for {RunHistory.of(folder).uri} by now")
+        elif folder is not None:
             folders.append(folder)
         elif reason:
             left.append(f"{one.folder}: {reason}")
@@ -247,7 +333,21 @@ def removal_of(record: Record, jobs: Sequence[Record], store: Store | None) -> R
     jobs_text = f" with its {count_of(len(jobs), 'job')}" if record.kind == "sweep" else ""
     waits = "" if record.stored or not record.key else ", which MLflow never had"
     title = f"{record.kind} {record.id[:8]}  {record.name}{jobs_text}, {record.status}{waits}"
-    return Removal(record.id, title, record, jobs, folders, files, left)
+    return Removal(record.id, title, record, jobs, folders, files, left, uri)
+
+
+def _is_of_another_store(folder: Path | None, key: str, uri: str) -> bool:
+    """Return whether the record of a run was sent to another store, which may wait for it.
+
+    Args:
+        folder: The folder of the run, if that is known.
+        key: The key of the run.
+        uri: The address of the store; "" where that is not asked.
+    """
+    if folder is None or not uri or not folder.is_dir():
+        return False
+    history = RunHistory.of(folder)
+    return history.key == key and history.uri not in ("", uri)
 
 
 def remove(removal: Removal, store: Store | None, open_runs: OpenRuns) -> None:
@@ -258,13 +358,14 @@ def remove(removal: Removal, store: Store | None, open_runs: OpenRuns) -> None:
     if removal.folders:
         place.mkdir(parents=True, exist_ok=True)
     for folder in removal.folders:
-        _move(folder, place)
+        _move(folder, place, removal.uri)
     moved = [path.parent for path in journals(place)] if place.is_dir() else []
     records = [r for r in (*removal.jobs, removal.record) if r is not None]
-    keys = {r.key for r in records} | {RunHistory.of(folder).key for folder in moved}
-    for key in sorted(keys - {""}):
+    own = [r for r in records if not _is_of_another_store(r.folder, r.key, removal.uri)]
+    keys = {r.key for r in own} | {RunHistory.of(folder).key for folder in moved}
+    for key in sorted(filter(is_id, keys)):
         open_runs.remove(key)
-    for folder in (*moved, *(r.folder for r in records if r.folder is not None)):
+    for folder in (*moved, *(r.folder for r in own if r.folder is not None)):
         _wait_for_upload(folder)
     for record in records:
         if (figures := evaluation_of(record.id)) is not None:
@@ -276,16 +377,18 @@ def remove(removal: Removal, store: Store | None, open_runs: OpenRuns) -> None:
         shutil.rmtree(place)
 
 
-def _move(folder: Path, place: Path) -> None:
-    """Move the folder of a run to a place, unless it is being trained by now."""
+def _move(folder: Path, place: Path, uri: str) -> None:
+    """Move the folder of a run of a store to a place, unless it is being trained by now."""
     if not journal.size(folder):  # another process has moved it
         return
     with journal.lock(folder):
         history = RunHistory.of(folder)
-        if not history.key:
-            raise ConfigError(f"{folder}: its record cannot be read any more. It stays")
+        if not is_id(history.key):
+            raise RunFailed(f"{folder}: its record cannot be read any more. It stays")
+        if _is_of_another_store(folder, history.key, uri):
+            raise RunFailed(f"{folder}: its record is for {history.uri} by now. It stays")
         if not history.status and is_running(history.owner) is not False:
-            raise ConfigError(f"{folder}: a process is at work on it by now. It stays")
+            raise RunFailed(f"{folder}: a process is at work on it by now. It stays")
         target = place / history.key
         if target.exists():  # of a removal before its run's folder was put back
             shutil.rmtree(target)
@@ -302,8 +405,7 @@ def _wait_for_upload(folder: Path) -> None:
             pass
     except Timeout:
         raise RunFailed(
-            f"{folder}: it is being uploaded to MLflow since {_LOCK_SECONDS:.0f} s. The rest is "
-            f"removed when the same is typed again"
+            f"{folder}: it is being uploaded to MLflow since {_LOCK_SECONDS:.0f} s"
         ) from None
 
 
@@ -316,4 +418,4 @@ def stored_runs(record: Record, store: Store) -> list[StoredRun]:
     if record.key:
         own = store.with_tag(RUN_KEY, record.key)
     children = [child for run in own for child in store.with_tag(PARENT, run.id)]
-    return [*children, *own]
+    return [*filter(is_job, children), *own]

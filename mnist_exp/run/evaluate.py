@@ -113,7 +113,7 @@ def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluatio
     best_epoch = run.metrics.get("best/epoch")
     evaluation = evaluate_stack(run, dataset, stack)
     try:
-        evaluation.predictions().save()
+        replace(evaluation.predictions(), store=store.uri).save()
     except OSError as error:  # the results are there all the same
         log.warning("the predictions cannot be kept, which compare needs: %s", error)
     return replace(

@@ -24,6 +24,7 @@ class KeptPredictions:
     classes: Sequence[str]
     labels: Sequence[int]  # from 0, in the order of the test set
     predicted: Sequence[int]
+    store: str = ""  # the URI of the store that has the run; "" where that was not kept
 
     def save(self) -> Path:
         """Write them to the folder of the run's evaluation, and return the file. Raise OSError."""
@@ -35,15 +36,21 @@ class KeptPredictions:
     @classmethod
     def load(cls, run_id: str) -> Self | None:
         """Return what is kept of a run; None where there is nothing that can be read."""
+        kept = cls.read(evaluation_folder(run_id))
+        # two ids can begin alike, and so share a folder
+        return kept if kept is not None and kept.run_id == run_id else None
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Return what is kept in a folder; None where there is nothing that can be read."""
         try:
-            kept = cls(**json.loads((evaluation_folder(run_id) / NAME).read_text(encoding="utf-8")))
+            kept = cls(**json.loads((folder / NAME).read_text(encoding="utf-8")))
             is_whole = len(kept.labels) == len(kept.predicted) > 0 and len(kept.classes) > max(
                 *kept.labels, *kept.predicted
             )
         except (OSError, ValueError, TypeError):
             return None
-        # two ids can begin alike, and so share a folder
-        return kept if is_whole and kept.run_id == run_id else None
+        return kept if is_whole else None
 
     def has_images_of(self, other: "KeptPredictions") -> bool:
         """Return whether both are predictions for the same test images."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -12,10 +13,14 @@ import pytest
 from mnist_exp import api
 from mnist_exp.catalog.garbage import GarbagePlan
 from mnist_exp.catalog.own_files import REMOVED
-from mnist_exp.tracking import mlflow_internals
-from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.errors import ConfigError, RunFailed
+from mnist_exp.run.kept_predictions import KeptPredictions
+from mnist_exp.tracking import deletion, journal, mlflow_internals
+from mnist_exp.tracking.journal import Journal, RunHistory
+from mnist_exp.tracking.outages import Outage
 from mnist_exp.tracking.run_log import OpenRuns
 from mnist_exp.tracking.store import Store
+from mnist_exp.tracking.upload import UploadState
 from tests.catalog import made_up
 from tests.catalog.made_up import deliver, kept, run_id
 from tests.helpers import fresh_store
@@ -40,6 +45,12 @@ def delete_for_good(uri: str, folder: Path) -> None:
     store = Store(uri)
     assert store.database is not None
     mlflow_internals.delete_run_for_good(store.client, store.database, run_id(folder))
+
+
+def evaluated(run: str, store: str) -> Path:
+    """What `evaluate` keeps of a run of a store, and the folder of it."""
+    kept = KeptPredictions(run, "a digest", ["a", "b"], [0, 1], [0, 1], store)
+    return kept.save().parent
 
 
 def ids(uri: str) -> set[str]:
@@ -136,9 +147,7 @@ def test_a_store_that_is_gone_or_new_costs_no_folder(
 ) -> None:
     made_up.run(outputs / "run", open_runs, uri)
     deliver(open_runs)
-    figures = outputs / "evaluations" / run_id(outputs / "run")[:8]
-    figures.mkdir(parents=True)
-    (figures / "confusion.png").write_text("a figure")
+    evaluated(run_id(outputs / "run"), uri)
     before = kept(outputs)
     Path(tmp_path, "store.db").unlink()
     other = fresh_store(tmp_path / "other")
@@ -150,7 +159,7 @@ def test_a_store_that_is_gone_or_new_costs_no_folder(
         database.execute("UPDATE experiments SET creation_time = ?", (time.time_ns() // 10**6,))
     plan = gc(uri)
     assert "was made anew since" in "\n".join(plan.lines())
-    assert plan.removals == {} and (outputs / "run" / "journal.jsonl").exists()
+    assert plan.is_empty and kept(outputs) == before
 
 
 def test_leftovers(open_runs: OpenRuns, outputs: Path, uri: str, tmp_path: Path) -> None:
@@ -164,8 +173,9 @@ def test_leftovers(open_runs: OpenRuns, outputs: Path, uri: str, tmp_path: Path)
             shutil.move(outputs / moved, outputs / REMOVED / name / "a key")
         else:
             (outputs / REMOVED / name / "model.pt").write_text("weights")
-    for run in (run_id(outputs / "run")[:8], "01234567", "not an id"):
-        (outputs / "evaluations" / run).mkdir(parents=True)
+    for run in (run_id(outputs / "run"), "01234567" * 4):
+        evaluated(run, uri)
+    (outputs / "evaluations" / "89abcdef").mkdir()  # whose run is not on record
     part = outputs / "run" / "state.pt.host-1-2.part"
     part.write_text("half of it")
     os.utime(part, (0, 0))
@@ -177,7 +187,7 @@ def test_leftovers(open_runs: OpenRuns, outputs: Path, uri: str, tmp_path: Path)
     assert ids(uri) == {run_id(outputs / "run")} and not part.exists()
     assert list((outputs / REMOVED).iterdir()) == []
     evaluations = {path.name for path in (outputs / "evaluations").iterdir()}
-    assert evaluations == {run_id(outputs / "run")[:8], "not an id"}
+    assert evaluations == {run_id(outputs / "run")[:8], "89abcdef"}
     assert not (outputs / "2020-01-01").exists()
     assert [path.name for path in (outputs / "sweeps").iterdir()] == ["2020-01-02"]
     assert gc(uri).is_empty
@@ -217,3 +227,86 @@ def test_a_dry_run_changes_nothing(
     plan = api.gc([f"tracking.uri={uri}"], dry_run=True)
     assert not plan.is_empty and "deleted in MLflow" in plan.lines()[1]
     assert kept(tmp_path) == before and len(ids(uri)) == 1
+
+
+@pytest.mark.parametrize("made", [None, 2**50, 0])
+def test_a_server_that_may_have_been_made_anew_costs_no_folder(
+    made: int | None,
+    open_runs: OpenRuns,
+    outputs: Path,
+    uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made_up.run(outputs / "run", open_runs, uri)
+    deliver(open_runs)
+    server = "http://127.0.0.1:9"
+    with closing(Journal(outputs / "run")) as file:
+        file.write("store", uri=server)
+    end = journal.size(outputs / "run")
+    UploadState(server, run_id(outputs / "run"), end, ended=True).save(outputs / "run")
+    evaluated(run_id(outputs / "run"), server)
+    delete_for_good(uri, outputs / "run")
+    monkeypatch.setattr(deletion, "ids_in", lambda uri: (set(), made))
+    before = kept(outputs)
+    plan = gc(uri)
+    if made == 0:  # it is older than the run, which it has lost since
+        assert kept(outputs) == {}
+    else:
+        assert plan.is_empty and "made anew since" in "\n".join(plan.lines())
+        assert kept(outputs) == before
+
+
+def test_evaluations_go_by_the_store_that_they_are_of(
+    open_runs: OpenRuns, outputs: Path, uri: str, tmp_path: Path
+) -> None:
+    other = fresh_store(tmp_path / "other")
+    made_up.run(outputs / "here", open_runs, uri)
+    made_up.run(outputs / "there", open_runs, other)
+    made_up.run(outputs / "gone", open_runs, uri)
+    deliver(open_runs)
+    stay = [evaluated(run_id(outputs / "here"), uri), evaluated(run_id(outputs / "there"), other)]
+    stay.append(evaluated("a" * 32, ""))  # as it was kept before the store was noted
+    stay.append(evaluated("b" * 32, f"sqlite:///{tmp_path / 'away.db'}"))
+    stay.append(evaluated("c" * 32, uri).rename(outputs / "evaluations" / "of mine"))
+    evaluated("d" * 32, uri)
+    evaluated(run_id(outputs / "gone"), "")  # whose run is known to be gone by its folder
+    delete_for_good(uri, outputs / "gone")
+    gc(uri)
+    assert sorted((outputs / "evaluations").iterdir()) == sorted(stay)
+
+
+def test_a_failure_says_how_to_go_on_with_gc(
+    open_runs: OpenRuns, outputs: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up.run(outputs / "run", open_runs, uri)
+    deliver(open_runs)
+    Store(uri).client.delete_run(run_id(outputs / "run"))
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk")
+
+    with monkeypatch.context() as patch, pytest.raises(RunFailed) as raised:
+        patch.setattr(deletion, "delete", fail)
+        gc(uri)
+    assert str(raised.value).endswith(f"To go on with that: mnist-exp gc tracking.uri={uri}")
+    gc(uri)
+    assert ids(uri) == set() and not list((outputs / REMOVED).iterdir())
+
+
+@pytest.mark.parametrize("plan", [lambda uri: api.plan_removal(["last"], uri), api.plan_gc])
+def test_a_server_that_does_not_answer_is_no_store_without_runs(
+    plan: Callable[..., object],
+    open_runs: OpenRuns,
+    outputs: Path,
+    uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What waits for it is not all that there is."""
+    made_up.run(outputs / "run", open_runs, uri)
+
+    def fail(*_: object) -> None:
+        raise ConfigError("busy") from Outage()
+
+    monkeypatch.setattr(Store, "of_kind", fail)
+    with pytest.raises(ConfigError, match="busy"):
+        plan([f"tracking.uri={uri}"])

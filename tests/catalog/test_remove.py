@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mnist_exp import api
-from mnist_exp.errors import ConfigError
+from mnist_exp.errors import ConfigError, RunFailed
 from mnist_exp.tracking import mlflow_internals, upload
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns
@@ -172,12 +172,16 @@ def test_all_are_checked_before_anything_goes(
 def test_a_run_that_is_resumed_while_a_person_thinks_stays(
     open_runs: OpenRuns, outputs: Path, uri: str
 ) -> None:
+    """That is no bad command, as what was named before it has gone."""
+    made_up.run(outputs / "first", open_runs, uri)
     made_up.begin(outputs / "run", open_runs, uri).end("KILLED")
-    plan = api.plan_removal(["last"], [f"tracking.uri={uri}"])
+    words = [str(outputs / "first"), str(outputs / "run")]
+    plan = api.plan_removal(words, [f"tracking.uri={uri}"])
     made_up.begin(outputs / "run", open_runs, uri)
-    with pytest.raises(ConfigError, match="at work on it by now"):
+    with pytest.raises(RunFailed, match=r"work on it by now.*: mnist-exp rm \w{8} tracking.uri="):
         plan.carry_out()
     assert (outputs / "run" / "journal.jsonl").exists() and len(open_runs.entries()) == 1
+    assert not (outputs / "first").exists()
 
 
 def outside(folder: Path, open_runs: OpenRuns, uri: str) -> Path:
@@ -317,6 +321,37 @@ def test_a_removal_goes_on_where_mlflow_takes_the_run_for_a_running_one(
     else:
         rm(uri, word)
     assert rows(uri)["runs"] == 0 and open_runs.entries() == [] and not place.exists()
+
+
+def test_an_interruption_names_the_run_and_last_is_refused(
+    open_runs: OpenRuns,
+    outputs: Path,
+    uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Once its rows are gone, another run is the last one."""
+    for name in ("older", "newest"):
+        made_up.run(outputs / name, open_runs, uri)
+    deliver(open_runs)
+    word = run_id(outputs / "newest")
+    clear = shutil.rmtree
+
+    def interrupt(place: Path) -> None:
+        if place.parent.name == ".removed":
+            raise KeyboardInterrupt
+        clear(place)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", interrupt)
+        rm(uri, word)
+    assert f"mnist-exp rm {word[:8]} tracking.uri={uri}" in caplog.text
+    with pytest.raises(ConfigError, match=f"mnist-exp rm {word[:8]} tracking.uri="):
+        rm(uri, "last")
+    rm(uri, word[:8])
+    assert (outputs / "older").exists()
+    rm(uri, "last")
+    assert rows(uri)["runs"] == 0
 
 
 STEPS = ("os.rename", "os.rmdir", "shutil.rmtree")
