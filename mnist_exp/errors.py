@@ -4,7 +4,9 @@ Everything else that is raised is a bug, and shows its traceback.
 """
 
 import difflib
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class ConfigError(ValueError):
@@ -42,3 +44,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "Did you mean NAME? " for the known name that is nearest to a word, or ""."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"Did you mean {near[0]}? " if near else ""
+
+
+def check_list(name: str, given: object) -> None:
+    """Raise ConfigError for what is no list of texts or paths; a text is one of its letters."""
+    if isinstance(given, str | Path):
+        raise ConfigError(f"{name}: must be a list, as in [{given!r}], and not {given!r} itself")
+    if not isinstance(given, Sequence) or not all(isinstance(item, str | Path) for item in given):
+        raise ConfigError(f"{name}: must be a list of texts, and is {reprlib.repr(given)}")

@@ -34,7 +34,7 @@ def list_records(
     Raises:
         ConfigError: A filter or a field is not known, or the store cannot be read.
     """
-    from mnist_exp.config.overrides import check_list
+    from mnist_exp.errors import check_list
 
     check_list("filters", filters)
     records, _ = load_records(overrides)
@@ -85,7 +85,7 @@ def compare(words: Sequence[str], overrides: Sequence[str] = ()) -> "Comparison"
     Raises:
         ConfigError: There is no such run or cell, they are not of one kind, or one is there twice.
     """
-    from mnist_exp.config.overrides import check_list
+    from mnist_exp.errors import check_list
 
     check_list("words", words)
     records, _ = load_records(overrides)

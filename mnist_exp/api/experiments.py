@@ -233,7 +233,7 @@ def predict(
     Raises:
         ConfigError: There is no such run, or it has left no model.
     """
-    from mnist_exp.config.overrides import check_list
+    from mnist_exp.errors import check_list
 
     check_list("files", files)
     from mnist_exp.run.lookup import find_run

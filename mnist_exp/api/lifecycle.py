@@ -64,7 +64,7 @@ def plan_removal(runs: Sequence[str], overrides: Sequence[str] = ()) -> "Removal
     """
     from mnist_exp.catalog import remove
     from mnist_exp.catalog.records import load_records
-    from mnist_exp.config.overrides import check_list
+    from mnist_exp.errors import check_list
     from mnist_exp.run import lookup
     from mnist_exp.tracking.store import Store, has_runs
 

@@ -77,7 +77,7 @@ def export(
 
 def _check_lists(words: Sequence[str], filters: Sequence[str]) -> None:
     """Raise ConfigError for a text in place of a list of texts."""
-    from mnist_exp.config.overrides import check_list
+    from mnist_exp.errors import check_list
 
     check_list("words", words)
     check_list("filters", filters)

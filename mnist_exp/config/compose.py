@@ -7,8 +7,7 @@ from omegaconf import DictConfig
 
 from mnist_exp.config.explain import explain
 from mnist_exp.config.hydra_adapter import COMPOSITION_ERRORS, compose_raw, run_hydra_raw
-from mnist_exp.config.overrides import check_list
-from mnist_exp.errors import ConfigError
+from mnist_exp.errors import ConfigError, check_list
 
 
 def compose(

@@ -1,7 +1,6 @@
 """What overrides say that can be known without Hydra, whose import takes a third of a second."""
 
 import re
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,8 @@ from typing import Any
 import yaml
 
 from mnist_exp.config import paths
-from mnist_exp.errors import ConfigError
 
 _PLAIN_ADDRESS = re.compile(r"tracking\.uri=([a-z]\w*:[\w./:-]+)")  # that means itself to Hydra
-
-
-def check_list(name: str, given: object) -> None:
-    """Raise ConfigError for what is no list of texts or paths; a text is one of its letters."""
-    if isinstance(given, str | Path):
-        raise ConfigError(f"{name}: must be a list, as in [{given!r}], and not {given!r} itself")
-    if not isinstance(given, Sequence) or not all(isinstance(item, str | Path) for item in given):
-        raise ConfigError(f"{name}: must be a list of texts, and is {reprlib.repr(given)}")
 
 
 def tracking_uri(overrides: Sequence[str]) -> str | None:

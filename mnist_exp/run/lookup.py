@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mnist_exp.config import paths
-from mnist_exp.config.overrides import check_list, tracking_uri
-from mnist_exp.errors import ConfigError
+from mnist_exp.config.overrides import tracking_uri
+from mnist_exp.errors import ConfigError, check_list
 from mnist_exp.tracking import address, waiting
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns, open_runs_at
