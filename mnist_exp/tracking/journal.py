@@ -25,6 +25,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from mnist_exp.errors import ConfigError
+
 NAME = "journal.jsonl"
 EPOCH_METRIC = "train/loss"  # which every epoch of every run has
 _CRC = re.compile(rb', "crc": "([^"]{8})"}')
@@ -185,6 +187,22 @@ def _end_of_last_line(descriptor: int) -> int:
 def lock(folder: Path) -> FileLock:
     """Return a lock to hold where what a journal says decides what is written to it."""
     return FileLock(folder / ".journal.lock")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator["RunHistory"]:
+    """Yield the history of a run that is on record, and hold the lock of its journal meanwhile.
+
+    Raises ConfigError where the folder holds no record, as where it is being removed.
+    """
+    history = RunHistory()
+    if (folder / NAME).exists():  # as the lock would make a folder that has gone anew
+        with lock(folder):
+            history = RunHistory.of(folder)
+            if history.key:
+                yield history
+                return
+    raise ConfigError(f"{folder}: it holds no record of a run any more, and gets no new one")
 
 
 @dataclass(frozen=True)

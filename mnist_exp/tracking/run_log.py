@@ -162,9 +162,11 @@ class RunWriter:
 
     @classmethod
     def reopen(cls, folder: Path, open_runs: OpenRuns) -> Self:
-        """Open the record of a run that has ended, and stays so, to add to it."""
-        with journal.lock(folder):
-            history = RunHistory.of(folder)
+        """Open the record of a run that has ended, and stays so, to add to it.
+
+        Raises ConfigError where the folder holds no record any more.
+        """
+        with journal.locked(folder) as history:
             open_runs.add(history.key, folder, history.owner)
             return cls(folder, Journal(folder), RunHistory())
 
@@ -257,10 +259,9 @@ def add_tags(
         change: Returns the tags to record for those that the journal has. Nothing is recorded if it
             raises.
 
-    Raises OSError where the disk fails.
+    Raises OSError where the disk fails, and ConfigError where the folder holds no record any more.
     """
-    with journal.lock(folder):
-        history = RunHistory.of(folder)
+    with journal.locked(folder) as history:
         tags = dict(change(history.tags))
         open_runs.add(history.key, folder, history.owner)  # first: what is written is delivered
         with closing(Journal(folder)) as file:

@@ -99,9 +99,11 @@ def upload_journal(folder: Path, open_runs: OpenRuns, store: Store) -> UploadSta
                 state = replace(state, offset=end, ended=ended).save(folder)
             else:
                 raise
+        _check_there(folder)
         with journal.lock(folder):
-            if state.ended and state.offset >= journal.size(folder):
-                open_runs.remove(RunHistory.of(folder).key)
+            key = RunHistory.of(folder).key
+            if key and state.ended and state.offset >= journal.size(folder):
+                open_runs.remove(key)
     return state
 
 

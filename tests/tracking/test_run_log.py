@@ -5,16 +5,25 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mnist_exp.errors import ConfigError
 from mnist_exp.system.processes import is_running, process_identity
 from mnist_exp.tracking import journal, run_log
 from mnist_exp.tracking.journal import Journal, read
-from mnist_exp.tracking.run_log import OpenRun, OpenRuns, mark_failed, mark_killed
+from mnist_exp.tracking.run_log import (
+    OpenRun,
+    OpenRuns,
+    RunWriter,
+    add_tags,
+    mark_failed,
+    mark_killed,
+)
 from tests.programs import READY, Start, at_once, dead_owner
 
 DEEP = b"[" * 100_000
@@ -166,6 +175,23 @@ def test_open_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_runs.remove("a")
     assert [entry.key for entry in open_runs.entries()] == ["b"]
     assert [path.name for path in open_runs.folder.iterdir()] == ["b.json"]
+
+
+@pytest.mark.parametrize("is_torn", [False, True])
+@pytest.mark.parametrize(
+    "add", [RunWriter.reopen, lambda folder, open_runs: add_tags(folder, open_runs, dict)]
+)
+def test_nothing_is_added_to_a_record_that_is_gone(
+    add: Callable[[Path, OpenRuns], object], is_torn: bool, tmp_path: Path
+) -> None:
+    """It would make the folder anew, and an entry that nothing takes out again."""
+    open_runs, folder = OpenRuns(tmp_path / "open"), tmp_path / "run"
+    if is_torn:
+        folder.mkdir()
+        (folder / journal.NAME).write_bytes(b"half a li")
+    with pytest.raises(ConfigError, match="no record of a run any more"):
+        add(folder, open_runs)
+    assert folder.exists() == is_torn and open_runs.entries() == []
 
 
 def test_what_is_not_an_entry_is_passed_over(

@@ -394,6 +394,25 @@ def test_a_folder_that_is_away_for_a_while(open_runs: OpenRuns, tmp_path: Path) 
     assert faults_in(tmp_path / "run", store.uri) == []
 
 
+def test_a_folder_that_moves_during_its_upload_is_not_made_anew(
+    open_runs: OpenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it is removed meanwhile."""
+    folder, uri = tmp_path / "run", fresh_store(tmp_path)
+    whole(folder, open_runs, uri)
+    send = upload._upload_entries
+
+    def send_and_move(*arguments: Any) -> UploadState:
+        state = send(*arguments)
+        folder.rename(tmp_path / "elsewhere")
+        return state
+
+    monkeypatch.setattr(upload, "_upload_entries", send_and_move)
+    with pytest.raises(upload.NotReady):
+        upload_journal(folder, open_runs, Store(uri))
+    assert not folder.exists()
+
+
 def test_what_is_too_long_or_no_unicode_is_uploaded_all_the_same(
     open_runs: OpenRuns, tmp_path: Path
 ) -> None:
