@@ -34,7 +34,7 @@ def stop(run: str = "last", overrides: Sequence[str] = (), *, seconds: float = 6
     Return it once its record has ended. `resume` goes on with it.
 
     Args:
-        run: The run, or the sweep.
+        run: The run, or the sweep; `last` is the newest one that runs.
         overrides: `tracking.uri=...` alone, the store to look into.
         seconds: How long to wait for the end of its record.
 
@@ -43,12 +43,16 @@ def stop(run: str = "last", overrides: Sequence[str] = (), *, seconds: float = 6
         RunFailed: It has been asked to end, and has not ended after so many seconds.
     """
     from mnist_exp.catalog import activity
-    from mnist_exp.catalog.records import load_open_records
+    from mnist_exp.catalog.records import find, load_open_records
     from mnist_exp.run import lookup
 
     open_records = load_open_records(lookup.open_runs())
-    meant = _find(run, open_records, overrides)
-    activity.check_stoppable(meant, [record for record in open_records if record.is_at_work])
+    at_work = [record for record in open_records if record.is_at_work]
+    if run == "last" and (running := [record for record in at_work if record.kind != "job"]):
+        meant = find(running, run)
+    else:
+        meant = _find(run, open_records, overrides)
+    activity.check_stoppable(meant, at_work)
     return activity.stop(meant, seconds)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from mnist_exp.catalog.records import Record, is_meant, load_open_records
 from mnist_exp.errors import ConfigError, RunFailed
-from mnist_exp.formatting import Table
+from mnist_exp.formatting import Table, finite
 from mnist_exp.system.processes import is_running
 from mnist_exp.tracking import journal, run_log
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns
+from mnist_exp.tracking.upload import UploadState
 
 ENDING_SECONDS = 60.0  # that `stop` waits for the end of a record
 _LEAVING_SECONDS = 10.0  # that it then waits for the process, which uploads the rest
@@ -93,7 +94,7 @@ class Activity:
             plain["jobs_ended"] = self.jobs_ended
             plain["jobs_asked"] = record.jobs_asked
             plain["jobs"] = [job.as_json() for job in self.running_jobs]
-        return plain
+        return dict(finite(plain))
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,12 @@ def choose(running: Sequence[Activity], word: str) -> list[Activity]:
         return matching[:1]
     if len(matching) == 1:
         return matching
+    for sweep in running:
+        if not matching and any(is_meant(job.record, word) for job in sweep.running_jobs):
+            raise ConfigError(
+                f"{word}: it is a job of the sweep {sweep.record.id[:8]}  {sweep.record.name}. To "
+                f"see it with the others: mnist-exp status {sweep.record.id[:8]}"
+            )
     names = ", ".join(activity.record.id[:8] for activity in running) or "nothing"
     problem = "several runs begin like this" if matching else "nothing that runs now is named so"
     raise ConfigError(f"{word}: {problem}. What runs on this machine: {names}. All: mnist-exp runs")
@@ -155,7 +162,7 @@ def _of_run(record: Record, history: RunHistory) -> Activity:
         record=record,
         epochs=history.epochs,
         epochs_asked=record.epochs_asked,
-        best_val_accuracy=_best_val_accuracy(history),
+        best_val_accuracy=history.highest("val/accuracy"),
         images_per_second=history.newest().get("images_per_second", 0.0),
         seconds_left=left,
     )
@@ -169,18 +176,21 @@ def _of_sweep(record: Record, sweep: RunHistory, at_work: Sequence[Record]) -> A
     by_key = {history.key: history for history in histories}
     running = [_of_run(job, by_key[job.key]) for job in at_work if job.key in by_key]
     running.sort(key=lambda job: job.record.job_number)
-    ended = [history for history in histories if history.status]
+    ended = [history for history in histories if history.is_over]
     asked = [int(history.params.get("training.epochs", 0)) for history in histories]
+    # a killed job is not running, and is gone on with where its sweep was resumed
+    killed = [(of, h) for of, h in zip(asked, histories, strict=True) if h.status == "KILLED"]
     mean = sum(asked) / len(asked) if asked else 0.0  # for jobs that have not begun
     to_begin = mean * max(0, record.jobs_asked - len(histories))
     left = to_begin + sum(job.epochs_asked - job.epochs for job in running)
+    left += sum(of - history.epochs for of, history in killed)
     done = sum(_epochs_since(history, sweep.owner_since) for history in histories)
-    accuracies = [best for history in histories if (best := _best_val_accuracy(history))]
+    accuracies = [history.highest("val/accuracy") for history in histories]
     return Activity(
         record=record,
         epochs=sum(history.epochs for history in histories),
         epochs_asked=sum(asked) + to_begin,
-        best_val_accuracy=max(accuracies, default=None),
+        best_val_accuracy=max((a for a in accuracies if a is not None), default=None),
         images_per_second=sum(job.images_per_second for job in running),
         seconds_left=_seconds_left(left, done, sweep.owner_since),
         jobs_ended=len(ended),
@@ -206,10 +216,6 @@ def _seconds_left(left: float, done: int, begin: int) -> float | None:
     return max(0.0, left) * (time.time() - begin / 1000) / done
 
 
-def _best_val_accuracy(history: RunHistory) -> float | None:
-    return max(history.metrics.get("val/accuracy", {}).values(), default=None)
-
-
 @dataclass(frozen=True)
 class Stopped:
     """A run or a sweep that was asked to end, and has ended."""
@@ -217,11 +223,17 @@ class Stopped:
     record: Record
     history: RunHistory  # with its status and the reason
 
+    @property
+    def id(self) -> str:
+        """MLflow's id of it, which it may have got at its end; else the key of its record."""
+        assert self.record.folder is not None
+        return UploadState.of(self.record.folder).run_id or self.record.id
+
     def as_json(self) -> dict[str, Any]:
         """Return it as plain values, whose names are stable: docs/runs.md has them."""
         record, history = self.record, self.history
         return {
-            "id": record.id,
+            "id": self.id,
             "name": record.name,
             "kind": record.kind,
             "status": history.status,
@@ -267,7 +279,7 @@ def stop(record: Record, seconds: float = ENDING_SECONDS) -> Stopped:
 
     Raises:
         ConfigError: The process is another user's.
-        RunFailed: The record has not ended after so many seconds.
+        RunFailed: The record has not ended after so many seconds, was resumed, or is gone.
     """
     assert record.open_run is not None
     owner, folder = record.open_run.owner, record.open_run.folder
@@ -282,9 +294,16 @@ def stop(record: Record, seconds: float = ENDING_SECONDS) -> Stopped:
         ) from None
     late = time.monotonic() + seconds
     while not (history := RunHistory.of(folder)).status:
+        if not history.key:
+            raise RunFailed(f"{record.kind} {record.id[:8]}: {folder} was removed meanwhile")
+        if history.owner != owner:
+            raise RunFailed(
+                f"{record.kind} {record.id[:8]}: it has ended, and process {history.owner['pid']} "
+                f"on {history.owner['host']} has resumed it. To see it: mnist-exp status"
+            )
         if is_running(owner) is False:
             run_log.mark_killed(folder, owner, f"its process ({owner['pid']}) ended without a word")
-        elif time.monotonic() > late:
+        if time.monotonic() > late:
             raise RunFailed(
                 f"{record.kind} {record.id[:8]}: process {owner['pid']} was asked to end "
                 f"{seconds:.0f} s ago, and has not ended yet. Look again: mnist-exp status. The "

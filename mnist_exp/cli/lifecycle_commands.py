@@ -21,9 +21,10 @@ _PLAN_AS_JSON = argument(
         "sweep",
         nargs="?",
         metavar="SWEEP",
-        help="show the jobs of this sweep that run now, as in: mnist-exp status last",
+        help="show the jobs of this sweep that run now",
     ),
     argument("--json", action="store_true", help="print JSON, with the jobs of sweeps"),
+    example="status last",
 )
 def status(args: argparse.Namespace) -> int:
     """Print a line for each run or sweep that a process is at work on."""
@@ -45,10 +46,11 @@ def status(args: argparse.Namespace) -> int:
     argument(
         "run",
         metavar="RUN_OR_SWEEP",
-        help="an id, its beginning, last or a folder, as in: mnist-exp stop last",
+        help="an id, its beginning, a folder, or last: the newest that runs",
     ),
     overrides(),
     argument("--json", action="store_true", help="print JSON"),
+    example="stop last",
 )
 def stop(args: argparse.Namespace) -> int:
     """Ask a run or a sweep to end, and print how it has ended and how to go on."""
@@ -61,9 +63,9 @@ def stop(args: argparse.Namespace) -> int:
         return 0
     record, history = stopped.record, stopped.history
     reason = f": {history.reason}" if history.reason else ""
-    print(f"{record.kind} {record.id[:8]}  {record.name} is {history.status}{reason}")
+    print(f"{record.kind} {stopped.id[:8]}  {record.name} is {history.status}{reason}")
     if history.status != "FINISHED":
-        print(f"to go on with it: {command_line('resume', record.id[:8])}")
+        print(f"to go on with it: {command_line('resume', stopped.id[:8], store=history.uri)}")
     return 0
 
 
@@ -74,11 +76,11 @@ def stop(args: argparse.Namespace) -> int:
         "runs",
         nargs="+",
         metavar="RUN_OR_SWEEP",
-        help="ids, beginnings of ids, last or folders, as in: mnist-exp rm 7ba6b5ac 316bf4d7; "
-        "and tracking.uri=...",
+        help="ids, beginnings of ids, last or folders; and tracking.uri=...",
     ),
     _YES,
     _PLAN_AS_JSON,
+    example="rm 7ba6b5ac 316bf4d7",
 )
 def rm(args: argparse.Namespace) -> int:
     """Print what would go, ask, and remove it."""
@@ -107,7 +109,7 @@ def rm(args: argparse.Namespace) -> int:
 @command(
     "[OVERRIDE ...]",
     "clears deleted runs, folders without a run, leftovers",
-    overrides("tracking.uri=..., as in: mnist-exp gc --dry-run"),
+    overrides(),
     argument("--dry-run", action="store_true", help="only print what would go"),
     argument(
         "--checkpoints",
@@ -116,6 +118,7 @@ def rm(args: argparse.Namespace) -> int:
     ),
     _YES,
     _PLAN_AS_JSON,
+    example="gc --dry-run",
 )
 def gc(args: argparse.Namespace) -> int:
     """Print what would go and what is kept, ask, and clear it."""

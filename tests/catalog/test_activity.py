@@ -1,5 +1,8 @@
 """What runs on this machine now, and asking it to end."""
 
+import json
+import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,8 +15,10 @@ from mnist_exp.catalog.activity import activities
 from mnist_exp.catalog.records import load_open_records
 from mnist_exp.errors import ConfigError, RunFailed
 from mnist_exp.system.processes import process_identity
+from mnist_exp.tracking import run_log
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns
+from mnist_exp.tracking.upload import UploadState
 from tests.catalog import made_up
 from tests.helpers import fresh_store
 from tests.programs import Start, dead_owner
@@ -151,6 +156,97 @@ def test_a_process_that_dies_of_the_signal_leaves_a_true_status(
     stopped = activity.stop(found.record)
     assert stopped.history.status == "KILLED" and "without a word" in stopped.history.reason
     assert process.wait() == -signal.SIGTERM
+
+
+def test_stop_does_not_wait_for_another_process(
+    open_runs: OpenRuns, tmp_path: Path, start: Start
+) -> None:
+    """One that has resumed the run meanwhile, or where the folder is gone."""
+    owner = dead_owner(start)
+    made_up.begin(tmp_path / "resumed", open_runs, "", owner=owner)
+    made_up.begin(tmp_path / "removed", open_runs, "", owner=owner)
+    records = {record.name: record for record in load_open_records(open_runs)}
+    made_up.begin(tmp_path / "resumed", open_runs, "")
+    shutil.rmtree(tmp_path / "removed")
+    for name, reason in (("resumed", "has resumed it"), ("removed", "was removed meanwhile")):
+        with pytest.raises(RunFailed, match=reason):
+            activity.stop(records[name])
+    assert RunHistory.of(tmp_path / "resumed").status == "" and not (tmp_path / "removed").exists()
+
+
+def test_stop_gives_up_where_the_end_of_a_dead_process_is_not_recorded(
+    open_runs: OpenRuns, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up.begin(tmp_path / "run", open_runs, "", owner=dead_owner(start))
+    (record,) = load_open_records(open_runs)
+    monkeypatch.setattr(run_log, "mark_killed", lambda *_: False)
+    with pytest.raises(RunFailed, match="has not ended yet"):
+        activity.stop(record, seconds=0.2)
+
+
+def test_stop_names_a_run_as_mlflow_does_by_then(
+    open_runs: OpenRuns, tmp_path: Path, start: Start
+) -> None:
+    """At its end it is delivered, and `resume` finds no key of what is not open."""
+    folder = tmp_path / "run"
+    made_up.begin(folder, open_runs, "", owner=dead_owner(start))
+    (record,) = load_open_records(open_runs)
+    UploadState("", "0123456789").save(folder)
+    stopped = activity.stop(record)
+    assert stopped.id == stopped.as_json()["id"] == "0123456789" != record.id
+
+
+def test_stop_last_is_the_newest_that_runs(
+    open_runs: OpenRuns, tmp_path: Path, start: Start
+) -> None:
+    training(start, tmp_path / "running", open_runs)
+    made_up.run(tmp_path / "ended since", open_runs, "")
+    assert api.stop("last").record.folder == tmp_path / "running"
+
+
+def test_a_job_is_shown_with_its_sweep(open_runs: OpenRuns, tmp_path: Path) -> None:
+    made_up.begin_sweep(tmp_path / "sweep", open_runs, "")
+    made_up.begin_job(tmp_path / "sweep", 0, open_runs, "")
+    (sweep,) = activities(open_runs)
+    (job,) = sweep.running_jobs
+    typed = f"mnist-exp status {sweep.record.id[:8]}"
+    with pytest.raises(ConfigError, match=f"job of the sweep .*: {typed}"):
+        api.status(job.record.id)
+
+
+def test_jobs_that_were_killed_before_are_to_come(open_runs: OpenRuns, tmp_path: Path) -> None:
+    """Where the sweep was resumed: three epochs of one job, and all of another."""
+    sweep = tmp_path / "sweep"
+    made_up.begin_sweep(sweep, open_runs, "", jobs=3).end("KILLED")
+    made_up.begin_job(sweep, 0, open_runs, "", epochs=7).end("KILLED")
+    time.sleep(0.002)  # so that those were before
+    made_up.begin_sweep(sweep, open_runs, "", jobs=3)
+    made_up.begin_job(sweep, 1, open_runs, "", epochs=1)
+    began = RunHistory.of(sweep).owner_since / 1000
+    before = time.time()
+    (found,) = activities(open_runs)
+    assert found.progress == "0/3 jobs, 1 running"
+    left = 3 + 9 + 10
+    assert found.seconds_left is not None  # one was done since
+    assert (before - began) * left <= found.seconds_left <= (time.time() - began) * left
+
+
+@pytest.mark.parametrize("first", [math.nan, 0.0])
+def test_an_accuracy_of_0_is_one_and_nan_is_none(
+    first: float, open_runs: OpenRuns, tmp_path: Path
+) -> None:
+    made_up.begin_sweep(tmp_path / "sweep", open_runs, "", jobs=1)
+    writer = made_up.begin_job(tmp_path / "sweep", 0, open_runs, "")
+    writer.metrics({"val/accuracy": first, "images_per_second": math.nan}, 1)
+    writer.metrics({"val/accuracy": 0.0}, 2)
+    (found,) = api.status().as_json()
+    assert found["best_val_accuracy"] == 0
+    json.dumps(api.status().as_json(), allow_nan=False)
+
+
+def test_an_entry_without_a_journal_is_no_run(open_runs: OpenRuns, tmp_path: Path) -> None:
+    open_runs.add("f" * 32, tmp_path / "gone", process_identity())
+    assert load_open_records(open_runs) == [] and activities(open_runs) == []
 
 
 def test_a_process_of_another_user_is_not_stopped(

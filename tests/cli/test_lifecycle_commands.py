@@ -8,9 +8,11 @@ import pytest
 
 from mnist_exp.cli.main import main
 from mnist_exp.tracking.run_log import OpenRuns
+from mnist_exp.tracking.upload import UploadState
 from tests.catalog import made_up
 from tests.catalog.made_up import open_runs as open_runs
 from tests.helpers import fresh_store
+from tests.programs import OWNER, WAIT, Start, running_owner
 
 
 class Terminal(io.StringIO):
@@ -47,6 +49,25 @@ def test_status(
         *("id", "name", "kind", "started", "epochs", "epochs_asked", "best_val_accuracy"),
         *("images_per_second", "seconds_left", "folder", "process"),
     }
+
+
+def test_stop_says_how_to_go_on_in_the_store_of_the_run(
+    open_runs: OpenRuns, uri: str, tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which need not be the one that is looked into otherwise."""
+    other, folder = f"sqlite:///{tmp_path / 'other.db'}", tmp_path / "outputs" / "a run"
+    owner = running_owner(start(OWNER + WAIT))
+    made_up.begin(folder, open_runs, other, owner=owner)
+    UploadState(other, "0123456789").save(folder)
+    assert typed("stop", str(folder)) == 0
+    printed = capsys.readouterr().out
+    assert "resume 01234567" in printed and f"MLFLOW_TRACKING_URI={other}" in printed
+
+
+@pytest.mark.parametrize("name", ["status", "stop", "rm", "gc"])
+def test_the_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed(name, "--help") == 0
+    assert f"example: mnist-exp {name} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["rm", "last"], ["gc", "--checkpoints"]])
