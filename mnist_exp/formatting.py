@@ -32,6 +32,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def printable(text: str) -> str:
+    """Return a text without line breaks, and without what moves a terminal's cursor."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def finite(node: Any) -> Any:
     """Return plain values with None in place of numbers that JSON has no word for."""
     if isinstance(node, Mapping):

@@ -86,7 +86,9 @@ def _check_lists(words: Sequence[str], filters: Sequence[str]) -> None:
 def _export_model(
     path: Path, words: Sequence[str], filters: Sequence[str], overrides: Sequence[str]
 ) -> "OnnxExport":
-    if len(words) != 1 or filters:
+    if filters:
+        raise ConfigError(f"--to {path}: a model is that of one run. Name the run, without -f")
+    if len(words) != 1:
         raise ConfigError(
             f"--to {path}: a model is that of one run, which has to be named: "
             f"mnist-exp export last --to {path}"
@@ -118,6 +120,8 @@ def note(run: str = "last", text: str | None = None, overrides: Sequence[str] = 
     from mnist_exp.catalog.records import find
     from mnist_exp.run import lookup
 
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f"text: must be a text, and is {text!r}")
     records, uri = load_records(overrides)
     record = find(records, run)
     if text is None:

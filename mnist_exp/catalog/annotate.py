@@ -100,7 +100,13 @@ def _change(
         return annotated(record, {**record.tags, **new})
     # what was edited in MLflow is newer than the journal, once MLflow has all of that
     edited = {} if record.open_run else record.tags
-    new = add_tags(folder, open_runs, lambda tags: change({**tags, **edited}))
+    try:
+        new = add_tags(folder, open_runs, lambda tags: change({**tags, **edited}))
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: the record of the run, or the registry of open runs, cannot be written "
+            f"({error.strerror or error}). Make them writable, and type the same again"
+        ) from error
     waits = ""
     # the process that trains it delivers it, unless that has ended meanwhile
     if not record.is_at_work or RunHistory.of(folder).status:

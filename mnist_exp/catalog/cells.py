@@ -85,6 +85,9 @@ def _with_values(sweep: Record, ranked: Sequence[Cell], word: str) -> Cell:
     wanted = {}
     for part in re.split(r"[,\s]+(?![^\[({]*[\])}])", word.strip()):
         name, equals, value = part.partition("=")
+        if name in by_name and (not equals or by_name[name] in wanted):
+            problem = "is named twice" if equals else "needs a value, as in 0.1"
+            raise ConfigError(f"{typed}: {name} {problem}. Its cells are{_listed(ranked)}")
         if not equals or name not in by_name:
             allowed = ", ".join(short.values()) or "nothing but seeds"
             raise ConfigError(

@@ -8,27 +8,37 @@ ends so: `lr`.
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from mnist_exp.catalog.records import Record
+from mnist_exp.catalog.records import TEST_ACCURACY, Record, best_val_accuracy
 from mnist_exp.errors import ConfigError, did_you_mean
 
 Value = str | float | None  # None where a record has no such field
 
-_OWN: dict[str, Callable[[Record], Any]] = {
+_OWN: dict[str, Callable[[Record], Value]] = {
     "id": lambda record: record.id,
     "name": lambda record: record.name,
     "kind": lambda record: record.kind,
+    "sweep": lambda record: record.parent or None,
     "status": lambda record: record.status,
-    "reason": lambda record: record.reason,
+    "reason": lambda record: record.reason or None,
     "started": lambda record: iso_time(record.start_time),
+    "ended": lambda record: None if record.end_time is None else iso_time(record.end_time),
     "seconds": lambda record: record.seconds(time.time()),
     "epochs": lambda record: float(record.epochs),
-    "note": lambda record: record.note,
-    "sweep": lambda record: record.parent,
-    "folder": lambda record: str(record.folder or ""),
+    "epochs_asked": lambda record: float(record.epochs_asked) or None,
+    "best_val_accuracy": best_val_accuracy,
+    "test_accuracy": lambda record: record.metrics.get(TEST_ACCURACY),
+    "note": lambda record: record.note or None,
+    "folder": lambda record: str(record.folder) if record.folder else None,
+    "in_mlflow": lambda record: "true" if record.open_run is None else "false",
+}
+_SOURCES: dict[str, Callable[[Record], Mapping[str, Any]]] = {
+    "params": lambda record: record.params,
+    "metrics": lambda record: record.metrics,
+    "tags": lambda record: record.tags,
 }
 
 
@@ -40,14 +50,16 @@ def iso_time(milliseconds: int) -> str:
 def value(record: Record, name: str) -> Value:
     """Return a field of a record by its full name; a number where its text is one.
 
-    A parameter comes before a metric, and a metric before a tag, where they have one name.
+    A parameter comes before a metric, and a metric before a tag, where they have one name;
+    `tags.NAME`, `metrics.NAME` and `params.NAME` tell them apart.
     """
     if name in _OWN:
-        found = _OWN[name](record)
-        return found if isinstance(found, float) else parsed(found)
-    for source in (record.params, record.metrics, record.tags):
-        if name in source:
-            found = source[name]
+        return _OWN[name](record)
+    kind, _, rest = name.partition(".")
+    places = [(_SOURCES[kind], rest)] if kind in _SOURCES else []
+    places += [(source, name) for source in _SOURCES.values()]
+    for source, key in places:
+        if (found := source(record).get(key)) is not None:
             return found if isinstance(found, float) else parsed(found)
     return None
 
@@ -80,7 +92,8 @@ def full_name(name: str, known: Sequence[str]) -> str:
     Raises:
         ConfigError: There is no such field, or several names end so.
     """
-    if name in known:
+    kind, _, rest = name.partition(".")
+    if name in known or (kind in _SOURCES and rest in known):
         return name
     ending = [full for full in known if re.split(r"[./]", full)[-1] == name]
     ending += [full for full in known if full.endswith((f".{name}", f"/{name}"))]
@@ -91,8 +104,8 @@ def full_name(name: str, known: Sequence[str]) -> str:
         raise ConfigError(f"{name}: several fields end so: {', '.join(matching)}. Name one of them")
     parts = {part: full for full in known for part in (re.split(r"[./]", full)[-1], full)}
     raise ConfigError(
-        f"{name}: no run has such a field. {did_you_mean(name, parts)}A field is a parameter, a "
-        f"metric or a tag, or one of {', '.join(_OWN)}"
+        f"{name or repr(name)}: no run has such a field. {did_you_mean(name, parts)}A field is a "
+        f"parameter, a metric or a tag, or one of {', '.join(_OWN)}"
     )
 
 

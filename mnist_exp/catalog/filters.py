@@ -1,15 +1,17 @@
 """Filters of records, as they are typed: `optimizer.lr>0.05 and (model=cnn or status=failed)`."""
 
 import operator
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import pyparsing as pp
 
 from mnist_exp.catalog import fields
 from mnist_exp.catalog.records import Record
-from mnist_exp.errors import ConfigError
+from mnist_exp.errors import ConfigError, did_you_mean
 
 Filter = Callable[[Record], bool]
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -22,6 +24,13 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
 }
 CONTAINS = "~"
+EQUAL = ("=", "==")
+BY_THEIR_BEGINNING = ("id", "sweep")
+_ALLOWED = {
+    "kind": ("run", "sweep", "job"),
+    "status": ("RUNNING", "FINISHED", "FAILED", "KILLED"),
+    "in_mlflow": ("true", "false"),
+}
 _HELP = (
     "A filter compares fields with values by = != < <= > >= and ~ (contains), joined by and, or, "
     "not and parentheses: 'optimizer.lr>0.05 and model=cnn'"
@@ -34,33 +43,76 @@ class _Comparison:
 
     name: str
     sign: str
-    value: str
+    text: str
 
     def __call__(self, record: Record) -> bool:
-        found, wanted = fields.value(record, self.name), _wanted(self.value)
+        found, wanted = fields.value(record, self.name), self.wanted
         if self.sign == CONTAINS:
-            return found is not None and self.value.lower() in str(found).lower()
+            return found is not None and self.text.lower() in str(found).lower()
         if found is None or wanted is None:
             is_same = found is wanted
-            return is_same if self.sign in ("=", "==") else self.sign == "!=" and not is_same
+            return is_same if self.sign in EQUAL else self.sign == "!=" and not is_same
         if isinstance(found, float) and isinstance(wanted, float):
             return _COMPARE[self.sign](found, wanted)
-        return _COMPARE[self.sign](str(found).lower(), self.value.lower())
+        if self.name in BY_THEIR_BEGINNING and self.sign in EQUAL:
+            return str(found).startswith(self.text)
+        return _COMPARE[self.sign](str(found).lower(), self.text.lower())
+
+    @property
+    def wanted(self) -> fields.Value:
+        """The value as a number if it is one, 95% as well; None for what stands for nothing."""
+        if self.text.lower() in ("null", "none", ""):
+            return None
+        if share := re.fullmatch(r"(\d+(?:\.\d+)?)%", self.text):
+            return float(share[1]) / 100
+        return fields.parsed(self.text)
+
+    def check(self, records: Sequence[Record]) -> None:
+        """Raise ConfigError for a value that no record could ever have in this field."""
+        typed = f"{self.name}{self.sign}{self.text}"
+        if self.sign == CONTAINS or self.wanted is None:
+            return
+        if (allowed := _ALLOWED.get(self.name)) and self.text.lower() not in map(
+            str.lower, allowed
+        ):
+            near = self.text.upper() if allowed[0].isupper() else self.text.lower()
+            raise ConfigError(
+                f"{typed}: there is no such {self.name}. {did_you_mean(near, allowed)}"
+                f"Allowed: {', '.join(allowed)}"
+            )
+        if self.name in ("started", "ended") and not _is_time(self.text):
+            raise ConfigError(
+                f"{typed}: must be a time or the beginning of one, as in 2026-11 or "
+                f"2026-11-27T17:29"
+            )
+        found = [value for r in records if (value := fields.value(r, self.name)) is not None]
+        if isinstance(self.wanted, str) and all(isinstance(value, float) for value in found):
+            example = f", as in {self.name}{self.sign}{found[0]:g}" if found else ""
+            raise ConfigError(
+                f"{typed}: {self.name} is a number, and {self.text!r} is none{example}"
+            )
 
 
-def _wanted(text: str) -> fields.Value:
-    return None if text.lower() in ("null", "none", "") else fields.parsed(text)
+def _is_time(text: str) -> bool:
+    """Return whether a text is the beginning of a time in ISO 8601, a year at least."""
+    template = "2000-01-01T00:00:00.000"
+    shape = re.fullmatch(r"\d{4}(-\d\d(-\d\d([T ]\d\d(:\d\d(:\d\d(\.\d{1,3})?)?)?)?)?)?", text)
+    try:
+        datetime.fromisoformat(text + template[len(text) :])
+    except ValueError:
+        return False
+    return shape is not None
 
 
-def parse(text: str, known: Sequence[str]) -> Filter:
+def parse(text: str, records: Sequence[Record]) -> Filter:
     """Return the filter that a text describes. Upper and lower case of texts are the same to it.
 
     Args:
         text: The filter, as it was typed.
-        known: The full names of the fields that records have.
+        records: All records: what they have can be asked for.
 
     Raises:
-        ConfigError: It cannot be parsed, or names a field that no record has.
+        ConfigError: It cannot be parsed, or asks for a field or a value that none could have.
     """
     try:
         (parsed,) = _grammar().parse_string(text, parse_all=True)
@@ -70,7 +122,7 @@ def parse(text: str, known: Sequence[str]) -> Filter:
         raise ConfigError(
             f"{text!r}: cannot be read as a filter from character {place + 1} on, {rest}. {_HELP}"
         ) from None
-    return _built(parsed, known)
+    return _built(parsed, records, fields.names(records))
 
 
 def _grammar() -> pp.ParserElement:
@@ -94,13 +146,15 @@ def _grammar() -> pp.ParserElement:
     return grammar
 
 
-def _built(parsed: Any, known: Sequence[str]) -> Filter:
+def _built(parsed: Any, records: Sequence[Record], known: Sequence[str]) -> Filter:
     """Return the filter of what pyparsing has grouped: a comparison, or a list of operands."""
     if isinstance(parsed, _Comparison):
-        return _Comparison(fields.full_name(parsed.name, known), parsed.sign, parsed.value)
+        comparison = replace(parsed, name=fields.full_name(parsed.name, known))
+        comparison.check(records)
+        return comparison
     if parsed[0] == "not":
-        negated = _built(parsed[1], known)
+        negated = _built(parsed[1], records, known)
         return lambda record: not negated(record)
-    operands = [_built(operand, known) for operand in parsed[::2]]
+    operands = [_built(operand, records, known) for operand in parsed[::2]]
     join = all if parsed[1] == "and" else any
     return lambda record: join(operand(record) for operand in operands)

@@ -1,7 +1,6 @@
 """The list of runs: which ones, in which order, and what is said of each."""
 
 import csv
-import functools
 import io
 import math
 from collections import Counter
@@ -11,13 +10,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from mnist_exp.catalog import fields
-from mnist_exp.catalog.records import Record
+from mnist_exp.catalog.records import TEST_ACCURACY, Record, best_val_accuracy
 from mnist_exp.config.names import KEYS_IN_NAME, short_names
 from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import Table, finite
-from mnist_exp.tracking.store import Store
-
-BEST, NEWEST, TEST = "best/val_accuracy", "val/accuracy", "test/accuracy"
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Listing:
                 _status(record),
                 _progress(record),
                 _share(best_val_accuracy(record)),
-                _share(record.metrics.get(TEST)),
+                _share(record.metrics.get(TEST_ACCURACY)),
                 differing[record.id],
                 _first_line(record.note),
             ]
@@ -93,7 +89,7 @@ def list_records(
     if filters:
         from mnist_exp.catalog.filters import parse  # its library takes a while to import
 
-        parsed = [parse(text, known) for text in filters]
+        parsed = [parse(text, records) for text in filters]
         chosen = [record for record in chosen if all(each(record) for each in parsed)]
     if order != "-started" or of is not None:
         chosen = fields.sort(chosen, order, known)
@@ -131,29 +127,6 @@ def differences(records: Sequence[Record]) -> dict[str, str]:
     return found
 
 
-def best_val_accuracy(record: Record) -> float | None:
-    """Return the best validation accuracy so far, 0 to 1: of a sweep, that of its best job.
-
-    Of a run that did not come to its end, the epochs are looked through. Raises ConfigError where
-    the store cannot be read.
-    """
-    best = record.metrics.get(BEST, record.highest_val_accuracy)
-    if best is not None:
-        return best
-    if record.kind == "sweep":
-        of_jobs = [best_val_accuracy(job) for job in record.jobs]
-        return max((accuracy for accuracy in of_jobs if accuracy is not None), default=None)
-    if record.stored is None or NEWEST not in record.metrics:
-        return None
-    points = _opened(record.stored.store_uri).history(record.id, NEWEST)
-    return max((value for _, value in points if math.isfinite(value)), default=None)
-
-
-@functools.lru_cache(1)
-def _opened(uri: str) -> Store:
-    return Store(uri)
-
-
 def as_plain(record: Record) -> dict[str, Any]:
     """Return a record as plain values. Times are in ISO 8601, in UTC; accuracies are 0 to 1."""
     plain: dict[str, Any] = {
@@ -168,7 +141,7 @@ def as_plain(record: Record) -> dict[str, Any]:
         "epochs": record.epochs,
         "epochs_asked": record.epochs_asked or None,
         "best_val_accuracy": finite(best_val_accuracy(record)),
-        "test_accuracy": finite(record.metrics.get(TEST)),
+        "test_accuracy": finite(record.metrics.get(TEST_ACCURACY)),
         "note": record.note or None,
         "folder": None if record.folder is None else str(record.folder),
         "in_mlflow": record.open_run is None,

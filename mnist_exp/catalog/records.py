@@ -1,6 +1,8 @@
 """The runs on record: those of a store, and those whose journals have more than the store has."""
 
+import functools
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +19,8 @@ from mnist_exp.tracking.upload import UploadState
 
 log = logging.getLogger(__name__)
 
+BEST_ACCURACY, VAL_ACCURACY = "best/val_accuracy", "val/accuracy"
+TEST_ACCURACY = "test/accuracy"
 JOBS = "jobs"  # the tag of a sweep with the number of its jobs
 
 
@@ -92,7 +96,7 @@ def load_records(uri: str, open_runs: OpenRuns, *, required: bool = False) -> li
     """Return all runs of a store, the newest first, and those that it does not have yet.
 
     Sweeps hold their jobs, which are in the list as well. Where a server does not answer, what
-    waits for it is all there is, and a warning says so.
+    waits for it, if anything, is all there is, and a warning says so.
 
     Args:
         uri: The address of the store.
@@ -102,15 +106,15 @@ def load_records(uri: str, open_runs: OpenRuns, *, required: bool = False) -> li
     Raises:
         ConfigError: The store cannot be read.
     """
+    waiting = [(run, history) for run, history in open_histories(open_runs) if history.uri == uri]
     stored: list[StoredRun] = []
     if has_runs(uri):
         try:
             stored = Store(uri).of_kind(None)
         except ConfigError as error:
-            if required or not may_pass(error):
+            if required or not waiting or not may_pass(error):
                 raise
             log.warning("%s. Shown is what waits for it here", error)
-    waiting = [(run, history) for run, history in open_histories(open_runs) if history.uri == uri]
     return _nested(_joined(stored, waiting))
 
 
@@ -188,7 +192,7 @@ def _of_journal(open_run: OpenRun, history: RunHistory, known: Record | None) ->
         params=history.params,
         metrics=history.newest(),
         epochs=history.epochs,
-        highest_val_accuracy=history.highest("val/accuracy"),
+        highest_val_accuracy=history.highest(VAL_ACCURACY),
         dataset_digest=history.dataset_digest,
         dataset_sizes=history.dataset_sizes,
         folder=open_run.folder,
@@ -228,6 +232,8 @@ def find(records: Sequence[Record], word: str, kinds: Sequence[str] = ()) -> Rec
         ConfigError: There is no such record, or several, or it is of another kind.
     """
     what = " or ".join(kinds) if kinds else "run or sweep"
+    if not isinstance(word, str):
+        raise ConfigError(f"a {what} is named by a text, as in 'last', and not by {word!r}")
     if not word:
         raise ConfigError(f"''; a {what} is named by last, an id or its beginning, or its folder")
     allowed = [record for record in records if not kinds or record.kind in kinds]
@@ -267,3 +273,26 @@ def is_meant(record: Record, word: str) -> bool:
 
 def _of_sweep(record: Record) -> str:
     return f" of sweep {record.parent[:8]}" if record.kind == "job" else ""
+
+
+def best_val_accuracy(record: Record) -> float | None:
+    """Return the best validation accuracy so far, 0 to 1: of a sweep, that of its best job.
+
+    Of a run that did not come to its end, the epochs are looked through. Raises ConfigError where
+    the store cannot be read.
+    """
+    best = record.metrics.get(BEST_ACCURACY, record.highest_val_accuracy)
+    if best is not None:
+        return best
+    if record.kind == "sweep":
+        of_jobs = [best_val_accuracy(job) for job in record.jobs]
+        return max((accuracy for accuracy in of_jobs if accuracy is not None), default=None)
+    if record.stored is None or VAL_ACCURACY not in record.metrics:
+        return None
+    points = _opened(record.stored.store_uri).history(record.id, VAL_ACCURACY)
+    return max((value for _, value in points if math.isfinite(value)), default=None)
+
+
+@functools.lru_cache(1)
+def _opened(uri: str) -> Store:
+    return Store(uri)

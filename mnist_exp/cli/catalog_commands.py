@@ -16,6 +16,7 @@ from mnist_exp.cli.command import (
     path,
     save_figures,
 )
+from mnist_exp.errors import ConfigError
 
 LINES = 20  # of a table, unless more are asked for
 
@@ -56,6 +57,8 @@ def runs(args: argparse.Namespace) -> int:
     from mnist_exp.run.console import Terminal
 
     sweep, filters, overrides = _divide(args.words)
+    if args.json and args.csv:
+        raise ConfigError("--json --csv: only one of them can be printed")
     is_table = not (args.json or args.csv or args.all or sweep)
     found = api.list_records(
         sweep,
@@ -130,4 +133,9 @@ def _divide(words: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
     overrides, others = divide(words)
     filters = [word for word in others if re.search(r"[=<>~]", word)]
     sweeps = [word for word in others if word not in filters]
-    return (sweeps[0] if sweeps else None), [*filters, *sweeps[1:]], overrides
+    if len(sweeps) > 1:
+        raise ConfigError(
+            f"{' '.join(map(repr, sweeps))}: one sweep can be named. A condition compares a field, "
+            f"as in 'optimizer.lr>0.05'"
+        )
+    return (sweeps[0] if sweeps else None), filters, overrides

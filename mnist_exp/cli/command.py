@@ -145,8 +145,3 @@ def save_figures(option: str, place: Path, figures: Mapping[Path, Any]) -> None:
     with files.reporting_write_errors(option, place):
         for file, figure in figures.items():
             api.save_figure(figure, file)
-
-
-def printable(file: Path) -> str:
-    """Return a file's name without line breaks, and without what moves a terminal's cursor."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(file))

@@ -22,10 +22,10 @@ from mnist_exp.cli.command import (
     command_line,
     overrides,
     path,
-    printable,
     save_figures,
 )
 from mnist_exp.errors import ConfigError, RunFailed
+from mnist_exp.formatting import printable
 
 if TYPE_CHECKING:
     from mnist_exp.run.recorder import Result
@@ -202,13 +202,13 @@ def predict(args: argparse.Namespace) -> int:
         print(json.dumps([p.as_json() for p in predictions], indent=1))
     elif readable:
         rows = [
-            [printable(p.file), *(f"{name}  {share:.2%}" for name, share in p.classes)]
+            [printable(str(p.file)), *(f"{name}  {share:.2%}" for name, share in p.classes)]
             for p in readable
         ]
         terminal.table(readable[0].run_name, ["image", "class", "next", "after that"], rows)
     for p in predictions:
         if p.problem:
-            print(f"mnist-exp: {printable(p.file)}: {p.problem}", file=sys.stderr)
+            print(f"mnist-exp: {printable(str(p.file))}: {p.problem}", file=sys.stderr)
     return 0 if len(readable) == len(predictions) else 1
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from mnist_exp import api
 from mnist_exp.cli.command import argument, command, command_line, divide, path
 from mnist_exp.errors import ConfigError
+from mnist_exp.formatting import printable
 
 
 @command(
@@ -73,7 +74,7 @@ def note(args: argparse.Namespace) -> int:
             f"{command_line('note', args.run, ' '.join(texts))}"
         )
     changed = api.note(args.run, texts[0] if texts else None, overrides)
-    print(changed.note if not texts else f"run {changed.id}  {changed.name}")
+    print(_shown(changed.note) if not texts else f"run {changed.id}  {changed.name}")
     _tell_if_waiting(changed.waits)
     return 0
 
@@ -98,9 +99,14 @@ def tag(args: argparse.Namespace) -> int:
     if tags:
         print(f"run {changed.id}  {changed.name}")
     for key, value in sorted(changed.tags.items()):
-        print(f"{key}={value}")
+        print(f"{key}={_shown(value)}")
     _tell_if_waiting(changed.waits)
     return 0
+
+
+def _shown(text: str) -> str:
+    """Return a text of several lines as a terminal shows it."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _tags(words: Sequence[str]) -> dict[str, str]:

@@ -50,8 +50,8 @@ def store_uri(overrides: Sequence[str], *, data: bool = False, required: bool = 
         if not override.startswith(known):
             more = ", and dataset.root=FOLDER, where its data is" if data else ""
             raise ConfigError(
-                f"{override}: it would change nothing here, as the run is on record. What can be "
-                f"said is tracking.uri=..., the store{more}"
+                f"{override}: it would change nothing here. What can be said is tracking.uri=..., "
+                f"the store{more}"
             )
     typed_uri = tracking_uri(overrides)
     address.warn_if_environment_wins(typed_uri)

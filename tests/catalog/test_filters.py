@@ -45,10 +45,15 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
         ("model.hidden='[64, 32]'", "a"),
         ("kind=run", "abc"),
         ("started>2020", "abc"),
+        ("started>2020-02 and ended>=2020-02-29T10:00", "abc"),
+        ("val/accuracy>=85%", "ac"),
+        ("best_val_accuracy<0.8", "b"),
+        ("params.optimizer.lr=0.1 and tags.model=mlp", "a"),
+        ("in_mlflow=false and epochs_asked=2", "abc"),
     ],
 )
 def test_filter(known: list[Record], text: str, expected: str) -> None:
-    matches = parse(text, fields.names(known))
+    matches = parse(text, known)
     assert sorted(record.name for record in known if matches(record)) == list(expected)
 
 
@@ -61,12 +66,18 @@ def test_filter(known: list[Record], text: str, expected: str) -> None:
         ("(lr>0.05", "from character 9 on, the end of it"),
         ("lr 0.05", "cannot be read as a filter"),
         ("optmizer.lr>1", "no run has such a field. Did you mean optimizer.lr"),
+        ("val/accuracy>high", "val/accuracy is a number, and 'high' is none, as in val/accuracy>"),
+        ("seconds>1h", "seconds is a number, and '1h' is none"),
+        ("status=finsihed", "there is no such status. Did you mean FINISHED? Allowed: RUNNING"),
+        ("kind=sweeps", "Did you mean sweep?"),
+        ("started>yesterday", "must be a time or the beginning of one, as in 2026-11"),
+        ("started>2026-13-01", "must be a time"),
         ("accuracy>1", "several fields end so: test/accuracy, val/accuracy"),
     ],
 )
 def test_what_is_wrong_is_said(known: list[Record], text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        parse(text, fields.names(known))
+        parse(text, known)
 
 
 def test_order(known: list[Record]) -> None:

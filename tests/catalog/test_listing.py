@@ -9,7 +9,7 @@ import pytest
 
 from mnist_exp.catalog import fields, listing
 from mnist_exp.catalog.listing import list_records
-from mnist_exp.catalog.records import Record
+from mnist_exp.catalog.records import Record, best_val_accuracy
 from mnist_exp.errors import ConfigError
 from tests.catalog.recorded import Recorded
 
@@ -86,7 +86,7 @@ def test_the_best_accuracy_of_a_sweep_that_goes_on_is_that_of_its_jobs(recorded:
     writer = recorded.sweep("goes on", GRID, end="")
     (sweep,) = [record for record in recorded.load() if record.kind == "sweep"]
     writer.journal.close()
-    assert listing.best_val_accuracy(sweep) == 0.8 + 3 / 100 and sweep.status == "RUNNING"
+    assert best_val_accuracy(sweep) == 0.8 + 3 / 100 and sweep.status == "RUNNING"
 
 
 def test_every_field_can_be_sorted_by(known: list[Record]) -> None:
@@ -100,6 +100,6 @@ def test_the_best_accuracy_is_not_the_newest(recorded: Recorded) -> None:
     recorded.run("running", {}, (0.8, 0.0), end="").journal.close()
     for _ in range(2):
         by_name = {record.name: record for record in recorded.load()}
-        assert listing.best_val_accuracy(by_name["killed"]) == 0.9
-        assert listing.best_val_accuracy(by_name["running"]) == 0.8
+        assert best_val_accuracy(by_name["killed"]) == 0.9
+        assert best_val_accuracy(by_name["running"]) == 0.8
         recorded.deliver()

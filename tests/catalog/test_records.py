@@ -59,6 +59,9 @@ def test_where_no_server_answers_the_journals_are_shown(
         (record,) = recorded.load()
     assert record.name == "waits" and record.is_waiting
     assert "Shown is what waits for it here" in caplog.text
+    nowhere = replace(recorded, uri="http://127.0.0.1:2")
+    with pytest.raises(ConfigError, match="127.0.0.1:2"):  # nothing is known: that is not nothing
+        nowhere.load()
 
 
 def test_a_record_is_found_by_id_key_and_folder(recorded: Recorded) -> None:
