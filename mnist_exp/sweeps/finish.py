@@ -112,15 +112,17 @@ def _colour_runs(manifest: Manifest, summary: Report) -> None:
     label = None if summary.chosen is None else summary.chosen.label
     colours = curves.cell_colours([cell.label for cell in summary.ranked], label)
     for cell in summary.ranked:
-        tag = {RUN_COLOUR: colours.get(cell.label, curves.GREY)}
         for job in cell.jobs:
             if job.run_id:
-                _give_tags(manifest.jobs[job.number].folder, tag)
+                _colour_run(manifest.jobs[job.number].folder, colours.get(cell.label, curves.GREY))
 
 
-def _give_tags(folder: Path, tags: Mapping[str, str]) -> None:
-    with contextlib.suppress(OSError):  # the sweep has come to its end without them
-        add_tags(folder, open_runs_at(paths.output_root()), lambda _: tags)
+def _colour_run(folder: Path, colour: str) -> None:
+    def change(tags: Mapping[str, str]) -> Mapping[str, str]:
+        return {} if tags.get(RUN_COLOUR) == colour else {RUN_COLOUR: colour}
+
+    with contextlib.suppress(OSError):  # the sweep has come to its end without it
+        add_tags(folder, open_runs_at(paths.output_root()), change)
 
 
 def _test_cell(chosen: Cell, manifest: Manifest) -> list[str]:

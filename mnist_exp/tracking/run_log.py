@@ -256,13 +256,15 @@ def add_tags(
     Args:
         folder: Of the run.
         open_runs: The registry, which the run is in until its store has the tags.
-        change: Returns the tags to record for those that the journal has. Nothing is recorded if it
-            raises.
+        change: Returns the tags to record for those that the journal has. Nothing is recorded if
+            that is none, or if it raises.
 
     Raises OSError where the disk fails, and ConfigError where the folder holds no record any more.
     """
     with journal.locked(folder) as history:
         tags = dict(change(history.tags))
+        if not tags:
+            return tags
         open_runs.add(history.key, folder, history.owner)  # first: what is written is delivered
         with closing(Journal(folder)) as file:
             file.write("tags", values=tags)
