@@ -42,11 +42,14 @@ def stop(run: str = "last", overrides: Sequence[str] = (), *, seconds: float = 6
         ConfigError: There is no such run, or it is not running here. Nothing has been changed.
         RunFailed: It has been asked to end, and has not ended after so many seconds.
     """
+    from mnist_exp.api.catalog import load_records
     from mnist_exp.catalog import activity
     from mnist_exp.catalog.records import find, load_open_records
     from mnist_exp.run import lookup
 
     open_records = load_open_records(lookup.open_runs())
+    if overrides:  # then a run of another store is not meant
+        open_records, _ = load_records(overrides)
     at_work = [record for record in open_records if record.is_at_work]
     if run == "last" and (running := [record for record in at_work if record.kind != "job"]):
         meant = find(running, run)

@@ -72,7 +72,7 @@ class Activity:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as plain values, whose names are stable: docs/runs.md has them."""
+        """Return it as plain values, whose names are stable: docs/tidying.md has them."""
         record = self.record
         assert record.open_run is not None
         owner = record.open_run.owner
@@ -230,7 +230,7 @@ class Stopped:
         return UploadState.of(self.record.folder).run_id or self.record.id
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as plain values, whose names are stable: docs/runs.md has them."""
+        """Return it as plain values, whose names are stable: docs/tidying.md has them."""
         record, history = self.record, self.history
         return {
             "id": self.id,

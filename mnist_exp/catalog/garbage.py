@@ -83,7 +83,7 @@ class GarbagePlan:
         return lines
 
     def as_json(self) -> dict[str, Any]:
-        """Return what would be cleared and kept as plain values: docs/runs.md has the names."""
+        """Return what would be cleared and kept as plain values: docs/tidying.md has the names."""
         places = [path for paths in self.files.values() for path in paths]
         checkpoints = [path for _, paths in self.checkpoints for path in paths]
         return {

@@ -5,11 +5,12 @@ registry of open runs go, then its artifacts and its rows in the store, and last
 a removal that is interrupted goes on from there by `rm ID`, or by `gc`.
 """
 
+import contextlib
 import logging
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +41,7 @@ from mnist_exp.tracking.upload import DELIVERY_LOCK
 
 log = logging.getLogger(__name__)
 
-_LOCK_SECONDS = 30.0  # that an upload in progress is waited for
+_LOCK_SECONDS = 30.0  # that an upload, or another removal, is waited for
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Removal:
         return size_of([*self.folders, *self.files])
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as plain values, whose names are stable: docs/runs.md has them."""
+        """Return it as plain values, whose names are stable: docs/tidying.md has them."""
         records = [r for r in (self.record, *self.jobs) if r is not None]
         return {
             "id": self.id,
@@ -127,7 +128,7 @@ def remove_all(
     open_runs: OpenRuns,
     to_go_on: Callable[[Sequence[Removal]], str],
 ) -> None:
-    """Remove runs and sweeps one after the other.
+    """Remove runs and sweeps one after the other, while no other process removes any.
 
     Args:
         removals: What to remove.
@@ -136,8 +137,39 @@ def remove_all(
         to_go_on: Returns what to type to go on with the removals that are not complete.
 
     Raises:
+        ConfigError: outputs/ cannot be written. Nothing has been removed.
         RunFailed: Not all of it could be removed.
     """
+    with _alone(open_runs.folder):
+        _remove_all(removals, store, open_runs, to_go_on)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of all removals, a file in a folder. Another process may be waited for."""
+    lock = FileLock(folder / "removals.lock", timeout=_LOCK_SECONDS)
+    try:
+        held = lock.acquire()
+    except Timeout:
+        raise RunFailed(
+            f"{lock.lock_file}: another process is removing runs since {_LOCK_SECONDS:.0f} s. Wait "
+            f"for its end, and type the same again"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: it cannot be written ({error.strerror}), so nothing is removed from "
+            f"there. Make it writable, and type the same again"
+        ) from error
+    with held:
+        yield
+
+
+def _remove_all(
+    removals: Sequence[Removal],
+    store: Store | None,
+    open_runs: OpenRuns,
+    to_go_on: Callable[[Sequence[Removal]], str],
+) -> None:
     for number, removal in enumerate(removals):
         what_to_type = to_go_on(removals[number:])
         try:

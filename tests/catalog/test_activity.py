@@ -204,6 +204,15 @@ def test_stop_last_is_the_newest_that_runs(
     assert api.stop("last").record.folder == tmp_path / "running"
 
 
+def test_stop_leaves_runs_of_another_store_alone_where_one_is_named(
+    open_runs: OpenRuns, tmp_path: Path, start: Start
+) -> None:
+    training(start, tmp_path / "running", open_runs)
+    with pytest.raises(ConfigError, match="last: there is no run or sweep yet"):
+        api.stop("last", [f"tracking.uri={fresh_store(tmp_path / 'other')}"])
+    assert not RunHistory.of(tmp_path / "running").status
+
+
 def test_a_job_is_shown_with_its_sweep(open_runs: OpenRuns, tmp_path: Path) -> None:
     made_up.begin_sweep(tmp_path / "sweep", open_runs, "")
     made_up.begin_job(tmp_path / "sweep", 0, open_runs, "")

@@ -1,15 +1,18 @@
 """Removing runs: all of what is meant, nothing else, and whatever happens in the middle."""
 
+import errno
 import os
 import shutil
 import sqlite3
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from mnist_exp import api
 from mnist_exp.errors import ConfigError, RunFailed
@@ -112,6 +115,32 @@ def test_what_mlflow_never_had_can_go(open_runs: OpenRuns, outputs: Path, uri: s
     assert "which MLflow never had" in plan.title
     rm(uri, "last")
     assert open_runs.entries() == [] and not (outputs / "run").exists()
+
+
+def test_two_that_remove_the_same_run_both_come_to_an_end(
+    open_runs: OpenRuns, outputs: Path, uri: str
+) -> None:
+    """The second finds that all is done: it failed at what the first had taken away."""
+    made_up.run(outputs / "run", open_runs, uri)
+    deliver(open_runs)
+    plans = [api.plan_removal(["last"], [f"tracking.uri={uri}"]) for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(lambda plan: plan.carry_out(), plans)) == [None, None]
+    assert not (outputs / "run").exists() and set(rows(uri).values()) == {0}
+
+
+def test_where_nothing_can_be_written_nothing_is_removed(
+    open_runs: OpenRuns, outputs: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up.run(outputs / "run", open_runs, uri)
+
+    def refuse(*arguments: Any, **more: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.raises(ConfigError, match=r"\(Read-only file system\), so nothing is removed"):
+        rm(uri, "last")
+    assert (outputs / "run" / "journal.jsonl").exists()
 
 
 def test_what_an_upload_has_made_meanwhile_goes_as_well(
