@@ -21,13 +21,12 @@ from mnist_exp.catalog.own_files import (
     size_of,
 )
 from mnist_exp.catalog.records import Record, of_store
+from mnist_exp.catalog.removal import Removal, remove_all
 from mnist_exp.catalog.remove import (
-    Removal,
     has_been_moved,
     jobs_of,
     left_of,
     removal_of,
-    remove_all,
     size_text,
 )
 from mnist_exp.errors import ConfigError, first_line
