@@ -5,6 +5,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 
@@ -35,6 +36,16 @@ def is_number(value: Any) -> bool:
 def printable(text: str) -> str:
     """Return a text without line breaks, and without what moves a terminal's cursor."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return the same of a text whose line breaks stay."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def utc_time(milliseconds: int) -> str:
+    """Return a time, in ms since 1970, in ISO 8601 in UTC: 2026-11-27T17:29:34.120+00:00."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 def finite(node: Any) -> Any:

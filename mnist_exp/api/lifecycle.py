@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from mnist_exp.catalog.garbage import GarbagePlan
     from mnist_exp.catalog.records import Record
     from mnist_exp.catalog.remove import RemovalPlan
+    from mnist_exp.tracking.run_log import OpenRuns
+    from mnist_exp.tracking.store import Store
 
 
 def status(sweep: str | None = None) -> "Status":
@@ -70,17 +72,10 @@ def plan_removal(runs: Sequence[str], overrides: Sequence[str] = ()) -> "Removal
         ConfigError: One of them is not there, is a job of a sweep, or may be trained just now.
     """
     from mnist_exp.catalog import remove
-    from mnist_exp.catalog.records import load_records
     from mnist_exp.errors import check_list
-    from mnist_exp.run import lookup
-    from mnist_exp.tracking.store import Store, has_runs
 
     check_list("runs", runs)
-    uri = lookup.store_uri(overrides)
-    store = Store(uri) if has_runs(uri) else None
-    open_runs = lookup.open_runs()
-    # what waits for a server is not all: a sweep would go without the jobs that only that has
-    records = load_records(uri, open_runs, required=True)
+    records, store, open_runs = _load_all(overrides)
     return remove.plan(runs, records, store, open_runs, overrides)
 
 
@@ -110,14 +105,8 @@ def plan_gc(overrides: Sequence[str] = (), *, checkpoints: bool = False) -> "Gar
         ConfigError: The store or the folders cannot be read.
     """
     from mnist_exp.catalog import garbage
-    from mnist_exp.catalog.records import load_records
-    from mnist_exp.run import lookup
-    from mnist_exp.tracking.store import Store, has_runs
 
-    uri = lookup.store_uri(overrides)
-    store = Store(uri) if has_runs(uri) else None
-    open_runs = lookup.open_runs()
-    records = load_records(uri, open_runs, required=True)
+    records, store, open_runs = _load_all(overrides)
     return garbage.plan(records, store, open_runs, checkpoints=checkpoints, typed=overrides)
 
 
@@ -136,6 +125,21 @@ def gc(
     if not dry_run:
         plan.carry_out()
     return plan
+
+
+def _load_all(overrides: Sequence[str]) -> "tuple[list[Record], Store | None, OpenRuns]":
+    """Return all records, the store if there is one yet, and the registry of open runs.
+
+    A server has to answer, as what waits for it is not all: a sweep would go without the jobs that
+    only the server has. Raises ConfigError.
+    """
+    from mnist_exp.catalog.records import load_records
+    from mnist_exp.run import lookup
+    from mnist_exp.tracking.store import Store, has_runs
+
+    uri, open_runs = lookup.store_uri(overrides), lookup.open_runs()
+    store = Store(uri) if has_runs(uri) else None
+    return load_records(uri, open_runs, required=True), store, open_runs
 
 
 def _find(word: str, open_records: "Sequence[Record]", overrides: Sequence[str]) -> "Record":

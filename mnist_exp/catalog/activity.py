@@ -6,12 +6,12 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from mnist_exp.catalog.records import Record, is_meant, load_open_records
 from mnist_exp.errors import ConfigError, RunFailed
-from mnist_exp.formatting import Table, finite
+from mnist_exp.formatting import Table, finite, utc_time
 from mnist_exp.system.processes import is_running
 from mnist_exp.tracking import journal, run_log
 from mnist_exp.tracking.journal import RunHistory
@@ -43,7 +43,7 @@ class Activity:
 
     @property
     def progress(self) -> str:
-        """How far it is, in words: "epoch 3/10", or "2/12 jobs, 4 running"."""
+        """The progress in words: "epoch 3/10", or "2/12 jobs, 4 running"."""
         if self.is_sweep:
             ended = f"{self.jobs_ended}/{self.record.jobs_asked} jobs"
             return f"{ended}, {len(self.running_jobs)} running"
@@ -51,7 +51,7 @@ class Activity:
 
     @property
     def process(self) -> str:
-        """Which process it is, in words."""
+        """The process in words."""
         assert self.record.open_run is not None
         owner = self.record.open_run.owner
         if owner["host"] != socket.gethostname():
@@ -76,12 +76,11 @@ class Activity:
         record = self.record
         assert record.open_run is not None
         owner = record.open_run.owner
-        started = datetime.fromtimestamp(record.start_time / 1000, UTC)
         plain = {
             "id": record.id,
             "name": record.name,
             "kind": record.kind,
-            "started": started.isoformat(timespec="milliseconds"),
+            "started": utc_time(record.start_time),
             "epochs": self.epochs,
             "epochs_asked": round(self.epochs_asked) or None,
             "best_val_accuracy": self.best_val_accuracy,
@@ -99,7 +98,7 @@ class Activity:
 
 @dataclass(frozen=True)
 class Status:
-    """What is being trained now."""
+    """The runs and sweeps that are being trained now."""
 
     activities: Sequence[Activity]
     unfolded: bool = False  # the running jobs of sweeps are shown as well
@@ -250,7 +249,7 @@ def check_stoppable(record: Record, at_work: Sequence[Record]) -> None:
         record: The run or the sweep.
         at_work: All that processes are at work on, for the message.
     """
-    name = f"{record.kind} {record.id[:8]}  {record.name}"
+    name = record.title
     if record.kind == "job":
         raise ConfigError(
             f"{name}: it is a job of a sweep, and a sweep ends as a whole. To stop the sweep: "

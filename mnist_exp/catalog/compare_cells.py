@@ -66,11 +66,7 @@ class CellComparison:
 
     def lines(self) -> list[str]:
         """Return what else there is to say, a line each."""
-        found = []
-        if not self.differences:
-            found.append("config, code, machine, data and status are the same")
-        if self.not_recorded:
-            found.append(f"not on record, so not compared: {', '.join(self.not_recorded)}")
+        found = differences.lines(self.differences, self.not_recorded)
         for label, each in zip(self.labels, self.cells, strict=True):
             left = len(each.cell.jobs) - len(each.cell.finished)
             if left:

@@ -33,7 +33,7 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class Parting:
-    """Where the curve of a run leaves that of the first."""
+    """The epoch at which the curve of a run leaves that of the first."""
 
     epochs: int  # that both have
     epoch: int | None  # the first one with values that differ by more than PARTING
@@ -42,7 +42,7 @@ class Parting:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """What one class has to do with the difference of two runs."""
+    """The part that one class has in the difference of two runs."""
 
     name: str
     images: int
@@ -107,11 +107,7 @@ class RunComparison:
 
     def lines(self) -> list[str]:
         """Return what else there is to say, a line each."""
-        found = []
-        if not self.differences:
-            found.append("config, code, machine, data and status are the same")
-        if self.not_recorded:
-            found.append(f"not on record, so not compared: {', '.join(self.not_recorded)}")
+        found = differences.lines(self.differences, self.not_recorded)
         unknown = {
             _SHARES[row.name]
             for row in self.metrics

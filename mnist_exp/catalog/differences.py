@@ -42,6 +42,12 @@ def find_differences(columns: Sequence[Column]) -> tuple[list[Difference], list[
     return found, missing
 
 
+def lines(found: Sequence[Difference], missing: Sequence[str]) -> list[str]:
+    """Return what a person is told of `find_differences`, beside what differs."""
+    same = [] if found else ["config, code, machine, data and status are the same"]
+    return [*same, f"not on record, so not compared: {', '.join(missing)}"] if missing else same
+
+
 def _facts(
     columns: Sequence[Column],
 ) -> Iterator[tuple[str, str, Callable[[Record], str | None]]]:

@@ -48,7 +48,7 @@ _SHOWN = 10  # of a kind
 
 @dataclass
 class GarbagePlan:
-    """What can be cleared, and what is kept, each with the reason."""
+    """The things that can be cleared, and those that are kept, each with the reason."""
 
     store: Store | None
     open_runs: OpenRuns
@@ -95,7 +95,7 @@ class GarbagePlan:
 
     @property
     def bytes(self) -> int:
-        """How large all this is."""
+        """The size of all that can be cleared."""
         places = [path for paths in self.files.values() for path in paths]
         places += [path for _, paths in self.checkpoints for path in paths]
         return size_of(places) + sum(removal.bytes for removal in self.removals.values())

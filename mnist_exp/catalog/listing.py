@@ -6,14 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from mnist_exp.catalog import fields
 from mnist_exp.catalog.records import TEST_ACCURACY, Record, best_val_accuracy
 from mnist_exp.config.names import KEYS_IN_NAME, short_names
 from mnist_exp.errors import ConfigError
-from mnist_exp.formatting import Table, finite
+from mnist_exp.formatting import Table, finite, utc_time
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,13 @@ def list_records(
     chosen = list(records if of is None else of)
     if of is None and not filters and not unfolded:
         chosen = [record for record in records if record.kind != "job"]
-    known = fields.names(records)
     if filters:
         from mnist_exp.catalog.filters import parse  # its library takes a while to import
 
         parsed = [parse(text, records) for text in filters]
         chosen = [record for record in chosen if all(each(record) for each in parsed)]
     if order != "-started" or of is not None:
-        chosen = fields.sort(chosen, order, known)
+        chosen = fields.sort(chosen, order, fields.names(records))
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit}: must be 1 or more; --all has no limit")
     return Listing(chosen[:limit], len(chosen))
@@ -136,8 +135,8 @@ def as_plain(record: Record) -> dict[str, Any]:
         "sweep": record.parent or None,
         "status": record.status,
         "reason": record.reason or None,
-        "started": _utc(record.start_time),
-        "ended": None if record.end_time is None else _utc(record.end_time),
+        "started": utc_time(record.start_time),
+        "ended": None if record.end_time is None else utc_time(record.end_time),
         "epochs": record.epochs,
         "epochs_asked": record.epochs_asked or None,
         "best_val_accuracy": finite(best_val_accuracy(record)),
@@ -164,10 +163,6 @@ def flat(record: Record) -> dict[str, Any]:
     for group, values in groups.items():
         plain |= {f"{group}.{name}": value for name, value in values.items()}
     return plain
-
-
-def _utc(milliseconds: int) -> str:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 def _short_time(milliseconds: int, now: datetime) -> str:

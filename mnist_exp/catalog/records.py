@@ -50,6 +50,11 @@ class Record:
     jobs: Sequence["Record"] = field(default=(), repr=False)  # of a sweep, in the order of its jobs
 
     @property
+    def title(self) -> str:
+        """The kind, the beginning of the id and the name, as messages have them."""
+        return f"{self.kind} {self.id[:8]}  {self.name}"
+
+    @property
     def is_waiting(self) -> bool:
         """True where it has ended and its store does not have all of it."""
         return self.open_run is not None and self.status != "RUNNING"

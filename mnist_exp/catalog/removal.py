@@ -57,7 +57,7 @@ class Removal:
 
     @cached_property
     def bytes(self) -> int:
-        """How large all this is."""
+        """The size of all that goes."""
         return size_of([*self.folders, *self.files])
 
     def as_json(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Removal:
 
     @property
     def runs(self) -> int:
-        """How many runs go."""
+        """The number of runs that go."""
         return len(self.jobs) + (self.record is not None)
 
 
@@ -98,7 +98,20 @@ def remove_all(
         RunFailed: Not all of it could be removed.
     """
     with _alone(open_runs.folder):
-        _remove_all(removals, store, open_runs, to_go_on)
+        for number, removal in enumerate(removals):
+            what_to_type = to_go_on(removals[number:])
+            try:
+                remove(removal, store, open_runs)
+            except (KeyboardInterrupt, Terminated):
+                log.warning("not all of it is removed. To go on with that: %s", what_to_type)
+                raise
+            except Exception as error:  # whatever a file system, a database or a network raises
+                is_told = isinstance(error, ConfigError | RunFailed)
+                reason = str(error) if is_told else f"{type(error).__name__}: {error}"
+                raise RunFailed(
+                    f"{removal.title}: not all of it is removed. {reason}. To go on with that: "
+                    f"{what_to_type}"
+                ) from error
 
 
 @contextlib.contextmanager
@@ -119,28 +132,6 @@ def _alone(folder: Path) -> Iterator[None]:
         ) from error
     with held:
         yield
-
-
-def _remove_all(
-    removals: Sequence[Removal],
-    store: Store | None,
-    open_runs: OpenRuns,
-    to_go_on: Callable[[Sequence[Removal]], str],
-) -> None:
-    for number, removal in enumerate(removals):
-        what_to_type = to_go_on(removals[number:])
-        try:
-            remove(removal, store, open_runs)
-        except (KeyboardInterrupt, Terminated):
-            log.warning("not all of it is removed. To go on with that: %s", what_to_type)
-            raise
-        except Exception as error:  # whatever a file system, a database or a network raises
-            is_told = isinstance(error, ConfigError | RunFailed)
-            reason = str(error) if is_told else f"{type(error).__name__}: {error}"
-            raise RunFailed(
-                f"{removal.title}: not all of it is removed. {reason}. To go on with that: "
-                f"{what_to_type}"
-            ) from error
 
 
 def remove(removal: Removal, store: Store | None, open_runs: OpenRuns) -> None:

@@ -152,7 +152,7 @@ def left_of(name: str) -> Removal:
 
 def check_removable(record: Record, records: Sequence[Record]) -> None:
     """Raise ConfigError for a job of a sweep, and for what may be trained at the moment."""
-    name = f"{record.kind} {record.id[:8]}  {record.name}"
+    name = record.title
     if is_job(record) and any(other.id == record.parent for other in records):
         raise ConfigError(
             f"{name}: it is a job of a sweep, which is removed as a whole: "
@@ -203,7 +203,7 @@ def removal_of(record: Record, jobs: Sequence[Record], store: Store | None) -> R
     for one in (record, *jobs):
         if damaged := [text for text in (one.id, one.key or one.id) if not is_id(text)]:
             raise ConfigError(
-                f"{record.kind} {record.id[:8]}  {record.name}: by its record, {damaged[0]!r} is "
+                f"{record.title}: by its record, {damaged[0]!r} is "
                 f"its id or its key or that of a job. It has to be 32 digits, 0 to 9 and a to f. "
                 f"Nothing of it is removed: delete it in MLflow's UI"
             )
@@ -238,5 +238,5 @@ def removal_of(record: Record, jobs: Sequence[Record], store: Store | None) -> R
         files.append(outputs() / REMOVED / record.id)
     jobs_text = f" with its {count_of(len(jobs), 'job')}" if record.kind == "sweep" else ""
     waits = "" if record.stored or not record.key else ", which MLflow never had"
-    title = f"{record.kind} {record.id[:8]}  {record.name}{jobs_text}, {record.status}{waits}"
+    title = f"{record.title}{jobs_text}, {record.status}{waits}"
     return Removal(record.id, title, record, jobs, folders, files, left, uri)

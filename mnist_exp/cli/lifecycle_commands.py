@@ -5,7 +5,7 @@ import json
 import sys
 
 from mnist_exp import api
-from mnist_exp.cli.command import argument, command, command_line, overrides
+from mnist_exp.cli.command import argument, command, command_line, divide, overrides
 from mnist_exp.errors import ConfigError
 
 _YES = argument("--yes", "-y", action="store_true", help="remove it without asking")
@@ -86,8 +86,7 @@ def rm(args: argparse.Namespace) -> int:
     """Print what would go, ask, and remove it."""
     from mnist_exp.run.console import reporting
 
-    typed = [word for word in args.runs if word.startswith("tracking.uri=")]
-    runs = [word for word in args.runs if word not in typed]
+    typed, runs = divide(args.runs)
     if not runs:
         raise ConfigError("RUN_OR_SWEEP: none is given. To remove one: mnist-exp rm RUN_OR_SWEEP")
     plan = api.plan_removal(runs, typed)

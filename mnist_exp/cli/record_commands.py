@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from mnist_exp import api
 from mnist_exp.cli.command import argument, command, command_line, divide, path
 from mnist_exp.errors import ConfigError
-from mnist_exp.formatting import printable
+from mnist_exp.formatting import printable_lines
 
 
 @command(
@@ -74,7 +74,7 @@ def note(args: argparse.Namespace) -> int:
             f"{command_line('note', args.run, ' '.join(texts))}"
         )
     changed = api.note(args.run, texts[0] if texts else None, overrides)
-    print(_shown(changed.note) if not texts else f"run {changed.id}  {changed.name}")
+    print(printable_lines(changed.note) if not texts else f"run {changed.id}  {changed.name}")
     _tell_if_waiting(changed.waits)
     return 0
 
@@ -99,14 +99,9 @@ def tag(args: argparse.Namespace) -> int:
     if tags:
         print(f"run {changed.id}  {changed.name}")
     for key, value in sorted(changed.tags.items()):
-        print(f"{key}={_shown(value)}")
+        print(f"{key}={printable_lines(value)}")
     _tell_if_waiting(changed.waits)
     return 0
-
-
-def _shown(text: str) -> str:
-    """Return a text of several lines as a terminal shows it."""
-    return "\n".join(map(printable, text.split("\n")))
 
 
 def _tags(words: Sequence[str]) -> dict[str, str]:

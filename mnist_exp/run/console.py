@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mnist_exp.errors import BROKEN_PIPE, Terminated
-from mnist_exp.formatting import printable
+from mnist_exp.formatting import printable_lines
 
 if TYPE_CHECKING:  # what is coming is shown before torch is imported, which takes seconds
     from mnist_exp.training import events
@@ -187,7 +187,7 @@ class Terminal(Reporter):
         self.announcement.stop()
         all_columns = header
         # a note or a name may hold what would colour the terminal
-        rows = [["\n".join(map(printable, text.split("\n"))) for text in row] for row in rows]
+        rows = [list(map(printable_lines, row)) for row in rows]
         if cut:
             header, rows = _fitted(header, rows, cut, self.console.width)
         shown = Text(title) if title else None

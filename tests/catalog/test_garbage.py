@@ -26,17 +26,6 @@ from tests.catalog.made_up import deliver, kept, run_id
 from tests.helpers import fresh_store
 
 
-@pytest.fixture
-def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return fresh_store(tmp_path)
-
-
-@pytest.fixture
-def outputs(tmp_path: Path) -> Path:
-    return tmp_path / "outputs"
-
-
 def gc(uri: str, checkpoints: bool = False) -> GarbagePlan:
     return api.gc([f"tracking.uri={uri}"], checkpoints=checkpoints)
 

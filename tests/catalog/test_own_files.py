@@ -20,17 +20,6 @@ from tests.catalog.made_up import deliver, kept, run_id
 from tests.helpers import fresh_store
 
 
-@pytest.fixture
-def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return fresh_store(tmp_path)
-
-
-@pytest.fixture
-def outputs(tmp_path: Path) -> Path:
-    return tmp_path / "outputs"
-
-
 def rekey(folder: Path, open_runs: OpenRuns, key: str) -> None:
     """Write a key that no program makes into the record of a run that waits for its store."""
     entries, _ = journal.read(folder)

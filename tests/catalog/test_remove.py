@@ -27,17 +27,6 @@ from tests.helpers import fresh_store
 from tests.programs import Start, dead_owner
 
 
-@pytest.fixture
-def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return fresh_store(tmp_path)
-
-
-@pytest.fixture
-def outputs(tmp_path: Path) -> Path:
-    return tmp_path / "outputs"
-
-
 def rm(uri: str, *words: str) -> None:
     api.rm(words, [f"tracking.uri={uri}"])
 
