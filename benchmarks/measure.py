@@ -29,7 +29,7 @@ from mnist_exp.data import dataset as data
 from mnist_exp.data import sources
 from mnist_exp.tracking.store import Store
 from mnist_exp.training import loop
-from mnist_exp.training.events import Epoch, RunSpec
+from mnist_exp.training.events import Epoch, RunSpec, StackSpec
 from mnist_exp.training.models import MLP
 from mnist_exp.training.schedules import Constant
 from mnist_exp.training.stack import Stack
@@ -103,7 +103,7 @@ def core_loop(dataset: data.Dataset, compiled: bool) -> Callable[[], float]:
     stack = Stack(lambda: MLP(dataset.shape, 10), [0], torch.device("cpu"))
     run = RunSpec(0, {"lr": 0.1}, Constant())
     records: Iterator[object] = loop.fit(
-        stack, dataset, [run], torch.optim.SGD, epochs=100, batch_size=BATCH, compiled=compiled
+        stack, dataset, [run], StackSpec(torch.optim.SGD, 100, BATCH), compiled=compiled
     )
 
     def epoch() -> float:
@@ -176,9 +176,8 @@ def stack_epochs(
     """Return the seconds of three epochs of a stack, divided by the number of its models."""
     stack = Stack(lambda: MLP(dataset.shape, 10), seeds, device)
     runs = [RunSpec(seed, {"lr": 0.1 * (k + 1) / size}, Constant()) for k, seed in enumerate(seeds)]
-    records = loop.fit(
-        stack, dataset, runs, torch.optim.SGD, epochs=4, batch_size=BATCH, compiled=True
-    )
+    spec = StackSpec(torch.optim.SGD, 4, BATCH)
+    records = loop.fit(stack, dataset, runs, spec, compiled=True)
     epochs = [r for r in records if isinstance(r, Epoch)]
     rates = [epoch.metrics[0]["images_per_second"] for epoch in epochs[1:]]
     return [len(dataset.train) / rate / size for rate in rates]

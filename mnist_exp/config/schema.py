@@ -158,7 +158,26 @@ def task_config(config: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(config, keys)
 
 
+def _defaults_of_old(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the keys that configs on record may lack, with the values that they stand for."""
+    for declared in fields(kind):
+        name = f"{prefix}{declared.name}"
+        if is_dataclass(declared.type):
+            yield from _defaults_of_old(declared.type, f"{name}.")
+        elif declared.default != MISSING:
+            yield name, declared.default
+
+
 def identity(config: DictConfig) -> str:
-    """Return the SHA-256 of all that a run's numbers depend on: the config less `tracking`."""
-    values = {name: value for name, value in leaves(config) if not name.startswith("tracking.")}
+    """Return the SHA-256 of all that a run's numbers depend on: the config less `tracking`.
+
+    A key with the value that older configs stand for is left out, so that a run is known by the
+    same digest whether its config was composed before there was such a key or after.
+    """
+    old = dict(_defaults_of_old())
+    values = {
+        name: value
+        for name, value in leaves(config)
+        if not name.startswith("tracking.") and (name not in old or value != old[name])
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -25,7 +25,7 @@ from mnist_exp.run.build import (
 )
 from mnist_exp.run.trial import try_run
 from mnist_exp.tracking.journal import RunHistory
-from mnist_exp.training.events import RunSpec
+from mnist_exp.training.events import RunSpec, StackSpec
 from mnist_exp.training.schedules import Schedule
 
 Load = Callable[[DatasetConfig], Dataset]
@@ -68,6 +68,12 @@ class Job:
         smoothing, patience = training.label_smoothing, training.patience
         return RunSpec(self.config.seed, optimizer, self.schedule, smoothing, patience)
 
+    @property
+    def stack_spec(self) -> StackSpec:
+        """The settings that this run shares with all runs of a stack."""
+        training = self.config.training
+        return StackSpec(self.optimizer, training.epochs, training.batch_size)
+
 
 def prepare(composed: DictConfig, load: Load | None = None) -> Job:
     """Check all that a composed config asks for by building it, and return it as a job.
@@ -108,7 +114,7 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
         optimizer_arguments=optimizer_arguments,
         schedule=schedule,
     )
-    try_run(config, build, dataset, job.run_spec, optimizer)
+    try_run(config, build, dataset, job.run_spec, job.stack_spec)
     return job
 
 

@@ -153,9 +153,7 @@ def train_stack(
             stack,
             dataset,
             [job.run_spec for job in jobs],
-            first.optimizer,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
+            first.stack_spec,
             compiled=compiled and (stack.is_traceable or settings.compile == "always"),
             state=None if state is None else state["core"],
         )

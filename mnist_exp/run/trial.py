@@ -12,7 +12,7 @@ from mnist_exp.config.schema import Config
 from mnist_exp.data.dataset import Dataset, Split
 from mnist_exp.errors import ConfigError, first_line
 from mnist_exp.run.build import check_logits, explaining, restore_weights
-from mnist_exp.training.events import RunSpec
+from mnist_exp.training.events import RunSpec, StackSpec
 from mnist_exp.training.stack import Batch, Stack
 from mnist_exp.training.step import TrainStep
 
@@ -23,8 +23,8 @@ def try_run(
     config: Config,
     build: Callable[[], nn.Module],
     dataset: Dataset,
-    spec: RunSpec,
-    optimizer: type[torch.optim.Optimizer],
+    run: RunSpec,
+    spec: StackSpec,
 ) -> None:
     """Train a model for two steps, evaluate it, save it and load it, on the CPU.
 
@@ -32,26 +32,26 @@ def try_run(
         config: The config of the run.
         build: Makes the model.
         dataset: The data set, on the CPU.
-        spec: The numbers of the run.
-        optimizer: The class of its optimizer.
+        run: The numbers of the run.
+        spec: Its other settings.
 
     Raises:
         ConfigError: The run would fail by its model, by an epoch's last batch, or by its optimizer.
     """
     few = _few_images(dataset)
     images = few.normalise(few.test.images)
-    classes, batch_size = len(dataset.classes), config.training.batch_size
+    classes, batch_size = len(dataset.classes), spec.batch_size
     model = config.model["_target_"].rpartition(".")[2]
     with torch.random.fork_rng(devices=[]):
         with explaining("model", model):
-            stack = Stack(build, [spec.seed], torch.device("cpu"))
+            stack = Stack(build, [run.seed], torch.device("cpu"))
             with torch.no_grad():  # the module is a skeleton, whose own tensors are not trained
                 check_logits(stack.module(images), images, classes)
             check_logits(stack.logits(images[:1])[0], images[:1], classes)
-            _gradients(stack, few, spec, BATCH)
+            _gradients(stack, few, run, BATCH)
         if len(dataset.train) % batch_size == 1 or batch_size == 1:
             try:
-                _gradients(stack, few, spec, 1)
+                _gradients(stack, few, run, 1)
             except Exception as error:  # batch normalisation of single values, above all
                 what = (
                     "is one image a batch"
@@ -62,10 +62,10 @@ def try_run(
                     f"training.batch_size={batch_size}: {what}, on which this model cannot train "
                     f"({first_line(error)}). Choose another batch size"
                 ) from error
-        with explaining("optimizer", optimizer.__qualname__):
-            _train(TrainStep(stack, few, [spec], optimizer, BATCH))
+        with explaining("optimizer", spec.optimizer.__qualname__):
+            _train(TrainStep(stack, few, [run], replace(spec, batch_size=BATCH)))
         with explaining("model", model):
-            loaded = _save_and_load(stack, Stack(build, [spec.seed], stack.device))
+            loaded = _save_and_load(stack, Stack(build, [run.seed], stack.device))
             _check_export(stack.model(0), images)
             if not torch.equal(_predict(stack, images), _predict(loaded, images)):
                 raise ValueError(
@@ -85,11 +85,11 @@ def _few_images(dataset: Dataset) -> Dataset:
     return replace(dataset, train=train, val=None, test=test)
 
 
-def _gradients(stack: Stack, dataset: Dataset, spec: RunSpec, size: int) -> None:
+def _gradients(stack: Stack, dataset: Dataset, run: RunSpec, size: int) -> None:
     """Do the forward and the backward pass of a batch of so many images."""
     x = dataset.normalise(dataset.train.images[:size])[None]
     y = dataset.train.labels[:size][None]
-    smoothing = torch.tensor([spec.label_smoothing])
+    smoothing = torch.tensor([run.label_smoothing])
     stack.gradients(stack.params, stack.buffers, Batch(x, y, torch.zeros(1).long(), smoothing))
 
 

@@ -1,10 +1,11 @@
-"""What goes into `fit()` and what comes out of it: RunSpec in; Progress, Epoch and Message out."""
+"""What goes into `fit()`, RunSpec and StackSpec, and what comes out: Progress, Epoch, Message."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from mnist_exp.training.schedules import Schedule
 from mnist_exp.training.stack import Stack
@@ -23,6 +24,15 @@ class RunSpec:
     schedule: Schedule
     label_smoothing: float = 0.0
     patience: int | None = None  # epochs without a better validation loss after which it stops
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """The part of the settings that all runs of a stack share."""
+
+    optimizer: type[torch.optim.Optimizer]
+    epochs: int
+    batch_size: int  # the last of an epoch may be smaller
 
 
 @dataclass(frozen=True)

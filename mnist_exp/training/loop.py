@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.training import metrics
-from mnist_exp.training.events import Epoch, Message, Progress, RunSpec
+from mnist_exp.training.events import Epoch, Message, Progress, RunSpec, StackSpec
 from mnist_exp.training.stack import Stack, Tensors
 from mnist_exp.training.step import TrainStep
 
@@ -29,10 +29,8 @@ def fit(
     stack: Stack,
     data: Dataset,
     runs: Sequence[RunSpec],
-    optimizer: type[torch.optim.Optimizer],
+    spec: StackSpec,
     *,
-    epochs: int,
-    batch_size: int,
     compiled: bool = False,
     state: Mapping[str, Any] | None = None,
 ) -> Iterator[Progress | Epoch | Message]:
@@ -48,14 +46,13 @@ def fit(
         stack: The models, initialised.
         data: The data set, on the device of the stack.
         runs: What differs from run to run; run k trains model k.
-        optimizer: The class of all runs' optimizers.
-        epochs: The number of epochs in all.
-        batch_size: The number of images in a batch; the last of an epoch may be smaller.
+        spec: What the runs share.
         compiled: Whether to compile the step.
         state: What an event of an earlier `fit` with the same arguments has given, as its `state`;
             training goes on from there, to the same end.
     """
-    loop = LoopState.start(TrainStep(stack, data, runs, optimizer, batch_size))
+    loop = LoopState.start(TrainStep(stack, data, runs, spec))
+    epochs = spec.epochs
     if state is not None:
         loop.restore(state)
         compiled = state["compiled"]
@@ -65,7 +62,9 @@ def fit(
             yield from _compile(loop.step)
             compiled = loop.step.compiled is not None
         began = time.perf_counter()
-        images = max(1, len(data.train) - loop.steps * batch_size)  # not yet seen in this epoch
+        images = max(
+            1, len(data.train) - loop.steps * spec.batch_size
+        )  # not yet seen in this epoch
         trained = yield from _train(loop, epochs)
         speed = images / (time.perf_counter() - began)
         values = loop.validate(trained)
@@ -241,7 +240,7 @@ def _train(loop: LoopState, epochs: int) -> Generator[Progress, None, list[dict[
     ends before the epoch does.
     """
     step, active, epoch = loop.step, loop.active, loop.epoch + 1
-    steps, batch_size, count = step.steps_per_epoch, step.batch_size, len(step.data.train)
+    steps, batch_size, count = step.steps_per_epoch, step.spec.batch_size, len(step.data.train)
     plan = _plan(step, epoch, epochs)
     sizes = np.minimum(batch_size, count - batch_size * np.arange(steps))[:, None]  # of batches
     for first in range(loop.steps, steps, STEPS_PER_SYNC):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.errors import first_line
 from mnist_exp.training.compile import compile_in_place
-from mnist_exp.training.events import RunSpec
+from mnist_exp.training.events import RunSpec, StackSpec
 from mnist_exp.training.optimizers import (
     OptimizerState,
     over,
@@ -76,12 +76,10 @@ class TrainStep:
         stack: Stack,
         data: Dataset,
         runs: Sequence[RunSpec],
-        optimizer: type[torch.optim.Optimizer],
-        batch_size: int,
+        spec: StackSpec,
     ) -> None:
-        self.stack, self.data, self.runs = stack, data, runs
-        self.optimizer, self.batch_size = optimizer, batch_size
-        self.steps_per_epoch = steps_per_epoch(len(data.train), batch_size)
+        self.stack, self.data, self.runs, self.spec = stack, data, runs, spec
+        self.steps_per_epoch = steps_per_epoch(len(data.train), spec.batch_size)
         # runs of one seed see the same images in the same order: they are gathered once for all
         self.shared = len({run.seed for run in runs}) == 1
         on_cpu = stack.device.type == "cpu"
@@ -93,10 +91,11 @@ class TrainStep:
         # defaults, and do the updates where there is no stacked optimizer
         views = [[nn.Parameter(p[k]) for p in stack.params.values()] for k in range(stack.size)]
         self.plain = [
-            torch_optimizer(optimizer, v, run.optimizer) for v, run in zip(views, runs, strict=True)
+            torch_optimizer(spec.optimizer, v, run.optimizer)
+            for v, run in zip(views, runs, strict=True)
         ]
         self.defaults = [o.defaults for o in self.plain]
-        self.stacked = stacked_optimizer(optimizer, self.defaults)
+        self.stacked = stacked_optimizer(spec.optimizer, self.defaults)
         self.optimizer_state: dict[str, OptimizerState] = {}
         if self.stacked is not None:
             self.optimizer_state = {
@@ -112,7 +111,7 @@ class TrainStep:
         assert self.stacked is not None, "torch's own optimizers hold on to their parameters"
         runs = [self.runs[k] for k in indices]
         stack = self.stack.select(indices)
-        selected = TrainStep(stack, self.data, runs, self.optimizer, self.batch_size)
+        selected = TrainStep(stack, self.data, runs, self.spec)
         index = torch.tensor(indices, device=self.stack.device)
         selected.stacked, selected.alive = self.stacked.select(indices), self.alive[index]
         selected.optimizer_state = {
@@ -174,7 +173,7 @@ class TrainStep:
         """Do what calling the step does; `guarded` is explained in `_step`."""
         size, names = self.steps_per_call, list(hyperparameters)
         calls = zip(
-            torch.split(indices, size * self.batch_size, 1),
+            torch.split(indices, size * self.spec.batch_size, 1),
             torch.split(keys, size),
             zip(*(torch.split(hyperparameters[n], size) for n in names), strict=True),
             strict=True,
@@ -191,7 +190,7 @@ class TrainStep:
     def _call(
         self, indices: Tensor, keys: Tensor, hyperparameters: Sequence[Tensor], guarded: bool
     ) -> Sequence[Tensor]:
-        is_whole = indices.shape[1] == self.steps_per_call * self.batch_size
+        is_whole = indices.shape[1] == self.steps_per_call * self.spec.batch_size
         if self.compiled is not None and is_whole:
             with torch.no_grad():
                 return self.compiled(indices.contiguous(), keys, *hyperparameters)
@@ -221,7 +220,7 @@ class TrainStep:
         """
         if self.stacked is None:
             return f"there is no stacked rule for {type(self.plain[0]).__name__}"
-        count = self.steps_per_call * self.batch_size  # images in a call
+        count = self.steps_per_call * self.spec.batch_size  # images in a call
         if len(self.data.train) < count:
             return f"an epoch has fewer than {self.steps_per_call} whole batches"
         size, device = self.stack.size, self.stack.device
@@ -268,7 +267,7 @@ class TrainStep:
         state = self._train_state().with_tensors(tensors)
         images, labels, indices, keys, *values = tensors[len(state.tensors()) :]
         x, y = self._gather(images, labels, indices)
-        batches = zip(*(torch.split(t, self.batch_size, 1) for t in (x, y)), strict=True)
+        batches = zip(*(torch.split(t, self.spec.batch_size, 1) for t in (x, y)), strict=True)
         results = []
         for i, (x, y) in enumerate(batches):
             batch = Batch(x, y, keys[i], self.smoothing)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 from mnist_exp.data.dataset import Dataset, load
 from mnist_exp.data.photos import UnreadableImage, read
 from mnist_exp.training import loop
-from mnist_exp.training.events import RunSpec
+from mnist_exp.training.events import RunSpec, StackSpec
 from mnist_exp.training.models import CNN
 from mnist_exp.training.schedules import OneCycle
 from mnist_exp.training.stack import Stack
@@ -429,7 +429,7 @@ def test_a_network_trained_on_mnist_reads_them(mnist: Dataset, tmp_path: Path) -
     cpu = torch.device("cpu")
     stack = Stack(lambda: CNN(mnist.shape, 10, channels=(8, 16, 32), hidden=32), [0], cpu)
     run = RunSpec(0, {"lr": 1e-2}, OneCycle())
-    for _ in loop.fit(stack, mnist, [run], torch.optim.AdamW, epochs=1, batch_size=50):
+    for _ in loop.fit(stack, mnist, [run], StackSpec(torch.optim.AdamW, 1, 50)):
         pass
     model = stack.model(0).eval()
     rng = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import torch
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.run.job import Job
 from mnist_exp.training import loop, metrics
-from mnist_exp.training.events import Epoch, Progress
+from mnist_exp.training.events import Epoch, Progress, StackSpec
 from mnist_exp.training.stack import Stack
 
 
@@ -23,7 +23,7 @@ def train_two_batches(job: Job) -> None:
     before = stack.snapshot()
     batch_size = -(-len(dataset.train) // 2)
     records = list(
-        loop.fit(stack, dataset, [job.run_spec], job.optimizer, epochs=1, batch_size=batch_size)
+        loop.fit(stack, dataset, [job.run_spec], StackSpec(job.optimizer, 1, batch_size))
     )
     progress = [r for r in records if isinstance(r, Progress)]
     assert progress[-1].step == progress[-1].steps == 2

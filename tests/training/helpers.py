@@ -13,7 +13,7 @@ from torch.optim import SGD
 
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.training import loop
-from mnist_exp.training.events import Epoch, Message, Progress, RunSpec
+from mnist_exp.training.events import Epoch, Message, Progress, RunSpec, StackSpec
 from mnist_exp.training.models import CNN, MLP
 from mnist_exp.training.schedules import Constant, Schedule
 from mnist_exp.training.stack import Batch, Stack
@@ -47,9 +47,8 @@ def fit(
 ) -> Trained:
     stack = Stack(build, [run.seed for run in runs], CPU)
     trained = Trained(stack, [], np.zeros((0, len(runs))), [], [])
-    for record in loop.fit(
-        stack, data, runs, optimizer, epochs=epochs, batch_size=batch_size, compiled=compiled
-    ):
+    spec = StackSpec(optimizer, epochs, batch_size)
+    for record in loop.fit(stack, data, runs, spec, compiled=compiled):
         if isinstance(record, Progress):
             losses = np.full((len(record.losses), len(runs)), np.nan)
             losses[:, record.active] = record.losses

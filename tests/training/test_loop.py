@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop
 
 from mnist_exp.data.dataset import Split
 from mnist_exp.training import loop
-from mnist_exp.training.events import Progress, RunSpec
+from mnist_exp.training.events import Progress, RunSpec, StackSpec
 from mnist_exp.training.models import MLP
 from mnist_exp.training.schedules import Cosine, OneCycle, Step
 from mnist_exp.training.stack import Stack
@@ -195,7 +195,7 @@ def test_progress_tells_where_an_epoch_stands(
 ) -> None:
     monkeypatch.setattr(loop, "STEPS_PER_SYNC", 4)
     stack = Stack(mlp, [0, 1], CPU)
-    records = loop.fit(stack, make_dataset(), [run(0), run(1)], SGD, epochs=2, batch_size=BATCH)
+    records = loop.fit(stack, make_dataset(), [run(0), run(1)], StackSpec(SGD, 2, BATCH))
     stands = [r for r in records if isinstance(r, Progress)]
     assert {p.steps for p in stands} == {10}
     for epoch in (1, 2):

@@ -8,7 +8,7 @@ import torch
 
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.training import loop
-from mnist_exp.training.events import Epoch, Message, RunSpec
+from mnist_exp.training.events import Epoch, Message, RunSpec, StackSpec
 from mnist_exp.training.models import MLP
 from mnist_exp.training.schedules import Constant, Cosine
 from mnist_exp.training.stack import Stack
@@ -73,9 +73,7 @@ def test_fit_goes_on_from_any_state(
         stack = Stack(lambda: dropped(dataset.shape, 4), [run.seed for run in runs],
                       torch.device("cpu"))  # fmt: skip
         seen = []
-        for event in loop.fit(
-            stack, dataset, runs, optimizer, epochs=3, batch_size=16, state=state
-        ):
+        for event in loop.fit(stack, dataset, runs, StackSpec(optimizer, 3, 16), state=state):
             if not isinstance(event, Message):
                 seen.append((event, copied(event.state())))
         return stack, seen
@@ -111,9 +109,7 @@ def test_a_stack_that_has_shrunk_goes_on_shrunk(make_dataset: MakeDataset) -> No
 
     def events(state: Any = None) -> list[tuple[Epoch, Any]]:
         stack = Stack(lambda: MLP(dataset.shape, 4, hidden=[8]), [0, 0], torch.device("cpu"))
-        found = loop.fit(
-            stack, dataset, runs, torch.optim.SGD, epochs=5, batch_size=16, state=state
-        )
+        found = loop.fit(stack, dataset, runs, StackSpec(torch.optim.SGD, 5, 16), state=state)
         kept = []
         for event in found:
             if isinstance(event, Epoch):

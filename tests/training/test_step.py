@@ -15,7 +15,7 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, NAdam, RAdam
 from mnist_exp.data.dataset import Dataset, load
 from mnist_exp.training import loop
 from mnist_exp.training import step as train_step
-from mnist_exp.training.events import Epoch, RunSpec
+from mnist_exp.training.events import Epoch, RunSpec, StackSpec
 from mnist_exp.training.models import MLP
 from mnist_exp.training.schedules import Constant, Cosine
 from mnist_exp.training.stack import Stack
@@ -232,7 +232,7 @@ def test_an_update_that_overflows_is_not_made(make_dataset: Callable[..., Datase
     before = stack.snapshot()
     # the gradient alone would be finite, but a decay of 1e30 times a rate of 1e30 is not
     run = RunSpec(0, {"lr": 1e30, "weight_decay": 1e30}, Constant())
-    records = list(loop.fit(stack, dataset, [run], torch.optim.SGD, epochs=1, batch_size=32))
+    records = list(loop.fit(stack, dataset, [run], StackSpec(torch.optim.SGD, 1, 32)))
     last = records[-1]
     assert isinstance(last, Epoch) and "not finite" in last.failed[0]
     for name, tensor in stack.snapshot().items():

@@ -127,7 +127,7 @@ from pathlib import Path
 import torch
 from mnist_exp.data.dataset import load
 from mnist_exp.training import loop
-from mnist_exp.training.events import RunSpec
+from mnist_exp.training.events import RunSpec, StackSpec
 from mnist_exp.training.models import MLP
 from mnist_exp.training.schedules import Constant
 from mnist_exp.training.stack import Stack
@@ -137,7 +137,7 @@ for size in (1, 2):
     for optimizer in (torch.optim.SGD, torch.optim.AdamW):
         runs = [RunSpec(seed, {"lr": 0.01}, Constant()) for seed in range(size)]
         stack = Stack(lambda: MLP((1, 28, 28), 10), range(size), torch.device("cpu"))
-        assert list(loop.fit(stack, data, runs, optimizer, epochs=2, batch_size=32))
+        assert list(loop.fit(stack, data, runs, StackSpec(optimizer, 2, 32)))
 print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
 """
 
