@@ -32,6 +32,13 @@ def validate(config: DictConfig) -> Config:
     lr = typed.optimizer.get("lr", 0.0)
     if not is_number(lr) or lr < 0:
         raise _out_of_range("optimizer.lr", lr, "a number of 0 or more")
+    training = typed.training
+    if training.ema is not None and training.ema > training.epochs:
+        raise _out_of_range(
+            "training.ema",
+            f"{training.ema:g}",
+            f"at most training.epochs ({training.epochs}), or null for no average",
+        )
     return typed
 
 

@@ -64,9 +64,15 @@ class Job:
     @property
     def run_spec(self) -> RunSpec:
         """The numbers of this run that `fit` needs to know."""
-        training, optimizer = self.config.training, self.optimizer_arguments
-        smoothing, patience = training.label_smoothing, training.patience
-        return RunSpec(self.config.seed, optimizer, self.schedule, smoothing, patience)
+        training = self.config.training
+        return RunSpec(
+            self.config.seed,
+            self.optimizer_arguments,
+            self.schedule,
+            training.label_smoothing,
+            training.patience,
+            training.ema,
+        )
 
     @property
     def stack_spec(self) -> StackSpec:

@@ -24,6 +24,7 @@ from mnist_exp.training.stack import Stack
 # 0.14 for 64. Powers of two, as odd sizes are slower: 9 models took 0.15.
 CPU_STACK_BYTES = 2**22
 CPU_STACK_MOST, GPU_STACK_MOST = 64, 512
+RUN_SETTINGS = ("label_smoothing", "patience", "ema")  # of `training`, a run's own in a stack
 
 
 def plan(jobs: Sequence[SweepJob], max_stack: int | None) -> list[list[SweepJob]]:
@@ -51,7 +52,7 @@ def _common_config(job: Job) -> str:
     kept = {
         key: value
         for key, value in leaves(job.task_config)
-        if key not in ("seed", "training.label_smoothing", "training.patience")
+        if key not in ("seed", *(f"training.{name}" for name in RUN_SETTINGS))
         and not key.startswith(("schedule.", "tracking."))
         and not (key.startswith("optimizer.") and _is_number(value))
     }

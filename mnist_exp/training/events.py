@@ -24,6 +24,7 @@ class RunSpec:
     schedule: Schedule
     label_smoothing: float = 0.0
     patience: int | None = None  # epochs without a better validation loss after which it stops
+    ema: float | None = None  # the horizon of the average of its weights, in epochs
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Epoch:
     epoch: int
     metrics: list[dict[str, float]]  # empty for a run that has failed or stopped before
     improved: list[bool]  # whether the validation accuracy is the best so far
-    stack: Stack  # as the epoch has left it
+    stack: Stack  # as the epoch has left it, with averaged weights where there are any
     active: Sequence[int]  # model i of the stack belongs to run active[i]
     failed: dict[int, str] = field(default_factory=dict)  # run -> reason, if it has just failed
     stopped: dict[int, str] = field(default_factory=dict)  # run -> reason, if patience ended it

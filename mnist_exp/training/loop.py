@@ -40,7 +40,8 @@ def fit(
     accuracy, the earlier of equals) at the end, otherwise those of the last. A run whose loss or
     gradient is not finite stops before that update and keeps its weights, and one with `patience`
     stops where its validation loss has not improved for so many epochs; the others go on without
-    them, and faster.
+    them, and faster. A run with an average of its weights (`ema`) has it in their place everywhere
+    here: it is what is evaluated, and what is chosen.
 
     Args:
         stack: The models, initialised.
@@ -140,7 +141,7 @@ class LoopState:
         val = self.step.data.val
         if val is None or self.ended.issuperset(self.active):
             return trained
-        logits = metrics.predict(self.step.stack, self.step.data, val)
+        logits = metrics.predict(self.step.evaluated_stack(), self.step.data, val)
         return [a | b for a, b in zip(trained, metrics.score(logits, val, "val"), strict=True)]
 
     def end_epoch(self, values: Sequence[dict[str, float]], is_last: bool) -> Epoch:
@@ -165,7 +166,7 @@ class LoopState:
             epoch,
             [live.get(k, {}) for k in runs],
             [k in improved for k in runs],
-            self.step.stack,
+            self.step.evaluated_stack(),
             self.active,
             failed,
             stopped,
@@ -173,13 +174,13 @@ class LoopState:
         )
 
     def _keep_best(self, runs: Set[int]) -> None:
-        """Write what the stack holds of `runs` into `best`."""
+        """Write what the evaluated stack holds of `runs` into `best`."""
         chosen = [i for i, k in enumerate(self.active) if k in runs]
         if chosen:
             device = self.step.stack.device
             source = torch.tensor(chosen, device=device)
             target = torch.tensor([self.active[i] for i in chosen], device=device)
-            for name, tensor in self.step.stack.snapshot().items():
+            for name, tensor in self.step.evaluated_stack().snapshot().items():
                 self.best[name][target] = tensor[source]
 
     def state(self) -> dict[str, Any]:

@@ -76,6 +76,13 @@ class Stack:
         selected.buffers = {n: t[index] for n, t in self.buffers.items()}
         return selected
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Stack":
+        """Return a stack that has `tensors`, [K, ...] each, in place of its own of those names."""
+        other = copy.copy(self)
+        other.params = {n: tensors.get(n, p).to(p.dtype) for n, p in self.params.items()}
+        other.buffers = {n: tensors.get(n, b).to(b.dtype) for n, b in self.buffers.items()}
+        return other
+
     def gradients(
         self, params: Tensors, buffers: Tensors, batch: Batch
     ) -> tuple[Tensors, Tensors, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.errors import first_line
+from mnist_exp.training.averaging import initial_average, new_weights, updated_average
 from mnist_exp.training.compile import compile_in_place
 from mnist_exp.training.events import RunSpec, StackSpec
 from mnist_exp.training.optimizers import (
@@ -41,12 +42,14 @@ class TrainState(NamedTuple):
     params: Tensors
     buffers: Tensors
     optimizer: dict[str, OptimizerState]  # by the name of the parameter
+    average: Tensors  # of parameters and buffers; empty where no run has one
     alive: Tensor  # bool [K], False for a run that has diverged
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors in a fixed order, `alive` last; checkpoints rely on it."""
         optimizer = [t for state in self.optimizer.values() for t in state]
-        return [*self.params.values(), *self.buffers.values(), *optimizer, self.alive]
+        tensors = [*self.params.values(), *self.buffers.values(), *optimizer]
+        return [*tensors, *self.average.values(), self.alive]
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> "TrainState":
         """Return a state of this form that holds `tensors`, in the order of `tensors()`."""
@@ -55,6 +58,7 @@ class TrainState(NamedTuple):
             {name: next(rest) for name in self.params},
             {name: next(rest) for name in self.buffers},
             {n: tuple(next(rest) for _ in state) for n, state in self.optimizer.items()},
+            {name: next(rest) for name in self.average},
             next(rest),
         )
 
@@ -87,6 +91,7 @@ class TrainStep:
         self.alive = torch.ones(stack.size, dtype=torch.bool, device=stack.device)
         smoothing = torch.tensor([run.label_smoothing for run in runs], device=stack.device)
         self.smoothing = smoothing if smoothing.any() else None
+        self.average = initial_average(stack) if any(run.ema for run in runs) else {}
         # torch's optimizers on views of each run's parameters: they check the numbers, know the
         # defaults, and do the updates where there is no stacked optimizer
         views = [[nn.Parameter(p[k]) for p in stack.params.values()] for k in range(stack.size)]
@@ -117,7 +122,12 @@ class TrainStep:
         selected.optimizer_state = {
             name: tuple(t[index] for t in state) for name, state in self.optimizer_state.items()
         }
+        selected.average = {name: self.average[name][index] for name in selected.average}
         return selected
+
+    def evaluated_stack(self) -> Stack:
+        """Return the stack as it is evaluated and kept: with averaged weights, if there are any."""
+        return self.stack.with_tensors(self.average) if self.average else self.stack
 
     def state(self) -> dict[str, Any]:
         """Return what the next step depends on: the train state, or that of torch's optimizers."""
@@ -137,6 +147,9 @@ class TrainStep:
         """Return what the updates after the first `done` need at learning rates `lr` [S, K]."""
         steps = done + 1 + np.arange(len(lr))[:, None]
         values = {"lr": lr} if self.stacked is None else self.stacked.hyperparameters(steps, lr)
+        if self.average:
+            horizons = [run.ema for run in self.runs]
+            values["new_weight"] = new_weights(horizons, steps, self.steps_per_epoch)
         device = self.stack.device
         return {  # [S, K] each
             name: torch.from_numpy(np.broadcast_to(v, lr.shape).copy()).float().to(device)
@@ -239,12 +252,14 @@ class TrainStep:
         return ""
 
     def _train_state(self) -> TrainState:
-        return TrainState(self.stack.params, self.stack.buffers, self.optimizer_state, self.alive)
+        params, buffers = self.stack.params, self.stack.buffers
+        return TrainState(params, buffers, self.optimizer_state, self.average, self.alive)
 
     def _set_state(self, new: TrainState) -> None:
         """Go on from `new`; a compiled step goes on with the same tensors."""
         if self.compiled is None:
-            self.stack.params, self.stack.buffers, self.optimizer_state, self.alive = new
+            self.stack.params, self.stack.buffers = new.params, new.buffers
+            self.optimizer_state, self.average, self.alive = new.optimizer, new.average, new.alive
             return
         for old_tensor, new_tensor in zip(
             self._train_state().tensors(), new.tensors(), strict=True
@@ -303,17 +318,22 @@ class TrainStep:
                 new_params[n], optimizer_state[n] = self.stacked.update(
                     p, grads[n], state.optimizer[n], h
                 )
-        if not guarded:
-            new = TrainState(new_params, buffers, optimizer_state, state.alive)
-            return new, loss, correct, state.alive
-        # a gradient that is not finite shows in what it leads to, and so does an update too large
-        results = grads if self.stacked is None else new_params
-        largest = [t.abs().reshape(len(t), -1).amax(1) for t in results.values()]
-        finite = torch.isfinite(loss) & torch.isfinite(torch.stack(largest).amax(0))  # [K]
-        alive = state.alive & finite
+        finite = alive = state.alive
+        if guarded:
+            # a gradient that is not finite shows in what it leads to, and so does a large update
+            results = grads if self.stacked is None else new_params
+            largest = [t.abs().reshape(len(t), -1).amax(1) for t in results.values()]
+            finite = torch.isfinite(loss) & torch.isfinite(torch.stack(largest).amax(0))  # [K]
+            alive = state.alive & finite
         if self.stacked is None:
             new_params = self._plain_update(params, grads, alive, hyperparameters)
-        new = TrainState(new_params, buffers, optimizer_state, alive)
+        average: Tensors = {}
+        if state.average:
+            weight = hyperparameters["new_weight"]
+            average = updated_average(state.average, new_params | buffers, weight)
+        new = TrainState(new_params, buffers, optimizer_state, average, alive)
+        if not guarded:
+            return new, loss, correct, finite
         pairs = zip(new.tensors()[:-1], state.tensors()[:-1], strict=True)
         kept = [t if t is old else torch.where(over(alive, t), t, old) for t, old in pairs]
         return new.with_tensors([*kept, alive]), loss, correct, finite

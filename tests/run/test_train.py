@@ -10,15 +10,17 @@ from typing import Any
 
 import mlflow
 import pytest
+import torch
 from mlflow.entities import Run
 
 import mnist_exp
 from mnist_exp.config import paths
 from mnist_exp.errors import ConfigError
 from mnist_exp.system import files
-from mnist_exp.tracking import journal
+from mnist_exp.tracking import checkpoint, journal
 from mnist_exp.training import loop
 from mnist_exp.training.events import Epoch
+from mnist_exp.training.stack import Stack
 from tests.helpers import ROOT, fresh_store
 
 
@@ -59,6 +61,31 @@ def test_exception_in_training(
     assert run.info.end_time
     assert run.data.metrics["train/loss"] > 0  # what was measured is kept
     assert "MLFLOW_TRACKING_URI" not in os.environ  # else the next run would take this store
+
+
+def test_an_average_of_the_weights_is_kept_in_their_place(
+    place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = loop.fit
+    average: dict[str, torch.Tensor] = {}
+    newest: dict[str, torch.Tensor] = {}
+
+    def watched(stack: Stack, *arguments: Any, **more: Any) -> Iterator[Any]:
+        for event in fit(stack, *arguments, **more):
+            if isinstance(event, Epoch) and event.improved[0]:
+                average.update(event.stack.snapshot())
+                newest.update(stack.snapshot())
+            yield event
+
+    monkeypatch.setattr(loop, "fit", watched)
+    result = mnist_exp.train([*place, "training.ema=1", "model=linear"])
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["model"]
+    deployed = result.model.state_dict()
+    for name, tensor in average.items():
+        assert torch.equal(saved[name], tensor[0]) and torch.equal(
+            deployed[f"model.{name}"], tensor[0]
+        )
+        assert not torch.equal(newest[name], tensor)
 
 
 def test_the_environment_decides_the_store(

@@ -76,6 +76,7 @@ def plain(
     *,
     batch_size: int = BATCH,
     schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+    after_step: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """The same run as anyone would write it; batches are taken in the order of the core's."""
     updates = optimizer([p for p in module.parameters() if p.requires_grad], **run.optimizer)
@@ -99,6 +100,7 @@ def plain(
             if scheduler is not None:
                 scheduler.step()
             losses.append(loss.item())
+            after_step()
     return losses
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,12 @@ def test_compiled_equals_eager(make_dataset: MakeDataset, monkeypatch: pytest.Mo
         return call
 
     monkeypatch.setattr(standalone_compile, "standalone_compile", counted)
-    data = make_dataset()
+    data = make_dataset(val=40)
 
     def build() -> nn.Module:
         return MLP(SHAPE, CLASSES, hidden=(8,), dropout=0.25)
 
-    own = run(1, Step(every_epochs=2.0, gamma=1e30), 0.1, momentum=0.9)
+    own = replace(run(1, Step(every_epochs=2.0, gamma=1e30), 0.1, momentum=0.9), ema=0.5)
     compiled = fit(build, data, [own], epochs=4, compiled=True)
     # the trial; the chunks of whole batches of each epoch, up to the one in which it diverges
     assert len(calls) == 1 + 4 + 4 + 4
@@ -69,7 +70,7 @@ def test_compiled_equals_eager(make_dataset: MakeDataset, monkeypatch: pytest.Mo
     assert [text.startswith("compiling") for text in compiled.notices] == [True]
     np.testing.assert_allclose(compiled.losses, eager.losses, rtol=1e-4, atol=1e-5)
     for ours, expected in zip(compiled.epochs[:2], eager.epochs[:2], strict=True):
-        for name in ("train/loss", "train/accuracy", "lr"):
+        for name in ("train/loss", "train/accuracy", "val/loss", "lr"):
             assert ours.metrics[0][name] == pytest.approx(expected.metrics[0][name], rel=1e-4)
     torch.testing.assert_close(compiled.after[1], eager.after[1], rtol=1e-4, atol=1e-5)
     # and stops as it does, before the update
@@ -77,6 +78,7 @@ def test_compiled_equals_eager(make_dataset: MakeDataset, monkeypatch: pytest.Mo
     assert compiled.epochs[2].failed == eager.epochs[2].failed
     assert "epoch 3, step 2 of 10" in compiled.epochs[2].failed[0]
     assert_scaled(compiled.after[2], eager.after[2])
+    assert_scaled(compiled.stack.snapshot(), eager.stack.snapshot())
 
 
 class Branching(nn.Module):

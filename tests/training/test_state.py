@@ -62,7 +62,11 @@ def test_fit_goes_on_from_any_state(
     dataset = make_dataset(train=100, val=validation)
     runs = [
         RunSpec(
-            k, numbers | {"lr": numbers["lr"] * (k + 1)}, Cosine(), patience=2 - k if k < 2 else 2
+            k,
+            numbers | {"lr": numbers["lr"] * (k + 1)},
+            Cosine(),
+            patience=2 - k if k < 2 else 2,
+            ema=0.5 if k else None,
         )
         for k in range(size)
     ]
@@ -105,7 +109,10 @@ def copied(state: Any) -> Any:
 
 def test_a_stack_that_has_shrunk_goes_on_shrunk(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(train=64, val=40)
-    runs = [RunSpec(0, {"lr": lr}, Constant(), patience=p) for lr, p in ((0.0, 1), (0.1, 9))]
+    runs = [
+        RunSpec(0, {"lr": lr}, Constant(), patience=p, ema=e)
+        for lr, p, e in ((0.0, 1, None), (0.1, 9, 0.5))
+    ]
 
     def events(state: Any = None) -> list[tuple[Epoch, Any]]:
         stack = Stack(lambda: MLP(dataset.shape, 4, hidden=[8]), [0, 0], torch.device("cpu"))
