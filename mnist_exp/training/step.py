@@ -120,9 +120,10 @@ class TrainStep:
         index = torch.tensor(indices, device=self.stack.device)
         selected.stacked, selected.alive = self.stacked.select(indices), self.alive[index]
         selected.optimizer_state = {
-            name: tuple(t[index] for t in state) for name, state in self.optimizer_state.items()
+            name: tuple(stack.laid_out(t[index]) for t in state)
+            for name, state in self.optimizer_state.items()
         }
-        selected.average = {name: self.average[name][index] for name in selected.average}
+        selected.average = {n: stack.laid_out(self.average[n][index]) for n in selected.average}
         return selected
 
     def evaluated_stack(self) -> Stack:

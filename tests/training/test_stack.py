@@ -1,13 +1,27 @@
 """A stack of K models against the same models as plain modules."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD
 
+from mnist_exp.training.events import RunSpec, StackSpec
 from mnist_exp.training.models import CNN
+from mnist_exp.training.schedules import Constant
 from mnist_exp.training.stack import Stack
-from tests.training.helpers import CLASSES, CPU, SHAPE, Build, batch, mlp, same_batch
+from mnist_exp.training.step import TrainStep
+from tests.training.helpers import (
+    CLASSES,
+    CPU,
+    SHAPE,
+    Build,
+    MakeDataset,
+    batch,
+    mlp,
+    same_batch,
+)
 
 
 def cnn() -> nn.Module:
@@ -186,6 +200,52 @@ def test_restore_brings_back_a_snapshot() -> None:
     assert all(torch.equal(after[n], copy[n]) for n in copy)
     stack.params["0.weight"] += 1  # a later change is not the snapshot's
     assert torch.equal(before["0.weight"], copy["0.weight"])
+
+
+def is_channels_last(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def test_convolutions_of_a_model_alone_are_channels_last_throughout(
+    make_dataset: MakeDataset,
+) -> None:
+    stack = Stack(cnn, [0], CPU)
+    found: list[Tensor] = []
+    for module in stack.module.modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d):
+            module.register_forward_hook(lambda *call: found.append(call[-1]))
+    data, rates = make_dataset(), np.full((8, 1), 0.1)
+    given = RunSpec(0, {"lr": 0.1, "momentum": 0.9}, Constant())
+    step = TrainStep(stack, data, [given], StackSpec(SGD, 1, 16))
+    for _ in range(2):  # traced, and again from a state in torch's usual layout
+        step(torch.arange(128)[None], torch.zeros(8, 1).long(), step.hyperparameters(0, rates))
+        stack.logits(data.normalise(data.train.images[:16]))
+        (momentum,) = step.optimizer_state["4.weight"]
+        assert is_channels_last(stack.params["4.weight"][0]) and is_channels_last(momentum[0])
+        assert all(is_channels_last(t) for t in found)
+        stack.restore({n: t.contiguous() for n, t in stack.snapshot().items()})
+    grads, *_ = stack.gradients(stack.params, stack.buffers, batch(1))
+    selected = step.select([0])
+    for t in (grads["4.weight"], selected.optimizer_state["4.weight"][0]):
+        assert t.stride()[1:] == stack.params["4.weight"].stride()[1:]
+    assert stack.model(0).get_parameter("4.weight").is_contiguous()
+
+
+def test_several_models_and_modules_of_ones_own_keep_the_usual_layout() -> None:
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(1, 4, 3), nn.Linear(4 * 36, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(self.first(x).view(len(x), -1))
+            return out
+
+    alone = Stack(Viewing, [0], CPU)
+    assert alone.logits(batch(1).x[0]).shape == (1, 24, CLASSES)
+    several = Stack(cnn, [0, 1], CPU)
+    assert several.params["4.weight"].is_contiguous()
+    assert is_channels_last(several.select([1]).params["4.weight"][0])
 
 
 def test_other_noise_is_not_the_same_for_every_run() -> None:
