@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -59,6 +60,9 @@ class TrainingConfig:
     threads: int | None = checked(lambda n: n is None or 1 <= n <= 1024, "from 1 to 1024, or null")
     label_smoothing: float = checked(lambda share: 0 <= share < 1, "from 0 to below 1")
     patience: int | None = checked(lambda n: n is None or n >= 1, "1 or more, or null")
+    clip_norm: float | None = checked(
+        lambda n: n is None or 0 < n < math.inf, "a finite number above 0, or null", default=None
+    )
     ema: float | None = checked(lambda n: n is None or n > 0, "above 0, or null", default=None)
     checkpoint_every: str = checked(
         re.compile(r"[1-9]\d{0,8}( ?steps)?").fullmatch, "a number of epochs, or as in 500steps"

@@ -71,6 +71,7 @@ class Job:
             self.schedule,
             training.label_smoothing,
             training.patience,
+            training.clip_norm,
             training.ema,
         )
 

@@ -24,7 +24,8 @@ from mnist_exp.training.stack import Stack
 # 0.14 for 64. Powers of two, as odd sizes are slower: 9 models took 0.15.
 CPU_STACK_BYTES = 2**22
 CPU_STACK_MOST, GPU_STACK_MOST = 64, 512
-RUN_SETTINGS = ("label_smoothing", "patience", "ema")  # of `training`, a run's own in a stack
+# the keys of `training` that may differ from run to run within a stack
+RUN_SETTINGS = ("label_smoothing", "patience", "clip_norm", "ema")
 
 
 def plan(jobs: Sequence[SweepJob], max_stack: int | None) -> list[list[SweepJob]]:

@@ -24,6 +24,7 @@ class RunSpec:
     schedule: Schedule
     label_smoothing: float = 0.0
     patience: int | None = None  # epochs without a better validation loss after which it stops
+    clip_norm: float | None = None  # the greatest L2 norm of its whole gradient
     ema: float | None = None  # the horizon of the average of its weights, in epochs
 
 

@@ -233,6 +233,22 @@ def torch_optimizer(
     return optimizer(params, **arguments)
 
 
+def clipped(grads: Mapping[str, Tensor], greatest: Tensor) -> dict[str, Tensor]:
+    """Return gradients [K, ...] scaled down to a norm, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks" (2013).
+
+    Args:
+        grads: The gradients of all parameters.
+        greatest: The greatest L2 norm that those of a run may have together, [K]; inf for any.
+    """
+    norms = [torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in grads.values()]
+    norm = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]), dim=0) + 1e-6  # [K]
+    # without a limit the gradient stays as it is, even where its norm overflows
+    factor = torch.where(norm > greatest, greatest / norm, 1.0)
+    return {name: g * over(factor, g).to(g.dtype) for name, g in grads.items()}
+
+
 def over(vector: Tensor, p: Tensor) -> Tensor:
     """Return a vector [K] as [K, 1, ...], to broadcast over `p` [K, ...]."""
     return vector.view(-1, *(1,) * (p.dim() - 1))

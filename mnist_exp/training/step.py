@@ -21,6 +21,7 @@ from mnist_exp.training.compile import compile_in_place
 from mnist_exp.training.events import RunSpec, StackSpec
 from mnist_exp.training.optimizers import (
     OptimizerState,
+    clipped,
     over,
     stacked_optimizer,
     torch_optimizer,
@@ -91,6 +92,9 @@ class TrainStep:
         self.alive = torch.ones(stack.size, dtype=torch.bool, device=stack.device)
         smoothing = torch.tensor([run.label_smoothing for run in runs], device=stack.device)
         self.smoothing = smoothing if smoothing.any() else None
+        limits = [math.inf if run.clip_norm is None else run.clip_norm for run in runs]
+        is_limited = min(limits) < math.inf
+        self.clip_norm = torch.tensor(limits, device=stack.device) if is_limited else None
         self.average = initial_average(stack) if any(run.ema for run in runs) else {}
         # torch's optimizers on views of each run's parameters: they check the numbers, know the
         # defaults, and do the updates where there is no stacked optimizer
@@ -312,6 +316,8 @@ class TrainStep:
         """
         params = state.params
         grads, buffers, loss, correct = self.stack.gradients(params, state.buffers, batch)
+        if self.clip_norm is not None:
+            grads = clipped(grads, self.clip_norm)
         new_params, optimizer_state = {}, {}
         if self.stacked is not None:
             for n, p in params.items():

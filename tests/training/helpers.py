@@ -96,6 +96,8 @@ def plain(
                 logits, data.train.labels[chosen], label_smoothing=run.label_smoothing
             )
             loss.backward()
+            if run.clip_norm is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), run.clip_norm)
             updates.step()
             if scheduler is not None:
                 scheduler.step()

@@ -61,7 +61,8 @@ def test_compiled_equals_eager(make_dataset: MakeDataset, monkeypatch: pytest.Mo
     def build() -> nn.Module:
         return MLP(SHAPE, CLASSES, hidden=(8,), dropout=0.25)
 
-    own = replace(run(1, Step(every_epochs=2.0, gamma=1e30), 0.1, momentum=0.9), ema=0.5)
+    schedule = Step(every_epochs=2.0, gamma=1e30)
+    own = replace(run(1, schedule, 0.1, momentum=0.9), clip_norm=0.4, ema=0.5)
     compiled = fit(build, data, [own], epochs=4, compiled=True)
     # the trial; the chunks of whole batches of each epoch, up to the one in which it diverges
     assert len(calls) == 1 + 4 + 4 + 4

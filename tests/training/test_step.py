@@ -84,6 +84,49 @@ def test_every_optimizer_equals_a_plain_loop(
 
 
 @pytest.mark.parametrize("optimizer", [SGD, NAdam])
+@pytest.mark.parametrize("greatest", [0.1, 0.4])
+def test_a_clipped_gradient_equals_torchs(
+    greatest: float, optimizer: Optimizer, make_dataset: MakeDataset
+) -> None:
+    data = make_dataset()
+    own = replace(run(1, lr=0.1 if optimizer is SGD else 0.01), clip_norm=greatest)
+    module, unclipped = seeded(mlp, 1), seeded(mlp, 1)
+    losses = plain(module, data, own, optimizer, steps=30)
+    others = plain(unclipped, data, replace(own, clip_norm=None), optimizer, steps=30)
+    assert not np.allclose(losses, others, rtol=1e-4)
+    for runs in ([own], [run(0, lr=0.01), own]):
+        trained = fit(mlp, data, runs, optimizer, epochs=3)
+        np.testing.assert_allclose(trained.losses[:, -1], losses, rtol=1e-4, atol=1e-5)
+        assert_weights(trained.stack, len(runs) - 1, module)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, NAdam])
+def test_a_gradient_without_a_limit_stays_as_it_is_beside_one_with(
+    optimizer: Optimizer, make_dataset: MakeDataset
+) -> None:
+    """Even where the square of its norm is beyond float32."""
+
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(64, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(x.flatten(1)) * 1e22
+            return out
+
+    runs = [run(0, lr=1e-22), replace(run(1, lr=1e-22), clip_norm=1.0)]
+    for build in (mlp, Steep):
+        usual = fit(build, make_dataset(), [runs[0], run(1, lr=1e-22)], optimizer)
+        beside = fit(build, make_dataset(), runs, optimizer)
+        assert np.array_equal(usual.losses[:, 0], beside.losses[:, 0])
+        assert not usual.epochs[0].failed
+        expected, found = usual.stack.snapshot(), beside.stack.snapshot()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name][0], tensor[0])
+
+
+@pytest.mark.parametrize("optimizer", [SGD, NAdam])
 def test_the_schedule_moves_with_every_step(
     optimizer: Optimizer, make_dataset: MakeDataset
 ) -> None:
