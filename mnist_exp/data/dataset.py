@@ -45,8 +45,8 @@ class DatasetInfo:
     std: float
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Return uint8 images [..., H, W] as float32, standardised by the training split."""
-        return images.to(torch.float32).sub_(255 * self.mean).mul_(1 / (255 * self.std))
+        """Return images [..., H, W] of 0 to 255 as float32, standardised by the training split."""
+        return images.to(torch.float32, copy=True).sub_(255 * self.mean).mul_(1 / (255 * self.std))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mnist_exp.augmentation.draws import counter_bits
+
 # function -> the number of dimensions of a channel, whose values are kept or dropped together
 _CHANNEL_DIMENSIONS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
 
@@ -18,9 +20,8 @@ class SeededDropout(TorchFunctionMode):
 
     torch draws the masks of a whole stack from one generator, so a run would depend on the runs
     beside it. Here a run's key, one number for each step, decides; under vmap the key is batched.
-    The bits come from MurmurHash3's 32-bit finaliser (Appleby 2011), in int64 as torch has no
-    unsigned shifts. Other random functions are left to torch's generator, which is seeded from the
-    keys: a run alone is reproducible, but in a stack it differs from itself alone.
+    Other random functions are left to torch's generator, which is seeded from the keys: a run alone
+    is reproducible, but in a stack it differs from itself alone.
     """
 
     def __init__(self, key: Tensor) -> None:
@@ -50,10 +51,5 @@ class SeededDropout(TorchFunctionMode):
         kept_dims = input.dim() if rank == 0 else 2 - is_one_example
         shape = input.shape[:kept_dims] + (1,) * (input.dim() - kept_dims)
         bits = torch.arange(math.prod(shape), device=input.device).view(shape)
-        bits = self.key + self.calls * 0x9E3779B9 + bits * 0x85EBCA77
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            bits = bits & 0xFFFFFFFF
-            bits = (bits ^ (bits >> shift)) * factor
-        bits = bits & 0xFFFFFFFF
-        keep = (bits ^ (bits >> 16)) >= int(p * 2**32)
+        keep = counter_bits(self.key + self.calls * 0x9E3779B9, bits) >= int(p * 2**32)
         return input * keep / (1 - p)

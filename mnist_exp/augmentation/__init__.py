@@ -1,0 +1,1 @@
+"""Augmentation of training images: batched, on the device, a draw for every image."""
