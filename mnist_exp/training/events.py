@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.training.schedules import Schedule
 from mnist_exp.training.stack import Stack
 
@@ -35,6 +36,7 @@ class StackSpec:
     optimizer: type[torch.optim.Optimizer]
     epochs: int
     batch_size: int  # the last of an epoch may be smaller
+    augmentation: Augmentation = field(default_factory=Augmentation)  # of the training images
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mnist_exp.augmentation.augment import Augmented, Augmenter
+from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.training import metrics
 from mnist_exp.training.events import Epoch, Message, Progress, RunSpec, StackSpec
 from mnist_exp.training.stack import Stack, Tensors
-from mnist_exp.training.step import TrainStep
+from mnist_exp.training.step import TrainStep, steps_per_epoch
 
 STEPS_PER_SYNC = 32  # the number of steps between two looks at what they have brought
 # Runs that have ended leave a compiled stack when it can be halved and so many steps are left: each
@@ -215,7 +217,7 @@ class _EpochPlan(NamedTuple):
     """All that the steps of one epoch are given."""
 
     order: Tensor  # [K, N], the images in the order of each run, or [1, N]
-    keys: Tensor  # [steps, K], of the dropout masks
+    keys: Tensor  # [steps, K], of what they draw
     lr: np.ndarray  # [steps, K]
     hyperparameters: Tensors  # [steps, K] each
 
@@ -225,7 +227,7 @@ def _plan(step: TrainStep, epoch: int, epochs: int) -> _EpochPlan:
     done, steps, device = epoch - 1, step.steps_per_epoch, step.stack.device
     seeds = [run.seed for run in (step.runs[:1] if step.shared else step.runs)]
     order = torch.stack([_order(seed, done, len(step.data.train)) for seed in seeds])
-    keys = torch.stack([_dropout_keys(run.seed, done, steps) for run in step.runs], 1)
+    keys = torch.stack([_step_keys(run.seed, done, steps) for run in step.runs], 1)
     base = np.array([float(defaults["lr"]) for defaults in step.defaults])
     times = [done + i / steps for i in range(steps)]
     factors = [[run.schedule.multiplier(t, epochs) for run in step.runs] for t in times]
@@ -280,6 +282,22 @@ def _compile(step: TrainStep) -> Iterator[Message]:
         yield Message(f"the step cannot be compiled and runs as it is: {problem}", False)
 
 
+def first_augmented(
+    data: Dataset, augmentation: Augmentation, seed: int, batch_size: int, count: int
+) -> Augmented:
+    """Return the first `count` images of epoch 1 as a run of this seed gets them, [1, count, ...].
+
+    The data set is on the CPU.
+    """
+    order = _order(seed, 0, len(data.train))
+    steps = math.ceil(min(count, len(order)) / batch_size)
+    indices = order[: steps * batch_size]  # whole batches, as an image is mixed with one of them
+    keys = _step_keys(seed, 0, steps_per_epoch(len(data.train), batch_size))[:steps]
+    augmenter = Augmenter(augmentation, data, batch_size, torch.device("cpu"))
+    given = augmenter(data.train.images, data.train.labels, indices[None], keys[:, None])
+    return given.batches(count)[0]
+
+
 # A generator depends on nothing but a run's seed, its purpose (1 or 2), and the epoch.
 
 
@@ -288,6 +306,6 @@ def _order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([seed, 1, epoch]).permutation(count))
 
 
-def _dropout_keys(seed: int, epoch: int, steps: int) -> Tensor:
-    """Return the keys of the dropout masks in an epoch (from 0), [steps]."""
+def _step_keys(seed: int, epoch: int, steps: int) -> Tensor:
+    """Return the keys of augmentation and dropout masks in an epoch (from 0), [steps]."""
     return torch.from_numpy(np.random.default_rng([seed, 2, epoch]).integers(2**31, size=steps))

@@ -19,12 +19,14 @@ Tensors = dict[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """Images, labels, dropout keys and label smoothing of one step, for each model of a stack."""
+    """What one step is given for each model of a stack."""
 
     x: Tensor  # float images, [K, B, C, H, W], or [1, ...] if they are the same for all models
     y: Tensor  # labels, [K, B], or [1, B]
     keys: Tensor  # of the dropout masks, int64 [K]
     smoothing: Tensor | None  # of the labels, [K], or None for none
+    others: Tensor | None = None  # the second labels of mixed images, like y; None for none
+    shares: Tensor | None = None  # of the first labels, like y
 
 
 # the mean loss, and with it the new buffers and the number of correct predictions
@@ -135,18 +137,19 @@ class Stack:
         """Return what `_loss` does for the only model, whose parameters are not stacked."""
         one = {n: b[0] for n, b in buffers.items()}
         smoothing = None if batch.smoothing is None else batch.smoothing[0]
-        return self._loss(params, one, batch.x[0], batch.y[0], batch.keys[0], smoothing)
+        x, y, others, shares = _first(batch)
+        return self._loss(params, one, x, y, batch.keys[0], smoothing, others, shares)
 
     def _losses(self, params: Tensors, buffers: Tensors, batch: Batch) -> Loss:
         """Return what `_loss` does for each model, [K, ...]."""
         each = None if len(batch.x) < self.size else 0
         if each is None:
-            batch = batch._replace(x=batch.x[0], y=batch.y[0])
-        f = vmap(
-            self._loss,
-            in_dims=(0, 0, each, each, 0, None if batch.smoothing is None else 0),
-            randomness="different",
-        )
+            x, y, others, shares = _first(batch)
+            batch = batch._replace(x=x, y=y, others=others, shares=shares)
+        smoothed = None if batch.smoothing is None else 0
+        mixed = None if batch.others is None else each
+        in_dims = (0, 0, each, each, 0, smoothed, mixed, mixed)
+        f = vmap(self._loss, in_dims=in_dims, randomness="different")
         result: Loss = f(params, buffers, *batch)
         return result
 
@@ -158,6 +161,8 @@ class Stack:
         y: Tensor,
         keys: Tensor,
         smoothing: Tensor | None,
+        others: Tensor | None,
+        shares: Tensor | None,
     ) -> Loss:
         """Return the loss of one model, its new buffers, and its number of correct predictions."""
         # modules write to their buffers (BatchNorm): they get copies, and what is there in the end,
@@ -165,7 +170,7 @@ class Stack:
         tensors = {**params, **{n: b.clone() for n, b in buffers.items()}}
         logits = self._call(tensors, x, keys if self.is_stochastic else None)
         buffers = {n: tensors[n].detach() for n in buffers}
-        loss = _cross_entropy(logits, y, smoothing)
+        loss = _cross_entropy(logits, y, smoothing, others, shares)
         return loss, (buffers, (logits.argmax(-1) == y).sum())
 
     def _call(self, tensors: Tensors, x: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -209,15 +214,34 @@ class Stack:
         return module
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor | None) -> Tensor:
+def _first(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the images, labels, second labels and shares of the first model."""
+    others, shares = batch.others, batch.shares
+    if others is None or shares is None:
+        return batch.x[0], batch.y[0], None, None
+    return batch.x[0], batch.y[0], others[0], shares[0]
+
+
+def _cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: Tensor | None,
+    others: Tensor | None,
+    shares: Tensor | None,
+) -> Tensor:
     """Return the mean cross-entropy of logits [B, classes], of smoothed labels if it is given.
+
+    Where second labels are given, the first have the shares [B], and those have the rest.
 
     Ten classes are too few for torch's own softmax to be vectorised: on a CPU it takes 5 times as
     long, a tenth of the step of a stack.
     """
     shifted = logits - logits.detach().amax(-1, keepdim=True)
     log_sum = shifted.exp().sum(-1).log()
-    loss = (log_sum - shifted.gather(-1, labels[:, None]).squeeze(-1)).mean()
+    chosen = shifted.gather(-1, labels[:, None]).squeeze(-1)
+    if others is not None and shares is not None:
+        chosen = torch.lerp(shifted.gather(-1, others[:, None]).squeeze(-1), chosen, shares)
+    loss = (log_sum - chosen).mean()
     if smoothing is None:
         return loss
     uniform = (log_sum - shifted.mean(-1)).mean()  # the cross-entropy with all classes alike

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mnist_exp.augmentation.augment import Augmented, Augmenter
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.errors import first_line
 from mnist_exp.training.averaging import initial_average, new_weights, updated_average
@@ -87,6 +88,9 @@ class TrainStep:
         self.steps_per_epoch = steps_per_epoch(len(data.train), spec.batch_size)
         # runs of one seed see the same images in the same order: they are gathered once for all
         self.shared = len({run.seed for run in runs}) == 1
+        self.augmenter: Augmenter | None = None
+        if spec.augmentation.is_on:
+            self.augmenter = Augmenter(spec.augmentation, data, spec.batch_size, stack.device)
         on_cpu = stack.device.type == "cpu"
         self.steps_per_call = max(1, STEPS_PER_CALL // stack.size) if on_cpu else STEPS_PER_CALL
         self.alive = torch.ones(stack.size, dtype=torch.bool, device=stack.device)
@@ -168,7 +172,7 @@ class TrainStep:
 
         Args:
             indices: The images of all S batches, [K, N], or [1, N] if all runs see the same.
-            keys: The keys of the dropout masks, int64 [S, K].
+            keys: The keys of what the steps draw, int64 [S, K].
             hyperparameters: What the updates need, [S, K] each.
 
         Returns:
@@ -286,21 +290,22 @@ class TrainStep:
         """
         state = self._train_state().with_tensors(tensors)
         images, labels, indices, keys, *values = tensors[len(state.tensors()) :]
-        x, y = self._gather(images, labels, indices)
-        batches = zip(*(torch.split(t, self.spec.batch_size, 1) for t in (x, y)), strict=True)
+        batches = self._gather(images, labels, indices, keys).batches(self.spec.batch_size)
         results = []
-        for i, (x, y) in enumerate(batches):
-            batch = Batch(x, y, keys[i], self.smoothing)
+        for i, given in enumerate(batches):
+            batch = Batch(given.x, given.y, keys[i], self.smoothing, given.others, given.shares)
             numbers = dict(zip(self.hyperparameter_names, [v[i] for v in values], strict=True))
             state, *result = self._step(state, batch, numbers, guarded)
             results.append(result)
         return [*state.tensors(), *(torch.stack(r) for r in zip(*results, strict=True))]
 
-    def _gather(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images at `indices` [K, N], normalised, [K, N, C, H, W], and labels [K, N]."""
+    def _gather(self, images: Tensor, labels: Tensor, indices: Tensor, keys: Tensor) -> Augmented:
+        """Return what the network gets of the images at `indices` [K, N], and their labels."""
+        if self.augmenter is not None:
+            return self.augmenter(images, labels, indices, keys)
         flat = indices.flatten()
         x = self.data.normalise(images.index_select(0, flat))
-        return x.view(*indices.shape, *self.data.shape), labels[flat].view(indices.shape)
+        return Augmented(x.view(*indices.shape, *self.data.shape), labels[flat].view(indices.shape))
 
     def _step(
         self, state: TrainState, batch: Batch, hyperparameters: Mapping[str, Tensor], guarded: bool

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.training import loop
 from mnist_exp.training.events import Epoch, Message, Progress, RunSpec, StackSpec
@@ -44,10 +45,11 @@ def fit(
     epochs: int = 1,
     batch_size: int = BATCH,
     compiled: bool = False,
+    augmentation: Augmentation | None = None,
 ) -> Trained:
     stack = Stack(build, [run.seed for run in runs], CPU)
     trained = Trained(stack, [], np.zeros((0, len(runs))), [], [])
-    spec = StackSpec(optimizer, epochs, batch_size)
+    spec = StackSpec(optimizer, epochs, batch_size, augmentation or Augmentation())
     for record in loop.fit(stack, data, runs, spec, compiled=compiled):
         if isinstance(record, Progress):
             losses = np.full((len(record.losses), len(runs)), np.nan)
