@@ -47,6 +47,20 @@ class DatasetConfig:
 
 
 @dataclass
+class AugmentationConfig:
+    """The augmentation of the training images; each key is off at 0."""
+
+    shift: float = checked(lambda pixels: 0 <= pixels <= 14, "from 0 to 14 pixels", default=0.0)
+    rotation: float = checked(lambda angle: 0 <= angle <= 180, "from 0 to 180 degrees", default=0.0)
+    scale: float = checked(lambda share: 0 <= share < 1, "from 0 to below 1", default=0.0)
+    shear: float = checked(lambda angle: 0 <= angle < 45, "from 0 to below 45 degrees", default=0.0)
+    elastic: float = checked(lambda pixels: 0 <= pixels <= 10, "from 0 to 10 pixels", default=0.0)
+    erase: int = checked(lambda side: side >= 0, "0 or more pixels", default=0)
+    mixup: float = checked(lambda alpha: 0 <= alpha < math.inf, "0 or more, finite", default=0.0)
+    flip: float = checked(lambda p: 0 <= p <= 1, "a probability, from 0 to 1", default=0.0)
+
+
+@dataclass
 class TrainingConfig:
     """The training of a run, beside its model, optimizer and schedule."""
 
@@ -94,6 +108,7 @@ class Config:
     seed: int = checked(lambda n: 0 <= n < 2**63, "0 or more, below 2**63")
     trusted_packages: list[str] = MISSING
     dataset: DatasetConfig = MISSING
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     model: dict[str, Any] = MISSING
     optimizer: dict[str, Any] = MISSING
     schedule: dict[str, Any] = MISSING

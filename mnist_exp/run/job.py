@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.config import paths
 from mnist_exp.config.names import run_name
 from mnist_exp.config.schema import Config, DatasetConfig, identity, task_config
 from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as datasets
 from mnist_exp.data.dataset import Dataset
+from mnist_exp.data.sources import format_shape
 from mnist_exp.errors import ConfigError
 from mnist_exp.run.build import (
     add_to_import_path,
@@ -78,8 +80,8 @@ class Job:
     @property
     def stack_spec(self) -> StackSpec:
         """The settings that this run shares with all runs of a stack."""
-        training = self.config.training
-        return StackSpec(self.optimizer, training.epochs, training.batch_size)
+        training, augmentation = self.config.training, augmentation_of(self.config)
+        return StackSpec(self.optimizer, training.epochs, training.batch_size, augmentation)
 
 
 def prepare(composed: DictConfig, load: Load | None = None) -> Job:
@@ -108,6 +110,7 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
             f"training.patience={config.training.patience}: needs validation images, and "
             f"dataset.val_size is 0. Add dataset.val_size=5000, or training.patience=null"
         )
+    check_fits(augmentation_of(config), dataset)
     build = build_model(config, dataset.shape, len(dataset.classes))
     job = Job(
         config=config,
@@ -123,6 +126,23 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
     )
     try_run(config, build, dataset, job.run_spec, job.stack_spec)
     return job
+
+
+def augmentation_of(config: Config) -> Augmentation:
+    """Return what the training images of a run go through."""
+    return Augmentation(**asdict(config.augmentation))
+
+
+def check_fits(augmentation: Augmentation, dataset: Dataset) -> None:
+    """Raise ConfigError for an augmentation that is too large for the images of a data set."""
+    size = min(dataset.shape[1:])
+    for key in ("shift", "erase"):
+        value = getattr(augmentation, key)
+        if value >= size:
+            raise ConfigError(
+                f"augmentation.{key}={value:g}: must be below {size}, as the images of "
+                f"{dataset.name} have {format_shape(dataset.shape[1:])} pixels"
+            )
 
 
 def check_unchanged(job: Job, history: RunHistory) -> None:

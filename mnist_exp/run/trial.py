@@ -12,6 +12,7 @@ from mnist_exp.config.schema import Config
 from mnist_exp.data.dataset import Dataset, Split
 from mnist_exp.errors import ConfigError, first_line
 from mnist_exp.run.build import check_logits, explaining, restore_weights
+from mnist_exp.training import loop
 from mnist_exp.training.events import RunSpec, StackSpec
 from mnist_exp.training.stack import Batch, Stack
 from mnist_exp.training.step import TrainStep
@@ -26,7 +27,7 @@ def try_run(
     run: RunSpec,
     spec: StackSpec,
 ) -> None:
-    """Train a model for two steps, evaluate it, save it and load it, on the CPU.
+    """Train a model for two steps on augmented images, evaluate, save and load it, on the CPU.
 
     Args:
         config: The config of the run.
@@ -36,7 +37,8 @@ def try_run(
         spec: Its other settings.
 
     Raises:
-        ConfigError: The run would fail by its model, by an epoch's last batch, or by its optimizer.
+        ConfigError: The run would fail by its model, by an epoch's last batch, by its
+            augmentation, or by its optimizer.
     """
     few = _few_images(dataset)
     images = few.normalise(few.test.images)
@@ -62,6 +64,9 @@ def try_run(
                     f"training.batch_size={batch_size}: {what}, on which this model cannot train "
                     f"({first_line(error)}). Choose another batch size"
                 ) from error
+        if spec.augmentation.is_on:
+            with explaining("augmentation", spec.augmentation.describe()):
+                loop.first_augmented(few, spec.augmentation, run.seed, BATCH, STEPS * BATCH)
         with explaining("optimizer", spec.optimizer.__qualname__):
             _train(TrainStep(stack, few, [run], replace(spec, batch_size=BATCH)))
         with explaining("model", model):

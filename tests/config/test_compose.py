@@ -28,8 +28,8 @@ CHOICES = sorted(
 
 def test_the_choices_are_found() -> None:
     groups = {choice.split("=")[0] for choice in CHOICES}
-    needed = {"dataset", "model", "optimizer", "schedule", "training", "tracking", "debug"}
-    assert groups == needed | {"experiments"}
+    needed = {"dataset", "augmentation", "model", "optimizer", "schedule", "training", "tracking"}
+    assert groups == needed | {"debug", "experiments"}
 
 
 @pytest.mark.parametrize("choice", CHOICES)
