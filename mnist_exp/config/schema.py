@@ -77,6 +77,7 @@ class TrainingConfig:
     clip_norm: float | None = checked(
         lambda n: n is None or 0 < n < math.inf, "a finite number above 0, or null", default=None
     )
+    decay_norms: bool = True
     ema: float | None = checked(lambda n: n is None or n > 0, "above 0, or null", default=None)
     checkpoint_every: str = checked(
         re.compile(r"[1-9]\d{0,8}( ?steps)?").fullmatch, "a number of epochs, or as in 500steps"

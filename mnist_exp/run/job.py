@@ -80,8 +80,14 @@ class Job:
     @property
     def stack_spec(self) -> StackSpec:
         """The settings that this run shares with all runs of a stack."""
-        training, augmentation = self.config.training, augmentation_of(self.config)
-        return StackSpec(self.optimizer, training.epochs, training.batch_size, augmentation)
+        training = self.config.training
+        return StackSpec(
+            self.optimizer,
+            training.epochs,
+            training.batch_size,
+            augmentation_of(self.config),
+            training.decay_norms,
+        )
 
 
 def prepare(composed: DictConfig, load: Load | None = None) -> Job:

@@ -37,6 +37,7 @@ class StackSpec:
     epochs: int
     batch_size: int  # the last of an epoch may be smaller
     augmentation: Augmentation = field(default_factory=Augmentation)  # of the training images
+    decay_norms: bool = True  # whether weight decay also takes parameters of one dimension
 
 
 @dataclass(frozen=True)

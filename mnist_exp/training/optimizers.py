@@ -61,7 +61,9 @@ class StackedOptimizer(ABC):
         """Return the state for parameter `p` before the first update."""
         return tuple(torch.zeros_like(p) for _ in range(self._state_size()))
 
-    def update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
+    def update(
+        self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars, decays: bool = True
+    ) -> Updated:
         """Return a parameter [K, ...] and its state after one step.
 
         Args:
@@ -69,13 +71,14 @@ class StackedOptimizer(ABC):
             g: Its gradient, [K, ...].
             state: The optimizer's state for it.
             h: The hyperparameters of this step, [K, 1, ...] each.
+            decays: Whether weight decay, if there is any, is for this parameter as well.
         """
         dtype = p.dtype
         if self.flag["maximize"]:
             g = -g
-        if self.flag.get("decoupled_weight_decay"):
+        if decays and self.flag.get("decoupled_weight_decay"):
             p = p * h["decay_factor"]
-        elif self.has_weight_decay:
+        elif decays and self.has_weight_decay:
             g = g + h["weight_decay"] * p
         new_p, new_state = self._update(p, g, state, h)
         if new_p.dtype != dtype:  # of bfloat16 and float32 hyperparameters comes float32
@@ -220,9 +223,14 @@ def stacked_optimizer(
 
 
 def torch_optimizer(
-    optimizer: type[torch.optim.Optimizer], params: Sequence[Tensor], arguments: Mapping[str, Any]
+    optimizer: type[torch.optim.Optimizer],
+    params: Sequence[Tensor],
+    arguments: Mapping[str, Any],
+    decay_norms: bool = True,
 ) -> torch.optim.Optimizer:
     """Return an instance of an optimizer class on `params`, and raise what it raises.
+
+    Without `decay_norms`, parameters of one dimension are a group of their own, without decay.
 
     The first that is made imports torch's compiler, which takes a second, as `add_param_group` is
     hidden from it. Where the updates are those of a stacked optimizer, nothing needs that.
@@ -230,7 +238,12 @@ def torch_optimizer(
     if optimizer in STACKED:
         plain = {"add_param_group": inspect.unwrap(torch.optim.Optimizer.add_param_group)}
         optimizer = type(optimizer.__name__, (optimizer,), plain)
-    return optimizer(params, **arguments)
+    groups: list[dict[str, Any]] = [{"params": params}]
+    if not decay_norms:
+        norms = [p for p in params if p.dim() <= 1]
+        groups = [{"params": [p for p in params if p.dim() > 1]}]
+        groups.append({"params": norms, "weight_decay": 0.0})
+    return optimizer(groups, **arguments)
 
 
 def clipped(grads: Mapping[str, Tensor], greatest: Tensor) -> dict[str, Tensor]:

@@ -102,10 +102,12 @@ class TrainStep:
         self.average = initial_average(stack) if any(run.ema for run in runs) else {}
         # torch's optimizers on views of each run's parameters: they check the numbers, know the
         # defaults, and do the updates where there is no stacked optimizer
-        views = [[nn.Parameter(p[k]) for p in stack.params.values()] for k in range(stack.size)]
+        self.views = [
+            [nn.Parameter(p[k]) for p in stack.params.values()] for k in range(stack.size)
+        ]
         self.plain = [
-            torch_optimizer(spec.optimizer, v, run.optimizer)
-            for v, run in zip(views, runs, strict=True)
+            torch_optimizer(spec.optimizer, views, run.optimizer, spec.decay_norms)
+            for views, run in zip(self.views, runs, strict=True)
         ]
         self.defaults = [o.defaults for o in self.plain]
         self.stacked = stacked_optimizer(spec.optimizer, self.defaults)
@@ -327,8 +329,9 @@ class TrainStep:
         if self.stacked is not None:
             for n, p in params.items():
                 h = {name: over(value, p) for name, value in hyperparameters.items()}
+                decays = self.spec.decay_norms or p.dim() > 2  # [K, ...]
                 new_params[n], optimizer_state[n] = self.stacked.update(
-                    p, grads[n], state.optimizer[n], h
+                    p, grads[n], state.optimizer[n], h, decays
                 )
         finite = alive = state.alive
         if guarded:
@@ -357,7 +360,7 @@ class TrainStep:
         for k in alive.nonzero().flatten().tolist():
             for group in self.plain[k].param_groups:
                 group["lr"] = float(hyperparameters["lr"][k])
-                for view, g in zip(group["params"], grads.values(), strict=True):
-                    view.grad = g[k]
+            for view, g in zip(self.views[k], grads.values(), strict=True):
+                view.grad = g[k]
             self.plain[k].step()
         return params

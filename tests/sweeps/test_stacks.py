@@ -88,6 +88,7 @@ def sizes(jobs: Sequence[SweepJob], most: int | None = None) -> list[int]:
         ("schedule=constant,cosine,step schedule.warmup_epochs=0,1", [6]),
         ("training.patience=null,1,2", [3]),
         ("training.ema=null,0.5,1 training.clip_norm=null,1", [6]),
+        ("training.decay_norms=true,false seed=0,1", [2, 2]),
         ("model=linear,mlp seed=0,1", [2, 2]),
         ("model.hidden=[8],[16],[8,8] seed=0,1", [2, 2, 2]),
         ("training.batch_size=32,64 seed=0,1", [2, 2]),

@@ -46,10 +46,11 @@ def fit(
     batch_size: int = BATCH,
     compiled: bool = False,
     augmentation: Augmentation | None = None,
+    decay_norms: bool = True,
 ) -> Trained:
     stack = Stack(build, [run.seed for run in runs], CPU)
     trained = Trained(stack, [], np.zeros((0, len(runs))), [], [])
-    spec = StackSpec(optimizer, epochs, batch_size, augmentation or Augmentation())
+    spec = StackSpec(optimizer, epochs, batch_size, augmentation or Augmentation(), decay_norms)
     for record in loop.fit(stack, data, runs, spec, compiled=compiled):
         if isinstance(record, Progress):
             losses = np.full((len(record.losses), len(runs)), np.nan)
@@ -73,7 +74,7 @@ def plain(
     module: nn.Module,
     data: Dataset,
     run: RunSpec,
-    optimizer: Optimizer,
+    optimizer: Callable[..., torch.optim.Optimizer],
     steps: int,
     *,
     batch_size: int = BATCH,
@@ -153,6 +154,17 @@ def mlp() -> nn.Module:
 
 def dropping_mlp() -> nn.Module:
     return MLP(SHAPE, CLASSES, hidden=(16, 8), dropout=0.2)
+
+
+def normalised_mlp() -> nn.Module:
+    """With batch normalisation, and nothing random."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64, 12, bias=False),
+        nn.BatchNorm1d(12),
+        nn.ReLU(),
+        nn.Linear(12, CLASSES),
+    )
 
 
 def cnn() -> nn.Module:

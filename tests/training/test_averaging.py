@@ -15,7 +15,6 @@ from mnist_exp.training.events import RunSpec
 from mnist_exp.training.schedules import Cosine, Step
 from mnist_exp.training.stack import Stack
 from tests.training.helpers import (
-    CLASSES,
     CPU,
     Build,
     MakeDataset,
@@ -27,6 +26,7 @@ from tests.training.helpers import (
     dropping_mlp,
     fit,
     mlp,
+    normalised_mlp,
     plain,
     run,
     seeded,
@@ -35,13 +35,6 @@ from tests.training.helpers import (
 
 def averaged(own: RunSpec, horizon: float | None) -> RunSpec:
     return replace(own, ema=horizon)
-
-
-def normalised_mlp() -> nn.Module:
-    """With batch normalisation, and nothing random."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, CLASSES)
-    )
 
 
 @pytest.mark.parametrize("horizon", [0.05, 0.3, 2.0])

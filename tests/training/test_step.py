@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adadelta, Adagrad, Adam, NAdam, RAdam
+from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, Rprop
 
 from mnist_exp.data.dataset import Dataset, load
 from mnist_exp.training import loop
@@ -27,6 +27,7 @@ from tests.training.helpers import (
     dropping_mlp,
     fit,
     mlp,
+    normalised_mlp,
     plain,
     run,
     seeded,
@@ -81,6 +82,39 @@ def test_every_optimizer_equals_a_plain_loop(
     for trained, k in ((alone, 0), (stack, 1)):
         np.testing.assert_allclose(trained.losses[:, k], losses, rtol=1e-4, atol=1e-5)
         assert_weights(trained.stack, k, module)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments"),
+    [
+        (SGD, {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.1}),
+        (AdamW, {"lr": 0.01, "weight_decay": 0.5}),
+        (AdamW, {"lr": 0.01, "weight_decay": 0.5, "foreach": True}),
+        (NAdam, {"lr": 0.01, "weight_decay": 0.1}),
+        (Adam, {"lr": 0.01}),
+        (Rprop, {"lr": 0.001}),  # has no weight decay
+    ],
+)
+def test_weight_decay_without_norms_equals_two_groups(
+    optimizer: Optimizer, arguments: dict[str, Any], make_dataset: MakeDataset
+) -> None:
+    data, own = make_dataset(), RunSpec(1, arguments, Constant())
+
+    def grouped(params: list[nn.Parameter], **given: Any) -> torch.optim.Optimizer:
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in params if p.dim() > 1]},
+            {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0},
+        ]
+        return optimizer(groups, **given)
+
+    module, usual = seeded(normalised_mlp, 1), seeded(normalised_mlp, 1)
+    losses = plain(module, data, own, grouped, steps=20)
+    others = plain(usual, data, own, optimizer, steps=20)
+    assert np.allclose(losses, others, rtol=1e-4) == ("weight_decay" not in arguments)
+    for runs in ([own], [RunSpec(0, arguments, Constant()), own]):
+        trained = fit(normalised_mlp, data, runs, optimizer, epochs=2, decay_norms=False)
+        np.testing.assert_allclose(trained.losses[:, -1], losses, rtol=1e-4, atol=1e-5)
+        assert_weights(trained.stack, len(runs) - 1, module)
 
 
 @pytest.mark.parametrize("optimizer", [SGD, NAdam])
