@@ -162,6 +162,6 @@ def _test_texts(test: PairedTest) -> list[str]:
     """Return the cells of a test in a table, in percentage points."""
     assert test.difference is not None
     low, high = test.interval or (None, None)
-    within = ABSENT if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}"
+    within = ABSENT if low is None or high is None else f"{100 * low:+.3f} to {100 * high:+.3f}"
     p_value = ABSENT if test.p_value is None else significance.p_text(test.p_value)
-    return [str(len(test.seeds)), f"{100 * test.difference:+.2f}", within, p_value]
+    return [str(len(test.seeds)), f"{100 * test.difference:+.3f}", within, p_value]

@@ -144,7 +144,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if ensemble:
         accuracy, loss = (ensemble.gain(key) for key in ("test/accuracy", "test/loss"))
         print(
-            f"adds           {100 * accuracy:+.2f} percentage points of accuracy, {loss:+.4f} of "
+            f"adds           {100 * accuracy:+.3f} percentage points of accuracy, {loss:+.5f} of "
             f"loss, to the mean of its members"
         )
     terminal.table("classes", *evaluation.table())

@@ -41,7 +41,7 @@ class Ensemble:
         ]
         rows[-1][0] = "together"
         accuracy, loss = (self.spread(key) for key in ("test/accuracy", "test/loss"))
-        rows.insert(-1, ["mean", "± deviation (n)", accuracy.percent(), f"{loss.mean:.4f}", ""])
+        rows.insert(-1, ["mean", "± deviation (n)", accuracy.percent(), loss.loss(), ""])
         return Table(header, rows)
 
     def gain(self, key: str) -> float:

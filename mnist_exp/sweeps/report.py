@@ -63,6 +63,11 @@ class Cell:
         return self._spread("test/accuracy")
 
     @property
+    def test_loss(self) -> MeanStd | None:
+        """The test loss of the jobs that were tested; None where none was."""
+        return self._spread("test/loss")
+
+    @property
     def best_epoch(self) -> float | None:
         """The median over the seeds of the epoch with the best validation accuracy."""
         epochs = self._finite("best/epoch")

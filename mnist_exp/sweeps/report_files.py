@@ -74,6 +74,8 @@ def show(summary: Report, reporter: Reporter) -> None:
         text += f"  validation accuracy {val.percent()}"
     if test := chosen.test_accuracy:
         text += f"  test accuracy {test.percent()}"
+    if loss := chosen.test_loss:
+        text += f"  test loss {loss.loss()}"
     reporter.line(text)
 
 

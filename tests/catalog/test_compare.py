@@ -198,7 +198,7 @@ def test_cells_have_means_and_tests_over_their_seeds(records: list[Record]) -> N
         "training.batch_size": ["64", "32", "32"],
     }
     _, table = found.tables()[1]
-    assert table.rows[0][1] == "90.00 % ± 1.00 (3)"
+    assert table.rows[0][1] == "90.000 % ± 1.000 (3)"
     test = found.tests[0]["best/val_accuracy"]
     assert list(test.seeds) == ["0", "1", "2"] and test.difference == pytest.approx(-0.03)
     assert test.p_value is None and "the same for every seed" in test.reason

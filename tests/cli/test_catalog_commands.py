@@ -28,7 +28,7 @@ def type_in(
 
 def test_cells_in_the_terminal_and_as_a_figure(type_in: Type, tmp_path: Path) -> None:
     status, text = type_in("compare", "last:lr=0.3", "last:2", "--figure", f"{tmp_path}/new.svg")
-    assert status == 0 and "optimizer.lr   0.3 " in text and "82.50 % ± 0.71 (2)" in text
+    assert status == 0 and "optimizer.lr   0.3 " in text and "82.500 % ± 0.707 (2)" in text
     assert f"figure {tmp_path}/new.svg\n" in text
     assert b"<svg" in (tmp_path / "new.svg").read_bytes()
 

@@ -76,7 +76,7 @@ def test_an_ensemble_as_it_is_printed(
         assert re.search(rf"^ *{member.run_id[:8]} .* seed=\d +\d\d\.\d\d%", out, re.MULTILINE)
     assert together.spread("test/accuracy").percent() in out
     gain = 100 * together.gain("test/accuracy")
-    assert f"adds           {gain:+.2f} percentage points of accuracy" in out
+    assert f"adds           {gain:+.3f} percentage points of accuracy" in out
     assert "recorded" not in out
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         *("mistakes.png", "confusion.png", "calibration.png")

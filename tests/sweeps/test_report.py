@@ -83,13 +83,18 @@ def test_no_result_is_none() -> None:
 @pytest.mark.parametrize(
     ("spread", "text"),
     [
-        (MeanStd(0.97314, 0.00123, 3), "97.31 % ± 0.12 (3)"),
+        (MeanStd(0.97314, 0.00123, 3), "97.314 % ± 0.123 (3)"),
         (MeanStd(0.97314, None, 1), "97.31 % (1)"),
-        (MeanStd(1.0, 0.0, 2), "100.00 % ± 0.00 (2)"),
+        (MeanStd(1.0, 0.0, 2), "100.000 % ± 0.000 (2)"),
     ],
 )
 def test_percent(spread: MeanStd, text: str) -> None:
     assert spread.percent() == text
+
+
+def test_a_mean_loss_has_a_decimal_more_than_one_loss() -> None:
+    assert MeanStd(0.081234, 0.000452, 3).loss() == "0.08123 ± 0.00045 (3)"
+    assert MeanStd(0.081234, None, 1).loss() == "0.0812 (1)"
 
 
 @pytest.mark.parametrize(
@@ -175,8 +180,8 @@ def test_leaderboard() -> None:
     assert header == ["rank", "lr", "batch_size", "validation accuracy", "best epoch",
                       "test accuracy", "not finished"]  # fmt: skip
     assert rows == [
-        ["1 (chosen)", "1e-1", "64", "97.00 % ± 1.41 (2)", "5", "95.00 % ± 0.00 (2)", "0 of 2"],
-        ["2", "1e-1", "128", "90.00 % ± 0.00 (2)", "", "", "0 of 2"],
+        ["1 (chosen)", "1e-1", "64", "97.000 % ± 1.414 (2)", "5", "95.000 % ± 0.000 (2)", "0 of 2"],
+        ["2", "1e-1", "128", "90.000 % ± 0.000 (2)", "", "", "0 of 2"],
         ["3", "0.01", "64", "80.00 % (1)", "", "", "1 of 2"],
         ["4", "0.01", "128", "", "", "", "2 of 2"],
     ]

@@ -67,9 +67,11 @@ def test_seeds_are_one_cell(seeds: Done, tmp_path: Path) -> None:
         assert bool(row["test_accuracy_mean"]) == (cell == best)
     means = [float(row["val_accuracy_mean"]) for row in rows]
     assert means == sorted(means, reverse=True)
-    text = f"{statistics.fmean(values):.2%}".replace("%", " %")
-    spread = f"± {100 * statistics.stdev(values):.2f} (2)"
-    assert f"{text} {spread}" in seeds.out
+    mean, deviation = 100 * statistics.fmean(values), 100 * statistics.stdev(values)
+    assert f"{mean:.3f} % ± {deviation:.3f} (2)" in seeds.out
+    losses = [r.data.metrics["test/loss"] for r in cells(seeds)[best]]
+    mean, deviation = statistics.fmean(losses), statistics.stdev(losses)
+    assert f"test loss {mean:.5f} ± {deviation:.5f} (2)" in seeds.out
 
 
 def test_test_set_is_read_for_the_chosen_cell_alone(seeds: Done) -> None:
