@@ -194,26 +194,33 @@ def resume(
             raise
 
 
-def evaluate(run: str = "last", overrides: Sequence[str] = ()) -> "Evaluation":
-    """Evaluate the saved model of a run on the official test set. Raise ConfigError."""
+def evaluate(
+    run: str = "last", overrides: Sequence[str] = (), *, split: str = "test", tta: bool = False
+) -> "Evaluation":
+    """Evaluate the saved model of a run on the official test set, or on its split "val".
+
+    With `tta`, average over shifts by one pixel. Raise ConfigError.
+    """
     from mnist_exp.run.lookup import find_run
 
     store, stored_run, root = find_run(run, overrides, data=True)
 
     from mnist_exp.run import evaluate as evaluation
 
-    return evaluation.evaluate(store, stored_run, root)
+    return evaluation.evaluate(store, stored_run, root, split=split, tta=tta)
 
 
-def ensemble(sweep: str = "last", overrides: Sequence[str] = ()) -> "Ensemble":
-    """Evaluate the models of a sweep's chosen cell together, over its seeds. Raise ConfigError."""
+def ensemble(
+    sweep: str = "last", overrides: Sequence[str] = (), *, split: str = "test", tta: bool = False
+) -> "Ensemble":
+    """Evaluate the models of a sweep's chosen cell together, over its seeds, as `evaluate` does."""
     from mnist_exp.run.lookup import find_run
 
     store, parent, root = find_run(sweep, overrides, sweep=True, data=True)
 
     from mnist_exp.sweeps import ensemble as ensembles
 
-    return ensembles.ensemble(store, parent, root)
+    return ensembles.ensemble(store, parent, root, split=split, tta=tta)
 
 
 def predict(
@@ -221,6 +228,7 @@ def predict(
     run: str = "last",
     overrides: Sequence[str] = (),
     raw: bool = False,
+    tta: bool = False,
 ) -> "list[Prediction]":
     """Return what the saved model of a run says of image files, one prediction a file.
 
@@ -229,6 +237,7 @@ def predict(
         run: The run.
         overrides: `tracking.uri=...` alone, the store to look into.
         raw: The images are light ink on black, as in MNIST: do not invert, crop and centre them.
+        tta: Average over shifts of the images by one pixel.
 
     Raises:
         ConfigError: There is no such run, or it has left no model.
@@ -242,14 +251,14 @@ def predict(
 
     from mnist_exp.run import predict as prediction
 
-    return prediction.predict(store, stored_run, [Path(file) for file in files], raw)
+    return prediction.predict(store, stored_run, [Path(file) for file in files], raw, tta)
 
 
 def predictions_figure(predictions: "Sequence[Prediction]") -> Any:
     """Return a figure of images and predictions, of which one or more could be read."""
     from mnist_exp.run import predict as prediction
 
-    return prediction.draw(predictions, predictions[0].run_name)
+    return prediction.draw(predictions, predictions[0].title)
 
 
 def report(

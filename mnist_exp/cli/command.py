@@ -95,6 +95,12 @@ def path(text: str) -> Path:
 
 RUN = argument("run", metavar="RUN", help="a run id, its beginning, or last")
 STORE_AND_DATA = overrides("tracking.uri=..., and dataset.root=FOLDER where the data has moved")
+TTA = argument(
+    "--tta",
+    action="store_true",
+    help="test-time augmentation: average the probabilities over an image and its shifts by one "
+    "pixel to the left, right, up and down",
+)
 # The formats are those of figures/style.py, whose import takes half a second.
 FORMATS = ("png", "svg", "pdf")
 FORMAT = argument("--format", choices=FORMATS, default="png", help="of the figures written")

@@ -15,6 +15,7 @@ from mnist_exp.cli.command import (
     FORMAT,
     RUN,
     STORE_AND_DATA,
+    TTA,
     argument,
     check_figure,
     check_writable,
@@ -28,6 +29,7 @@ from mnist_exp.errors import ConfigError, RunFailed
 from mnist_exp.formatting import printable
 
 if TYPE_CHECKING:
+    from mnist_exp.run.evaluate import Evaluation
     from mnist_exp.run.recorder import Result
     from mnist_exp.sweeps.sweep import SweepResult
 
@@ -98,7 +100,7 @@ def show(args: argparse.Namespace) -> int:
 
 @command(
     "RUN_OR_SWEEP",
-    "the saved model of a run on the official test set; figures",
+    "the saved model of a run on the test set or on validation; figures",
     argument("run", metavar="RUN_OR_SWEEP", help="a run, or a sweep"),
     STORE_AND_DATA,
     argument(
@@ -107,42 +109,39 @@ def show(args: argparse.Namespace) -> int:
         help="of a sweep: average the probabilities of its chosen cell over the seeds",
     ),
     argument(
+        "--split",
+        choices=("val", "test"),
+        default="test",
+        help="the images: the official test set, or those of validation, to choose by",
+    ),
+    TTA,
+    argument(
         "--output", "-o", type=path, metavar="FOLDER", help="of the figures, if not in outputs/"
     ),
     FORMAT,
 )
 def evaluate(args: argparse.Namespace) -> int:
-    """Print what a saved model comes to on the test set, and draw it."""
+    """Print what a saved model comes to on the images of a split, and draw it."""
     from mnist_exp.config.paths import output_root
     from mnist_exp.run.console import reporting
 
     check_writable("--output", args.output)
-    with reporting(announcement=f"{args.run} on the test set: loading torch ...") as terminal:
-        ensemble = api.ensemble(args.run, args.overrides) if args.ensemble else None
-        evaluation = ensemble.whole if ensemble else api.evaluate(args.run, args.overrides)
+    words, options = (args.run, args.overrides), {"split": args.split, "tta": args.tta}
+    what = f"{args.run} on the {args.split} split"
+    with reporting(announcement=f"{what}: loading torch ...") as terminal:
+        ensemble = api.ensemble(*words, **options) if args.ensemble else None
+        evaluation = ensemble.whole if ensemble else api.evaluate(*words, **options)
         kept = output_root() / "outputs" / "evaluations" / evaluation.run_id[:8]
-        folder = args.output or kept
+        folder = args.output or kept / evaluation.variant
         drawn = evaluation.draw().items()
         figures = {folder / f"{name}.{args.format}": figure for name, figure in drawn}
         save_figures("--output", folder, figures)
     if ensemble:
         terminal.table("members", *ensemble.table())
     print(f"run            {evaluation.run_id}  {evaluation.name}")
-    low, high = evaluation.interval
-    for key, value in evaluation.test.items():
-        spec = ".2%" if key.endswith("accuracy") else ".6f"
-        line = f"{key:14} {value:{spec}}"
-        if not ensemble:
-            recorded = evaluation.recorded.get(key)
-            before = "not recorded" if recorded is None else f"recorded {recorded:{spec}}"
-            line += f"  ({before})"
-        if key.endswith("accuracy"):
-            line += f"  95 % interval {low:.2%} to {high:.2%}"
-        print(line)
-    error = evaluation.calibration.error
-    print(f"calibration    {error:.2%} expected error, 15 bins of confidence")
+    _print_scores(evaluation, has_record=not ensemble and args.split == "test")
     if ensemble:
-        accuracy, loss = (ensemble.gain(key) for key in ("test/accuracy", "test/loss"))
+        loss, accuracy = map(ensemble.gain, evaluation.scores)
         print(
             f"adds           {100 * accuracy:+.3f} percentage points of accuracy, {loss:+.5f} of "
             f"loss, to the mean of its members"
@@ -151,8 +150,29 @@ def evaluate(args: argparse.Namespace) -> int:
     print(f"figures        {', '.join(file.name for file in figures)}")
     print(f"output         {folder.resolve()}")
     if not ensemble:
-        print(f"predictions    {kept / 'predictions.json'}, for compare")
+        plain = f"{kept / 'predictions.json'}, for compare"
+        other = "not kept: compare takes those of the plain model on the test set"
+        print(f"predictions    {other if evaluation.variant else plain}")
     return 0
+
+
+def _print_scores(evaluation: "Evaluation", has_record: bool) -> None:
+    """Print the images, and loss, accuracy and calibration, beside what the run has recorded."""
+    print(f"images         {evaluation.description}")
+    low, high = evaluation.interval
+    of_plain = " without it" if evaluation.tta else ""
+    for key, value in evaluation.scores.items():
+        spec = ".2%" if key.endswith("accuracy") else ".6f"
+        line = f"{key:14} {value:{spec}}"
+        if has_record:
+            recorded = evaluation.recorded.get(key)
+            before = "not recorded" if recorded is None else f"recorded{of_plain} {recorded:{spec}}"
+            line += f"  ({before})"
+        if key.endswith("accuracy"):
+            line += f"  95 % interval {low:.2%} to {high:.2%}"
+        print(line)
+    error = evaluation.calibration.error
+    print(f"calibration    {error:.2%} expected error, 15 bins of confidence")
 
 
 @command(
@@ -171,6 +191,7 @@ def evaluate(args: argparse.Namespace) -> int:
         help="take the images as they are: light ink on black, as in MNIST. Otherwise they are "
         "taken for ink on paper, inverted, cropped and centred as MNIST's own were",
     ),
+    TTA,
     argument("--json", action="store_true", help="print JSON instead of a table"),
     argument(
         "--figure",
@@ -191,7 +212,7 @@ def predict(args: argparse.Namespace) -> int:
         raise ConfigError(f"--figure {figure}: it is one of the images. Name another file")
     what = f"{count_of(len(files), 'image')} by the model of {args.run}"
     with reporting(announcement=f"{what}: loading torch ...") as terminal:
-        predictions = api.predict(files, args.run, typed, args.raw)
+        predictions = api.predict(files, args.run, typed, args.raw, args.tta)
     readable = [p for p in predictions if not p.problem]
     if figure is not None and readable:
         save_figures("--figure", figure, {figure: api.predictions_figure(predictions)})
@@ -205,7 +226,7 @@ def predict(args: argparse.Namespace) -> int:
             [printable(str(p.file)), *(f"{name}  {share:.2%}" for name, share in p.classes)]
             for p in readable
         ]
-        terminal.table(readable[0].run_name, ["image", "class", "next", "after that"], rows)
+        terminal.table(readable[0].long_title, ["image", "class", "next", "after that"], rows)
     for p in predictions:
         if p.problem:
             print(f"mnist-exp: {printable(str(p.file))}: {p.problem}", file=sys.stderr)

@@ -4,7 +4,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from mnist_exp.data.dataset import PREVIEW_IMAGES, Dataset
+from mnist_exp.data.dataset import PREVIEW_IMAGES, Dataset, Split
 from mnist_exp.figures.images import sample_grid, weights_figure
 from mnist_exp.figures.matrices import confusion_matrix
 from mnist_exp.training import metrics
@@ -34,22 +34,24 @@ def predictions(
     )
 
 
-def draw_test_results(dataset: Dataset, logits: Tensor) -> dict[str, Figure]:
+def draw_results(
+    dataset: Dataset, split: Split, logits: Tensor, name: str = "test set"
+) -> dict[str, Figure]:
     """Return the most confident mistakes, if any, and the confusion matrix, as figures by name.
 
-    The logits are those of the test set, [N, classes], on the CPU.
+    The logits are those of the split, [N, classes], on the CPU; the figures have its name.
     """
-    probabilities, true = logits.softmax(-1), dataset.test.labels.cpu()
+    probabilities, true = logits.softmax(-1), split.labels.cpu()
     confidence, predicted = probabilities.max(-1)
     wrong = (predicted != true).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True)][:PREVIEW_IMAGES]
     figures = {}
     if len(worst):
-        title = f"most confident of {len(wrong)} mistakes on the test set"
-        images = dataset.test.images.cpu()[worst]
+        title = f"most confident of {len(wrong)} mistakes on the {name}"
+        images = split.images.cpu()[worst]
         figures["mistakes"] = predictions(dataset, images, true[worst], probabilities[worst], title)
     counts = metrics.confusion(true, predicted, len(dataset.classes))
-    figures["confusion"] = confusion_matrix(counts, dataset.classes, "test set")
+    figures["confusion"] = confusion_matrix(counts, dataset.classes, name)
     return figures
 
 

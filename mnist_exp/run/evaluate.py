@@ -1,4 +1,4 @@
-"""The saved model of a run on the official test set."""
+"""The saved model of a run on the official test set, or on its validation split."""
 
 import logging
 from collections.abc import Mapping
@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mnist_exp.data.dataset import Dataset
+from mnist_exp.data.dataset import Dataset, Split
+from mnist_exp.errors import ConfigError
 from mnist_exp.figures import curves, samples
 from mnist_exp.figures.curves import History
 from mnist_exp.formatting import Table, number_or_dash, wilson
@@ -21,27 +22,48 @@ from mnist_exp.training import metrics
 from mnist_exp.training.metrics import Calibration, ClassScore
 from mnist_exp.training.stack import Stack
 
+SPLITS = {"test": "test set", "val": "validation set"}  # what can be evaluated on, with its title
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results of a model, or of several together, on the official test set."""
+    """The results of a model, or of several together, on the images of a split."""
 
     run_id: str
     name: str
     dataset: Dataset = field(repr=False)
+    examples: Split = field(repr=False)  # the images that these are the results on
     logits: Tensor = field(repr=False)  # [N, classes]
+    split: str = "test"  # a key of SPLITS
+    tta: bool = False  # with test-time augmentation
     recorded: Mapping[str, float] = field(default_factory=dict)  # the run's own test metrics
     model: nn.Module | None = field(default=None, repr=False)  # None for several models
     history: History = field(default_factory=dict, repr=False)  # of its training
     best_epoch: int | None = None  # whose weights these are, if validation chose them
 
     @cached_property
-    def test(self) -> dict[str, float]:
-        """test/loss and test/accuracy."""
-        (test,) = metrics.score(self.logits[None], self.dataset.test, "test")
-        return test
+    def scores(self) -> dict[str, float]:
+        """The loss and the accuracy by their names: test/loss and test/accuracy, or val/..."""
+        (scores,) = metrics.score(self.logits[None], self.examples, self.split)
+        return scores
+
+    @property
+    def title(self) -> str:
+        """The title of a figure: the split, and whether its images were shifted."""
+        return SPLITS[self.split] + (f", {metrics.TTA}" if self.tta else "")
+
+    @property
+    def description(self) -> str:
+        """The images that these are the results on, in words."""
+        shifted = f", {metrics.WITH_TTA}" if self.tta else ""
+        return f"{len(self.examples):,} of the {SPLITS[self.split]}{shifted}"
+
+    @property
+    def variant(self) -> str:
+        """A name for what is not the plain model on the test set: "val", "tta" or "val-tta"."""
+        return "-".join(["val"] * (self.split == "val") + ["tta"] * self.tta)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -51,7 +73,7 @@ class Evaluation:
     @property
     def classes(self) -> list[ClassScore]:
         """Precision, recall and F1 of each class."""
-        labels, predicted = self.dataset.test.labels, self.logits.argmax(-1)
+        labels, predicted = self.examples.labels, self.logits.argmax(-1)
         return metrics.class_scores(metrics.confusion(labels, predicted, len(self.dataset.classes)))
 
     @cached_property
@@ -61,15 +83,15 @@ class Evaluation:
 
     @property
     def _correct(self) -> Tensor:
-        return self.logits.argmax(-1) == self.dataset.test.labels
+        return self.logits.argmax(-1) == self.examples.labels
 
     def predictions(self) -> KeptPredictions:
-        """Return the predicted class of each test image, as they are kept."""
+        """Return the predicted class of each image, as those of the test set are kept."""
         return KeptPredictions(
             run_id=self.run_id,
             dataset_digest=self.dataset.digest,
             classes=list(self.dataset.classes),
-            labels=self.dataset.test.labels.tolist(),
+            labels=self.examples.labels.tolist(),
             predicted=self.logits.argmax(-1).tolist(),
         )
 
@@ -82,13 +104,14 @@ class Evaluation:
         return Table(["class", "precision", "recall", "F1", "images"], rows)
 
     def draw(self) -> dict[str, Any]:
-        """Return figures by name: of the test set, and of one model its curves and first layer."""
-        figures = samples.draw_test_results(self.dataset, self.logits)
+        """Return figures by name: of the images, and of one model its curves and first layer."""
+        figures = samples.draw_results(self.dataset, self.examples, self.logits, self.title)
         figures["calibration"] = curves.reliability_diagram(
-            self.calibration, "calibration on the test set"
+            self.calibration, f"calibration: {self.title}"
         )
         if self.history:
-            test_accuracy = self.recorded.get("test/accuracy")
+            # who chooses by validation does not look at the test set
+            test_accuracy = self.recorded.get("test/accuracy") if self.split == "test" else None
             figures["curves"] = curves.learning_curves(
                 self.history, self.best_epoch, self.name, test_accuracy
             )
@@ -98,24 +121,36 @@ class Evaluation:
         return figures
 
 
-def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluation:
-    """Return the results of a stored run's model on the official test set, and keep its answers.
+def evaluate(
+    store: Store,
+    run: StoredRun,
+    root: str | None = None,
+    *,
+    split: str = "test",
+    tta: bool = False,
+) -> Evaluation:
+    """Return the results of a stored run's model on a split.
+
+    What the plain model says of the official test set is kept for `compare`.
 
     Args:
         store: The store that has the run.
         run: The run.
         root: The folder of its data set, if not the recorded one.
+        split: The images: "test" or "val".
+        tta: Average over shifts of the images, as `metrics.predict_batch` does.
 
     Raises:
-        ConfigError: The run has left no model, or its data set is not there.
+        ConfigError: The run has left no model, or its data set or the split is not there.
     """
     dataset, stack = load_run(store, run, root=root)
     best_epoch = run.metrics.get("best/epoch")
-    evaluation = evaluate_stack(run, dataset, stack)
-    try:
-        replace(evaluation.predictions(), store=store.uri).save()
-    except OSError as error:  # the results are there all the same
-        log.warning("the predictions cannot be kept, which compare needs: %s", error)
+    evaluation = evaluate_stack(run, dataset, stack, split, tta)
+    if not evaluation.variant:
+        try:
+            replace(evaluation.predictions(), store=store.uri).save()
+        except OSError as error:  # the results are there all the same
+            log.warning("the predictions cannot be kept, which compare needs: %s", error)
     return replace(
         evaluation,
         model=stack.model(0),
@@ -124,9 +159,19 @@ def evaluate(store: Store, run: StoredRun, root: str | None = None) -> Evaluatio
     )
 
 
-def evaluate_stack(run: StoredRun, dataset: Dataset, stack: Stack) -> Evaluation:
-    """Return the results of a run's model, a stack of one, on a data set's test images."""
-    (logits,) = metrics.predict(stack, dataset, dataset.test)
+def evaluate_stack(
+    run: StoredRun, dataset: Dataset, stack: Stack, split: str, tta: bool
+) -> Evaluation:
+    """Return the results of a run's model, a stack of one, on a split of its data set."""
+    if split not in SPLITS:
+        raise ConfigError(f"split={split}: must be one of {', '.join(SPLITS)}")
+    examples = dataset.val if split == "val" else dataset.test
+    if examples is None:
+        raise ConfigError(
+            f"--split val: run {run.id} has no validation images (dataset.val_size=0). For the "
+            f"test set: --split test"
+        )
+    (logits,) = metrics.predict(stack, dataset, examples, tta)
     check_finite(logits, run)
     recorded = {key: value for key, value in run.metrics.items() if key.startswith("test/")}
-    return Evaluation(run.id, run.name, dataset, logits, recorded)
+    return Evaluation(run.id, run.name, dataset, examples, logits, split, tta, recorded)

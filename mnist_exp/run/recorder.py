@@ -358,7 +358,7 @@ def record_test_and_model(
     epoch = history.epochs
     model = _deployed(stack, dataset)
     with recording_model(model, dataset, writer):
-        for name, figure in samples.draw_test_results(dataset, logits).items():
+        for name, figure in samples.draw_results(dataset, dataset.test, logits).items():
             writer.image(f"test/{name}", style.pixels(figure), epoch)
         best_epoch = history.newest().get("best/epoch")
         record_curves(history, writer, best_epoch, scores["test/accuracy"])

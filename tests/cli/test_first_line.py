@@ -64,7 +64,7 @@ def test_it_is_told_before_torch_is_imported(
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["evaluate", "last"], "last on the test set"),
+        (["evaluate", "last"], "last on the test split"),
         (["predict", "last", "a.png", "b.png"], "2 images by the model of last"),
         (["report", "last"], "the report of sweep last"),
         (["reproduce", "last"], "run last, once more"),

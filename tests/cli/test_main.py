@@ -483,6 +483,25 @@ def test_evaluate(
     assert files == {f"{name}.svg" for name in names} == {*lines["figures"].split(", ")}
 
 
+def test_evaluate_says_which_images_and_whether_they_were_shifted(
+    finished: Started, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "output_root", lambda: tmp_path)
+    (run,) = runs(finished.store)
+    words = ["evaluate", "last", f"tracking.uri={finished.store}", "--tta"]
+    kept = tmp_path / "outputs" / "evaluations" / run.info.run_id[:8]
+    shifted = "with test-time augmentation: mean of 5 shifts"
+    status, out, _ = call(*words)
+    assert status == 0 and f"images         10,000 of the test set, {shifted}\n" in out
+    assert f"  (recorded without it {run.data.metrics['test/accuracy']:.2%})  95 %" in out
+    assert "predictions    not kept: compare takes those of the plain model on the test set" in out
+    assert [path.name for path in kept.iterdir()] == ["tta"]
+    status, out, _ = call(*words, "--split", "val")
+    assert status == 0 and f" of the validation set, {shifted}\n" in out
+    assert "recorded" not in out and "test/" not in out
+    assert {path.name for path in kept.iterdir()} == {"tta", "val-tta"}
+
+
 def picture(path: Path, digit: int = 0) -> Path:
     """A drawing of MNIST's own, dark on light."""
     image = load_embedded().test.images[digit, 0].numpy()
@@ -506,6 +525,9 @@ def test_predict(finished: Started, call: Call, tmp_path: Path) -> None:
         shares = re.findall(r"(\d)  (\d+\.\d\d)%", row)
         assert len({name for name, _ in shares}) == 3
         assert sorted(shares, key=lambda share: -float(share[1])) == shares
+    assert "with test-time augmentation" not in out
+    shifted = call(*words, "--tta")[1]
+    assert "with test-time augmentation: mean of 5 shifts" in " ".join(shifted.split())
 
 
 def test_predict_as_json(finished: Started, call: Call, tmp_path: Path) -> None:
@@ -518,6 +540,7 @@ def test_predict_as_json(finished: Started, call: Call, tmp_path: Path) -> None:
     shares = [found["probability"], *(each["probability"] for each in found["next"])]
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
     assert len({found["class"], *(each["class"] for each in found["next"])}) == 3
+    assert json.loads(call(*words, "--tta")[1])[0]["tta"] is not found["tta"]
     raw = json.loads(call(*words, "--raw")[1])[0]  # dark ink, as it is: something else
     assert raw["probability"] != found["probability"]
 

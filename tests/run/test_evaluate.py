@@ -1,21 +1,24 @@
-"""Saved models on the official test set: exact numbers, and their figures."""
+"""Saved models on the test set and on validation: exact numbers, and their figures."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.text import Text
+from PIL import Image
 
 import mnist_exp
+from mnist_exp.cli import main as cli
 from mnist_exp.config import paths
 from mnist_exp.errors import ConfigError
 from mnist_exp.run.evaluate import Evaluation
 from mnist_exp.run.kept_predictions import KeptPredictions
 from mnist_exp.run.recorder import Result
-from tests.helpers import config_on_record
+from tests.helpers import config_on_record, write_idx
 
 SMALL = [
     *("debug=fast", "training.compile=never", "training.threads=1", "training.device=cpu"),
@@ -44,9 +47,9 @@ def found(run: Result, store: str, outputs: Path) -> Evaluation:
 
 def test_numbers_are_those_of_the_run(run: Result, found: Evaluation) -> None:
     recorded = {key: run.test[key] for key in ("test/loss", "test/accuracy")}
-    assert found.test == recorded == found.recorded
+    assert found.scores == recorded == found.recorded
     low, high = found.interval
-    assert low < found.test["test/accuracy"] < high
+    assert low < found.scores["test/accuracy"] < high
 
 
 def test_predictions_are_kept(
@@ -56,7 +59,7 @@ def test_predictions_are_kept(
     kept = KeptPredictions.load(run.run_id)
     assert kept == replace(found.predictions(), store=store)
     right = [true == said for true, said in zip(kept.labels, kept.predicted, strict=True)]
-    assert sum(right) / len(right) == found.test["test/accuracy"]
+    assert sum(right) / len(right) == found.scores["test/accuracy"]
     assert kept.dataset_digest == found.dataset.digest and len(kept.classes) == 10
 
 
@@ -66,12 +69,12 @@ def test_predictions_that_cannot_be_kept_do_not_matter(
 ) -> None:  # fmt: skip
     (tmp_path / "outputs").write_text("a file where the folder has to be")
     monkeypatch.setattr(paths, "output_root", lambda: tmp_path)
-    assert mnist_exp.evaluate(run.run_id, [f"tracking.uri={store}"]).test == found.test
+    assert mnist_exp.evaluate(run.run_id, [f"tracking.uri={store}"]).scores == found.scores
     assert "the predictions cannot be kept" in caplog.text
 
 
 def test_numbers_agree_with_each_other(found: Evaluation) -> None:
-    accuracy, images = found.test["test/accuracy"], len(found.dataset.test)
+    accuracy, images = found.scores["test/accuracy"], len(found.dataset.test)
     assert sum(one.images for one in found.classes) == images
     hits = sum(one.recall * one.images for one in found.classes)
     assert hits / images == pytest.approx(accuracy)
@@ -148,16 +151,20 @@ def test_what_is_on_record_is_not_overridden(run: Result, store: str) -> None:
         mnist_exp.evaluate(run.run_id, [f"tracking.uri={store}", "seed=7"])
 
 
+def texts(figure: Any) -> str:
+    return " ".join(text.get_text() for text in figure.findobj(Text))
+
+
 def test_figures(found: Evaluation) -> None:
     figures = found.draw()
     assert set(figures) == {"mistakes", "confusion", "calibration", "curves", "first_layer"}
 
     def written(name: str) -> str:
-        return " ".join(text.get_text() for text in figures[name].findobj(Text))
+        return texts(figures[name])
 
     assert f"expected calibration error {found.calibration.error:.2%}" in written("calibration")
-    assert f"{found.test['test/accuracy']:.2%} right" in written("confusion")
-    wrong = round(len(found.dataset.test) * (1 - found.test["test/accuracy"]))
+    assert f"{found.scores['test/accuracy']:.2%} right" in written("confusion")
+    wrong = round(len(found.dataset.test) * (1 - found.scores["test/accuracy"]))
     assert f"most confident of {wrong} mistakes" in written("mistakes")
     assert f"best epoch {found.best_epoch}" in written("curves")
     assert "64 units" in written("first_layer")
@@ -167,3 +174,59 @@ def test_the_module_is_evaluated_as_it_is_served(run: Result, found: Evaluation)
     images = found.dataset.test.images.float() / 255
     with torch.no_grad():
         assert torch.allclose(run.model(images), found.logits, atol=1e-4)
+
+
+def test_on_validation_the_numbers_are_those_of_the_best_epoch(
+    run: Result, store: str, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "output_root", lambda: outputs / "validation")
+    found = mnist_exp.evaluate(run.run_id, [f"tracking.uri={store}"], split="val")
+    assert found.scores.keys() == {"val/loss", "val/accuracy"}
+    assert found.scores["val/accuracy"] == run.test["best/val_accuracy"]
+    assert found.dataset.val is not None and found.examples is found.dataset.val
+    assert sum(one.images for one in found.classes) == len(found.dataset.val)
+    assert found.calibration.counts.sum() == len(found.dataset.val)
+    figures = found.draw()
+    for name in ("mistakes", "confusion", "calibration"):
+        assert "validation set" in texts(figures[name])
+    assert "test" not in " ".join(map(texts, figures.values()))  # it is not looked at
+    assert KeptPredictions.load(run.run_id) is None
+
+
+def test_test_time_augmentation_leaves_the_plain_predictions_alone(
+    run: Result, found: Evaluation, store: str, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "output_root", lambda: outputs)
+    before = KeptPredictions.load(run.run_id)
+    shifted = mnist_exp.evaluate(run.run_id, [f"tracking.uri={store}"], tta=True)
+    assert shifted.predictions().predicted != found.predictions().predicted
+    assert KeptPredictions.load(run.run_id) == before is not None
+    assert shifted.recorded == found.recorded != shifted.scores
+    for name in ("mistakes", "confusion", "calibration"):
+        assert "test set, mean of 5 shifts" in texts(shifted.draw()[name])
+
+
+def test_what_cannot_be_evaluated_is_refused(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_idx(tmp_path / "tiny", size=2, classes=2)
+    words = [*SMALL, f"tracking.uri={store}", f"hydra.run.dir={tmp_path}/run", "dataset=idx"]
+    own = [f"dataset.root={root}", "dataset.train_size=null", "dataset.val_size=0"]
+    run_id = mnist_exp.train([*words, *own]).run_id
+    monkeypatch.setattr(paths, "output_root", lambda: tmp_path / "nothing")
+    image = tmp_path / "a.png"
+    Image.new("L", (28, 28), 200).save(image)
+    there = f"tracking.uri={store}"
+    small = "--tta: images of 2 x 2 pixels are too small to be shifted by one"
+    for typed, said in (
+        (["evaluate", run_id, "--split", "val"], f"--split val: run {run_id} has no validation"),
+        (["evaluate", run_id, "--tta"], small),
+        (["predict", run_id, str(image), "--raw", "--tta"], small),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*typed, there])
+        output = capsys.readouterr()
+        assert output.err.startswith(f"mnist-exp: {said}") and output.out == ""
+    with pytest.raises(ConfigError, match=r"^split=valid: must be one of test, val"):
+        mnist_exp.evaluate(run_id, [there], split="valid")
+    assert not (tmp_path / "nothing").exists()

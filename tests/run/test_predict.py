@@ -8,6 +8,7 @@ from PIL import Image
 
 import mnist_exp
 from mnist_exp.run import predict
+from mnist_exp.run.evaluate import Evaluation
 from mnist_exp.run.predict import Prediction
 from mnist_exp.run.recorder import Result
 
@@ -41,12 +42,28 @@ def test_predictions_are_those_of_the_evaluation(
     predictions: list[Prediction], run: Result, store: str
 ) -> None:
     evaluation = mnist_exp.evaluate(run.run_id, [f"tracking.uri={store}"])
+    assert_predicted(predictions, evaluation)
+
+
+def assert_predicted(predictions: list[Prediction], evaluation: Evaluation) -> None:
     expected = evaluation.logits[:COUNT].double().softmax(-1)
     made = [p for p in predictions if not p.problem]
     for prediction, shares in zip(made, expected, strict=True):
         best = shares.topk(3)
         assert [name for name, _ in prediction.classes] == [str(i) for i in best.indices.tolist()]
         np.testing.assert_allclose([share for _, share in prediction.classes], best.values, 1e-5)
+
+
+def test_test_time_augmentation_is_that_of_the_evaluation(
+    predictions: list[Prediction], run: Result, store: str, files: list[Path]
+) -> None:
+    there = [f"tracking.uri={store}"]
+    made = mnist_exp.predict(files, run.run_id, there, raw=True, tta=True)
+    assert_predicted(made, mnist_exp.evaluate(run.run_id, there, tta=True))
+    assert made[0].classes != predictions[0].classes
+    assert made[0].as_json()["tta"] is True
+    title = f"{made[0].run_name}, mean of 5 shifts"
+    assert title in [text.get_text() for text in mnist_exp.predictions_figure(made).texts]
 
 
 def test_a_file_that_cannot_be_read_is_a_problem_in_its_place(
@@ -59,7 +76,7 @@ def test_a_file_that_cannot_be_read_is_a_problem_in_its_place(
 
 def test_as_json_begins_with_the_most_probable_class(predictions: list[Prediction]) -> None:
     plain = predictions[0].as_json()
-    assert plain.keys() == {"file", "class", "probability", "next"}
+    assert plain.keys() == {"file", "class", "probability", "next", "tta"} and not plain["tta"]
     shares = [plain["probability"], *(other["probability"] for other in plain["next"])]
     assert shares == sorted(shares, reverse=True) and len(shares) == 3
 

@@ -50,7 +50,7 @@ def test_data_that_has_moved_or_changed(store: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="before: there is no such folder"):
         mnist_exp.evaluate(done.run_id, there)
     found = mnist_exp.evaluate(done.run_id, [*there, f"dataset.root={after}"])
-    assert found.test == found.recorded
+    assert found.scores == found.recorded
     again = mnist_exp.reproduce(done.run_id, [*there, f"dataset.root={after}"])
     assert again.verdict == "identical"
     image = tmp_path / "a.png"
@@ -111,7 +111,7 @@ def test_evaluation_of_a_module_of_ones_own(
     assert "scale" not in checkpoint.load(tmp_path / "run" / "checkpoint.pt")["model"]
     store = Store(done.store)
     found = evaluate(store, store.find(done.run_id))
-    assert found.test == {key: found.recorded[key] for key in ("test/loss", "test/accuracy")}
+    assert found.scores == {key: found.recorded[key] for key in ("test/loss", "test/accuracy")}
     monkeypatch.setattr(sys.modules["own_net"], "WIDTH", 9)
     with pytest.raises(ConfigError, match=r"does not fit own_net\.Net"):
         evaluate(store, store.find(done.run_id))

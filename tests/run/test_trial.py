@@ -172,7 +172,7 @@ def test_what_is_accepted_comes_to_its_end(place: list[str]) -> None:
     words = [*place, "trusted_packages=[tests]", "training.label_smoothing=0.1"]
     result = mnist_exp.train([*words, *model(HalfPrecision)])
     again = mnist_exp.evaluate(result.run_id, place[1:2])
-    assert again.test["test/accuracy"] == result.test_accuracy > 0.2
+    assert again.scores["test/accuracy"] == result.test_accuracy > 0.2
     assert "first_layer" in again.draw()
 
 

@@ -1,4 +1,4 @@
-"""The models of a sweep's chosen cell together, on the official test set."""
+"""The models of a sweep's chosen cell together, on the test set and on validation."""
 
 import re
 from pathlib import Path
@@ -37,9 +37,9 @@ def test_probabilities_are_averaged(together: Ensemble) -> None:
     shares = torch.stack([m.logits.double().softmax(-1) for m in together.members]).mean(0)
     assert torch.allclose(together.whole.logits.softmax(-1), shares)
     labels = together.whole.dataset.test.labels
-    assert together.whole.test["test/accuracy"] == (shares.argmax(-1) == labels).double().mean()
+    assert together.whole.scores["test/accuracy"] == (shares.argmax(-1) == labels).double().mean()
     loss = -shares[torch.arange(len(labels)), labels].log().mean()
-    assert together.whole.test["test/loss"] == pytest.approx(float(loss))
+    assert together.whole.scores["test/loss"] == pytest.approx(float(loss))
 
 
 def test_members_are_the_chosen_cell(together: Ensemble, seeds: SweepResult) -> None:
@@ -47,16 +47,16 @@ def test_members_are_the_chosen_cell(together: Ensemble, seeds: SweepResult) -> 
     assert chosen is not None and chosen.label == "lr=0.1"
     assert together.whole.name == "ensemble of 3, lr=0.1"
     assert [m.run_id for m in together.members] == [job.run_id for job in chosen.finished]
-    assert [m.test for m in together.members] == [
+    assert [m.scores for m in together.members] == [
         pytest.approx(m.recorded, rel=1e-6) for m in together.members
     ]
 
 
 def test_what_an_ensemble_adds(together: Ensemble) -> None:
-    own = [m.test["test/accuracy"] for m in together.members]
+    own = [m.scores["test/accuracy"] for m in together.members]
     assert together.spread("test/accuracy").n == 3
     assert together.gain("test/accuracy") == pytest.approx(
-        together.whole.test["test/accuracy"] - sum(own) / 3
+        together.whole.scores["test/accuracy"] - sum(own) / 3
     )
     assert together.gain("test/loss") < 0  # the logarithm is concave
 
@@ -81,9 +81,37 @@ def test_an_ensemble_as_it_is_printed(
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         *("mistakes.png", "confusion.png", "calibration.png")
     }
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*words, "--ensemble", "--split=val", "--tta", "--output", f"{tmp_path}/val"])
+    out = capsys.readouterr().out
+    assert re.search(r"^ run +name +val/accuracy +val/loss +calibration error", out, re.MULTILINE)
+    assert "of the validation set, with test-time augmentation: mean of 5 shifts\n" in out
+    assert "test/" not in out and "predictions" not in out
     with pytest.raises(SystemExit, match="2"):
         cli.main(words)
     assert f"mnist-exp evaluate {seeds.run_id[:8]} --ensemble" in capsys.readouterr().err
+
+
+def test_an_ensemble_on_validation(seeds: SweepResult, store: str) -> None:
+    found = mnist_exp.ensemble(seeds.run_id, [f"tracking.uri={store}"], split="val")
+    assert seeds.report.chosen is not None
+    best = [job.metric("best/val_accuracy") for job in seeds.report.chosen.finished]
+    assert [m.scores["val/accuracy"] for m in found.members] == best
+    assert found.whole.examples is found.whole.dataset.val and not found.whole.recorded
+    shares = torch.stack([m.logits.double().softmax(-1) for m in found.members]).mean(0)
+    assert torch.allclose(found.whole.logits.exp(), shares)
+
+
+def test_members_with_different_validation_images_have_none_together(
+    store: str, tmp_path: Path
+) -> None:
+    words = [*SMALL, f"tracking.uri={store}", f"hydra.sweep.dir={tmp_path}/jobs"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("# @package _global_\ndataset: {split_seed: '${seed}'}\n")
+    swept = mnist_exp.train_sweep([*words, "seed=0,1", f"experiments={recipe}"])
+    assert len(mnist_exp.ensemble(swept.run_id, [f"tracking.uri={store}"]).members) == 2
+    with pytest.raises(ConfigError, match=r"^--split val: .*different validation images"):
+        mnist_exp.ensemble(swept.run_id, [f"tracking.uri={store}"], split="val")
 
 
 def test_an_ensemble_of_one_is_none(store: str, tmp_path: Path) -> None:

@@ -293,8 +293,8 @@ def test_all_are_tested_where_the_sweep_asks_for_it(launchers: dict[str, Done]) 
     for done in launchers.values():
         for child in done.children.values():
             found = evaluate(done.store, done.store.get(child.info.run_id))
-            assert found.recorded.keys() == found.test.keys()
-            assert abs(found.test["test/accuracy"] - found.recorded["test/accuracy"]) < 2e-4
+            assert found.recorded.keys() == found.scores.keys()
+            assert abs(found.scores["test/accuracy"] - found.recorded["test/accuracy"]) < 2e-4
 
 
 MODULE_OF_A_NET = """

@@ -83,8 +83,8 @@ def test_test_set_is_read_for_the_chosen_cell_alone(seeds: Done) -> None:
             assert r.info.status == "FINISHED"
             if cell == best:
                 found = evaluate(seeds.store, seeds.store.get(r.info.run_id))
-                recorded = {key: found.recorded[key] for key in found.test}
-                assert found.test == pytest.approx(recorded, rel=1e-6)  # other threads add it up
+                recorded = {key: found.recorded[key] for key in found.scores}
+                assert found.scores == pytest.approx(recorded, rel=1e-6)  # other threads add it up
 
 
 def test_the_test_set_does_not_choose(

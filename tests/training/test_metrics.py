@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mnist_exp.data.dataset import Split
+from mnist_exp.errors import ConfigError
 from mnist_exp.training import metrics
 from mnist_exp.training.metrics import MetricSums
-from tests.training.helpers import MakeDataset, fit, mlp, run, seeded
+from mnist_exp.training.stack import Stack
+from tests.training.helpers import CPU, MakeDataset, cnn, fit, mlp, run, seeded
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -73,3 +76,43 @@ def test_calibration() -> None:
 def test_calibration_at_the_edges() -> None:
     found = metrics.calibration(torch.tensor([0.0, 0.5, 1.0]), torch.ones(3) > 0, bins=2)
     assert found.counts.tolist() == [2, 1]
+
+
+def test_images_are_shifted_by_one_pixel_each_way() -> None:
+    images = torch.arange(1, 13, dtype=torch.uint8).view(1, 1, 3, 4)
+    same, left, right, up, down = (moved[0, 0].tolist() for moved in metrics.shifts(images))
+    assert same == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+    assert left == [[2, 3, 4, 0], [6, 7, 8, 0], [10, 11, 12, 0]]
+    assert right == [[0, 1, 2, 3], [0, 5, 6, 7], [0, 9, 10, 11]]
+    assert up == [[5, 6, 7, 8], [9, 10, 11, 12], [0, 0, 0, 0]]
+    assert down == [[0, 0, 0, 0], [1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_test_time_augmentation_averages_probabilities(
+    make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two models, in batches of 32, 32 and 6, as a plain loop would do it."""
+    monkeypatch.setattr(metrics, "EVALUATION_BATCH", 32)
+    data = make_dataset(train=257, val=70)
+    assert data.val is not None
+    found = metrics.predict(Stack(cnn, [0, 1], CPU), data, data.val, tta=True)
+    plain = metrics.predict(Stack(cnn, [0, 1], CPU), data, data.val)
+    assert not torch.allclose(found.softmax(-1), plain.double().softmax(-1), atol=1e-3)
+    padded = F.pad(data.val.images / 255, (1, 1, 1, 1))
+    for k in range(2):
+        module, shares = seeded(cnn, k).eval(), []
+        for y, x in ((1, 1), (1, 0), (1, 2), (0, 1), (2, 1)):
+            moved = padded[:, :, y : y + 8, x : x + 8]
+            shares.append(module((moved - data.mean) / data.std).detach().double().softmax(-1))
+        expected = torch.stack(shares).mean(0)
+        torch.testing.assert_close(found[k].exp(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("height, width", [(2, 8), (8, 2), (1, 1)])
+def test_images_that_a_shift_would_empty_are_refused(
+    height: int, width: int, make_dataset: MakeDataset
+) -> None:
+    split = Split(torch.zeros(4, 1, height, width, dtype=torch.uint8), torch.zeros(4).long())
+    stack, data = Stack(mlp, [0], CPU), make_dataset(train=8, val=8)
+    with pytest.raises(ConfigError, match=rf"^--tta: images of {height} x {width} pixels are too"):
+        metrics.predict(stack, data, split, tta=True)
