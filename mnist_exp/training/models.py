@@ -96,6 +96,132 @@ class CNN(nn.Sequential):
         )
 
 
+class StridedCNN(nn.Sequential):
+    """A convolution of stride 2, then 3x3 convolutions, with pooling between them; a linear layer.
+
+    Each convolution is followed by batch normalisation (Ioffe & Szegedy 2015) and ReLU. On a CPU,
+    what a network does at the full size of the images takes longer than its arithmetic, so the
+    first convolution halves them.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        width: int = 16,
+        layers: Sequence[int] = (2, 2, 1),
+        dropout: float = 0.0,
+    ) -> None:
+        """Make the network.
+
+        Args:
+            input_shape: The shape of an image, (C, H, W).
+            num_classes: The number of logits.
+            width: The number of channels of the first convolution; it is doubled at each pooling.
+            layers: The number of 3x3 convolutions at each size of the maps, from the largest on.
+            dropout: The share of the last layer's inputs that are dropped.
+
+        Raises:
+            ValueError: The images are too small, or a number is.
+        """
+        channels, *size = input_shape
+        if width < 1 or not layers or min(layers) < 0:
+            raise ValueError(
+                f"width={width}, layers={list(layers)}: it needs a width of 1 or more, and a "
+                f"number of layers (0 or more) for each size of the maps"
+            )
+        size = [-(-side // 2) for side in size]
+        modules = _convolution(channels, width, 5, stride=2)  # [B, C, H, W] -> [B, w, H / 2, W / 2]
+        fan_in = width
+        for stage, count in enumerate(layers):
+            if stage > 0:  # [B, c, H, W] -> [B, c, H / 2, W / 2], down
+                modules.append(nn.MaxPool2d(2))
+                size = [side // 2 for side in size]
+            for _ in range(count):
+                modules += _convolution(fan_in, width * 2**stage, 3)
+                fan_in = width * 2**stage
+        if min(size) < 1:
+            raise ValueError(
+                f"layers={list(layers)}: they halve images {len(layers)} times, for which "
+                f"{input_shape[1]} x {input_shape[2]} is too small"
+            )
+        modules.append(nn.Flatten())
+        if dropout:
+            modules.append(nn.Dropout(dropout))
+        super().__init__(*modules, nn.Linear(fan_in * size[0] * size[1], num_classes))
+
+
+class ResNet(nn.Sequential):
+    """A residual network of basic blocks (He, Zhang, Ren & Sun 2016), for small images.
+
+    The first convolution has stride 2, for the reason of StridedCNN, and no pooling follows it.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        width: int = 32,
+        blocks: Sequence[int] = (1, 1, 1),
+    ) -> None:
+        """Make the network.
+
+        Args:
+            input_shape: The shape of an image, (C, H, W).
+            num_classes: The number of logits.
+            width: The number of channels of the first stage; each stage has twice as many.
+            blocks: The number of blocks in each stage; the first of a stage halves the maps, but
+                for the first stage.
+
+        Raises:
+            ValueError: A number is below 1.
+        """
+        if width < 1 or not blocks or min(blocks) < 1:
+            raise ValueError(
+                f"width={width}, blocks={list(blocks)}: it needs a width of 1 or more, and a "
+                f"number of blocks (1 or more) for each stage"
+            )
+        modules = _convolution(input_shape[0], width, 5, stride=2)
+        fan_in = width
+        for stage, count in enumerate(blocks):
+            for i in range(count):
+                stride = 2 if stage > 0 and i == 0 else 1
+                modules.append(BasicBlock(fan_in, width * 2**stage, stride))
+                fan_in = width * 2**stage
+        pooling = nn.AdaptiveAvgPool2d(1)  # [B, c, H, W] -> [B, c, 1, 1]
+        super().__init__(*modules, pooling, nn.Flatten(), nn.Linear(fan_in, num_classes))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes.
+
+    He, Zhang, Ren & Sun, "Deep Residual Learning for Image Recognition" (2016).
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
+        super().__init__()
+        *last, _ = _convolution(fan_out, fan_out, 3)  # whose ReLU comes after the sum
+        self.residual = nn.Sequential(*_convolution(fan_in, fan_out, 3, stride), *last)
+        self.shortcut = nn.Sequential()  # the identity
+        if stride > 1 or fan_in != fan_out:
+            *projection, _ = _convolution(fan_in, fan_out, 1, stride)
+            self.shortcut = nn.Sequential(*projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the maps [B, fan_out, H / stride, W / stride] of maps [B, fan_in, H, W]."""
+        result: Tensor = self.residual(x) + self.shortcut(x)
+        return result.relu()
+
+
+def _convolution(fan_in: int, fan_out: int, size: int, stride: int = 1) -> list[nn.Module]:
+    """Return a convolution that keeps the size of the maps (of stride 1), with what follows it."""
+    return [
+        nn.Conv2d(fan_in, fan_out, size, stride, padding=size // 2, bias=False),
+        nn.BatchNorm2d(fan_out),
+        nn.ReLU(),
+    ]
+
+
 class DeployedModel(nn.Module):
     """A trained model with its normalisation inside, for images from torchvision's `ToTensor`."""
 

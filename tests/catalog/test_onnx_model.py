@@ -21,7 +21,7 @@ needs_onnx = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def result(store: str, folder: Path) -> Result:
     """A run of a model with batch normalisation and dropout, which behave otherwise in training."""
-    words = ["debug=fast", "model=cnn", "model.channels=[4]", "training.compile=never"]
+    words = ["debug=fast", "model=cnn_pooled", "model.channels=[4]", "training.compile=never"]
     words += [f"tracking.uri={store}", f"hydra.run.dir={folder}/run"]
     return mnist_exp.train([*words, "training.threads=1", "training.device=cpu"])
 

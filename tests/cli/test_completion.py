@@ -19,6 +19,7 @@ from mnist_exp.cli.completion import FILES, candidates, complete
 from mnist_exp.tracking import store as tracking
 from tests.helpers import ROOT, command, fresh_store
 
+MODELS = ["cnn", "cnn_pooled", "lenet5", "linear", "mlp", "resnet"]
 BREAKS = " \t\n\"'><=;|&(:"  # bash's COMP_WORDBREAKS, unless somebody has changed it
 
 
@@ -57,12 +58,12 @@ def answer(shell: str, line: str, breaks: str = "") -> list[str]:
         ("completion ", ["bash", "zsh", "fish"]),
         ("sync ", [FILES]),
         ("train mod", ["model.", "model="]),
-        ("train model=", ["model=cnn", "model=lenet5", "model=linear", "model=mlp"]),
-        ("train +model=c", ["+model=cnn"]),
+        ("train model=", [f"model={name}" for name in MODELS]),
+        ("train +model=c", ["+model=cnn", "+model=cnn_pooled"]),
         ("train ~mod", ["~model", "~model."]),
         ("train -m model=cnn,m", ["model=cnn,mlp"]),
         ("train -m model=cnn,mlp sched", ["schedule.", "schedule="]),
-        ("train model=cnn model.ch", ["model.channels="]),
+        ("train model=cnn model.w", ["model.width="]),
         ("train model.ch", []),
         ("train model=nonsense training.ep", ["training.epochs="]),
         ("train seed=1,2 optimizer.l", ["optimizer.lr="]),
@@ -113,10 +114,10 @@ def test_folder_of_ones_own_groups(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line, expected",
     [
-        ("mnist-exp train model=c", ["cnn"]),
-        ("mnist-exp train model=", ["cnn", "lenet5", "linear", "mlp"]),
-        ("mnist-exp train 'model=c", ["model=cnn"]),  # bash does not divide what is in quotes
-        ('mnist-exp train "model=c', ["model=cnn"]),
+        ("mnist-exp train model=len", ["lenet5"]),
+        ("mnist-exp train model=", MODELS),
+        ("mnist-exp train 'model=len", ["model=lenet5"]),  # bash does not divide what is in quotes
+        ('mnist-exp train "model=len', ["model=lenet5"]),
         ("mnist-exp train 'seed=1' optimizer.l", ["optimizer.lr="]),
         ("mnist-exp tr", ["train"]),
         ("mnist-exp show -o x", ["x/", "x.png"]),
@@ -282,7 +283,7 @@ def typed_in(shell: str, script: str, program: Path, **more: str) -> list[str]:
 LINES = [
     ("mnist-exp tra", ["train"]),
     ("mnist-exp train --mul", ["--multirun"]),
-    ("mnist-exp train model=c", ["model=cnn"]),
+    ("mnist-exp train model=len", ["model=lenet5"]),
     ("mnist-exp report ", ["last", "{sweep}"]),
     ("bin/mnist-exp tra", ["train"]),
     ("mnist-exp nonsense ", []),
@@ -351,7 +352,7 @@ def test_what_a_person_sees(shell: str, program: Path, store: str) -> None:
         for keys, seen in (
             ("mnist-exp tra\t", "in "),
             ("mod\t", "el"),
-            ("=cn\t", "n "),
+            ("=len\t", "et5 "),
             ("--mul\t", "tirun "),
             ("seed\t", "="),  # and no blank: the value comes next
             ("7 'optimizer=adamw\t", "' "),

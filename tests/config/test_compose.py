@@ -89,7 +89,7 @@ def test_seed_recipe_is_what_it_was(prepare: Prepare) -> None:
     assert config.seed == 0
 
 
-@pytest.mark.parametrize("model", ["mlp", "linear", "lenet5", "cnn"])
+@pytest.mark.parametrize("model", ["mlp", "linear", "lenet5", "cnn", "cnn_pooled", "resnet"])
 def test_sizes_follow_from_the_dataset(model: str, prepare: Prepare, tmp_path: Path) -> None:
     folder = write_idx(tmp_path / "letters", size=32, classes=26, count=130)
     words = ["dataset=idx", f"dataset.root={folder}", "dataset.val_size=0", f"model={model}"]

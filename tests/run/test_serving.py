@@ -20,7 +20,7 @@ import torch
 import mnist_exp
 from mnist_exp.run.recorder import Result
 
-MODELS = ("mlp", "cnn")  # that has dropout and batch normalisation
+MODELS = ("mlp", "cnn_pooled")  # that has dropout and batch normalisation
 START = 90.0  # seconds that a server may take; it takes 6 where nothing else runs
 LOAD = """
 import json, sys

@@ -1,0 +1,107 @@
+"""The convolutional models: their shapes and sizes, and that all of them learns."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from mnist_exp.training.models import BasicBlock, ResNet, StridedCNN
+from tests.training.helpers import CLASSES, SHAPE, MakeDataset, fit, run
+
+Build = Callable[[tuple[int, int, int], int], nn.Module]
+
+
+def strided(shape: tuple[int, int, int], classes: int) -> StridedCNN:
+    return StridedCNN(shape, classes, width=4, dropout=0.1)
+
+
+def shallow(shape: tuple[int, int, int], classes: int) -> StridedCNN:
+    return StridedCNN(shape, classes, width=4, layers=[0, 1, 1])
+
+
+def pooled_last(shape: tuple[int, int, int], classes: int) -> StridedCNN:
+    return StridedCNN(shape, classes, width=4, layers=[1, 1, 0])
+
+
+def residual(shape: tuple[int, int, int], classes: int) -> ResNet:
+    return ResNet(shape, classes, width=4, blocks=[2, 1])
+
+
+MODELS = [strided, shallow, pooled_last, residual]
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 15), (1, 28, 28), (2, 33, 8)])
+@pytest.mark.parametrize("build", MODELS)
+def test_any_images_from_8_by_8_become_logits(build: Build, shape: tuple[int, int, int]) -> None:
+    module = build(shape, 7)
+    assert module(torch.randn(2, *shape)).shape == (2, 7)
+    assert module.eval()(torch.randn(1, *shape)).shape == (1, 7)
+
+
+def test_maps_are_as_large_as_they_are_said_to_be() -> None:
+    sizes: list[tuple[int, ...]] = []
+    module = StridedCNN((1, 28, 28), 10, width=16)
+    for layer in module:
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
+            layer.register_forward_hook(lambda *call: sizes.append(tuple(call[-1].shape[1:])))
+    module(torch.zeros(2, 1, 28, 28))
+    assert sizes == [
+        *[(16, 14, 14)] * 3,
+        *[(16, 7, 7), (32, 7, 7), (32, 7, 7)],
+        *[(32, 3, 3), (64, 3, 3)],
+    ]
+
+
+def test_numbers_of_parameters() -> None:
+    assert parameters(StridedCNN((1, 28, 28), 10, width=24)) == 92_722
+    assert parameters(StridedCNN((1, 28, 28), 10, width=8, layers=[0, 1, 1])) == 8_962
+    assert parameters(StridedCNN((1, 28, 28), 10, width=8, layers=[1, 1, 0])) == 3_442
+    # a stem, blocks of 2 * 9 w^2 with two norms, and where they change the shape a 1x1 with a norm
+    stem, last = 25 * 8 + 2 * 8, 16 * 10 + 10
+    blocks = 2 * 9 * 8 * 8 + 2 * 2 * 8 + 9 * (8 * 16 + 16 * 16) + 8 * 16 + 3 * 2 * 16
+    assert parameters(ResNet((1, 28, 28), 10, width=8, blocks=[1, 1])) == stem + blocks + last
+
+
+def test_a_block_that_adds_nothing_hands_on_what_is_positive() -> None:
+    block = BasicBlock(4, 4, stride=1).eval()
+    nn.init.zeros_(block.get_parameter("residual.4.weight"))
+    x = torch.randn(2, 4, 7, 7)
+    assert torch.equal(block(x), x.relu())
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_every_parameter_has_a_gradient(build: Build) -> None:
+    module = build(SHAPE, CLASSES)
+    module(torch.randn(16, *SHAPE)).square().mean().backward()
+    for name, parameter in module.named_parameters():
+        gradient = parameter.grad
+        assert isinstance(gradient, Tensor) and gradient.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_it_learns(build: Build, make_dataset: MakeDataset) -> None:
+    data = make_dataset(train=600, val=100)  # faint patterns of 4 classes in noise
+    trained = fit(lambda: build(data.shape, CLASSES), data, [run(lr=0.1)], SGD, epochs=10)
+    assert trained.epochs[-1].metrics[0]["val/accuracy"] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: StridedCNN((1, 6, 28), 10), ["layers=[2, 2, 1]", "6 x 28 is too small"]),
+        (lambda: StridedCNN((1, 28, 28), 10, layers=[]), ["layers=[]"]),
+        (lambda: StridedCNN((1, 28, 28), 10, layers=[1, -1]), ["layers=[1, -1]", "0 or more"]),
+        (lambda: StridedCNN((1, 28, 28), 10, width=0), ["width=0", "1 or more"]),
+        (lambda: ResNet((1, 28, 28), 10, blocks=[1, 0]), ["blocks=[1, 0]", "1 or more"]),
+    ],
+)
+def test_impossible_numbers_are_refused(make: Callable[[], nn.Module], words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        make()
+    assert all(word in str(error.value) for word in words)
