@@ -12,6 +12,7 @@ their digits.
 
 import copy
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mnist_exp.formatting import is_number
+from mnist_exp.training.muon import Muon, orthogonalised
 
 Numbers = dict[str, np.ndarray]  # name -> float64, which broadcasts to [S, K]
 Scalars = Mapping[str, Tensor]  # name -> [K, 1, ...]
@@ -124,7 +126,7 @@ class Adam(StackedOptimizer):
     """Kingma & Ba 2015, and Loshchilov & Hutter 2019 where the decay is decoupled (AdamW)."""
 
     flags = frozenset({"amsgrad", "maximize", "decoupled_weight_decay"})
-    reads = ("beta2", "eps")
+    reads: ClassVar[tuple[str, ...]] = ("beta2", "eps")
 
     def _computed(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
         n = self.numbers
@@ -192,16 +194,58 @@ class Adagrad(StackedOptimizer):
         return torch.addcdiv(p, h["lr"] * g, square.sqrt() + h["eps"], value=-1), (square,)
 
 
+class StackedMuon(Adam):
+    """The update of `Muon`: its own for matrices [K, R, C], and AdamW's for all else."""
+
+    flags = Adam.flags | {"nesterov"}
+    reads = (*Adam.reads, "momentum")
+
+    def initial_state(self, p: Tensor) -> OptimizerState:
+        """Return the momentum of a matrix, or the state of Adam."""
+        return (torch.zeros_like(p),) if _is_matrix(p) else super().initial_state(p)
+
+    def update(
+        self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars, decays: bool = True
+    ) -> Updated:
+        """Return a parameter and its state after one step; matrices decay at their own rate."""
+        if _is_matrix(p):
+            h = {**h, "decay_factor": h["matrix_decay_factor"]}
+        return super().update(p, g, state, h, decays)
+
+    def _computed(self, step: np.ndarray, lr: np.ndarray) -> Numbers:
+        n = self.numbers
+        return super()._computed(step, lr * (n["adamw_lr"] / n["lr"])) | {
+            "one_minus_momentum": 1 - n["momentum"],
+            "matrix_decay_factor": 1 - lr * n["weight_decay"],
+        }
+
+    def _update(self, p: Tensor, g: Tensor, state: OptimizerState, h: Scalars) -> Updated:
+        if not _is_matrix(p):
+            return super()._update(p, g, state, h)
+        momentum = torch.addcmul(state[0], h["one_minus_momentum"], g - state[0])
+        g = torch.addcmul(g, h["momentum"], momentum - g) if self.flag["nesterov"] else momentum
+        rows, columns = p.shape[1], math.prod(p.shape[2:])
+        direction = orthogonalised(g.reshape(-1, rows, columns)).reshape(p.shape)
+        scale = max(1, rows / columns) ** 0.5
+        return torch.addcmul(p, h["lr"], direction, value=-scale), (momentum,)
+
+
+def _is_matrix(p: Tensor) -> bool:
+    return p.dim() > 2  # [K, ...]
+
+
 STACKED: dict[type[torch.optim.Optimizer], type[StackedOptimizer]] = {
     torch.optim.SGD: SGD,
     torch.optim.Adam: Adam,
     torch.optim.AdamW: Adam,
     torch.optim.RMSprop: RMSprop,
     torch.optim.Adagrad: Adagrad,
+    Muon: StackedMuon,
 }
 # a run that sets one of these chooses among torch's implementations, and gets torch's
 IMPLEMENTATION_FLAGS = ("foreach", "fused", "capturable", "differentiable")
 UNSUPPORTED: dict[type[torch.optim.Optimizer], str] = {
+    torch.optim.Muon: "it takes matrices alone. Choose optimizer=muon",
     torch.optim.LBFGS: "it evaluates the loss several times a step",
     torch.optim.SparseAdam: "it takes sparse gradients only",
 }

@@ -31,7 +31,7 @@ UNKNOWN = [
     bad("modle=cnn", "modle", "Did you mean model?", good="model=cnn"),
     bad("model=cn", "model=cn:", "Did you mean cnn?", "cnn, cnn_pooled, lenet5, linear, mlp",
         good="model=cnn"),
-    bad("optimizer=sgdd", "sgdd", "Did you mean sgd?", "adagrad, adam, adamw, momentum, nesterov",
+    bad("optimizer=sgdd", "sgdd", "Did you mean sgd?", "adagrad, adam, adamw, momentum, muon",
         good="optimizer=sgd"),
     bad("experiments=seed", "experiments=seed", "seed_mlp", good="experiments=seed_mlp"),
     bad("debug=quick", "debug=quick", "fast, overfit", good="debug=fast"),

@@ -19,6 +19,7 @@ from torch.optim import SGD, NAdam
 from mnist_exp.training import compile as compile_step
 from mnist_exp.training import step as train_step
 from mnist_exp.training.models import MLP
+from mnist_exp.training.muon import Muon
 from mnist_exp.training.schedules import Step
 from tests.training.helpers import (
     BATCH,
@@ -80,6 +81,23 @@ def test_compiled_equals_eager(make_dataset: MakeDataset, monkeypatch: pytest.Mo
     assert "epoch 3, step 2 of 10" in compiled.epochs[2].failed[0]
     assert_scaled(compiled.after[2], eager.after[2])
     assert_scaled(compiled.stack.snapshot(), eager.stack.snapshot())
+
+
+@pytest.mark.skipif(
+    not compile_step.can_compile(CPU),
+    reason="torch.compile needs a C++ compiler and Python's headers",
+)
+def test_muon_is_compiled(make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_step, "STEPS_PER_CALL", 1)
+    data, own = make_dataset(), run(1, lr=0.02)
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))
+
+    compiled, eager = (fit(build, data, [own], Muon, compiled=c) for c in (True, False))
+    assert [text.startswith("compiling") for text in compiled.notices] == [True]
+    np.testing.assert_allclose(compiled.losses, eager.losses, rtol=1e-4, atol=1e-5)
+    assert_weights(compiled.stack, 0, eager.stack)
 
 
 class Branching(nn.Module):

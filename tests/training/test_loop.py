@@ -15,6 +15,7 @@ from mnist_exp.data.dataset import Split
 from mnist_exp.training import loop
 from mnist_exp.training.events import Progress, RunSpec, StackSpec
 from mnist_exp.training.models import MLP
+from mnist_exp.training.muon import Muon
 from mnist_exp.training.schedules import Cosine, OneCycle, Step
 from mnist_exp.training.stack import Stack
 from tests.training.helpers import (
@@ -32,6 +33,7 @@ from tests.training.helpers import (
     dropping_mlp,
     fit,
     mlp,
+    normalised_mlp,
     plain,
     run,
     seeded,
@@ -81,6 +83,11 @@ STACKS: dict[str, tuple[Build, Optimizer, list[RunSpec]]] = {
         cnn,
         AdamW,
         [run(0, lr=1e-3), run(1, Cosine(), lr=3e-3, betas=(0.8, 0.95)), run(2, lr=1e-2, eps=1e-3)],
+    ),
+    "muon": (
+        normalised_mlp,
+        Muon,
+        [run(0, lr=0.02), run(1, Cosine(), lr=0.01, momentum=0.8, adamw_lr=0.01), run(2, lr=0.05)],
     ),
     "functional dropout": (
         Functional,

@@ -12,9 +12,14 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
 
+from mnist_exp.training.muon import Muon, orthogonalised
 from mnist_exp.training.optimizers import StackedOptimizer, over, stacked_optimizer
 
-PRESETS = sorted(Path(__file__).parents[2].glob("conf/optimizer/*.yaml"))
+PRESETS = [  # of torch's own optimizers
+    path
+    for path in sorted(Path(__file__).parents[2].glob("conf/optimizer/*.yaml"))
+    if "torch.optim" in path.read_text()
+]
 SHAPES = [(), (5,), (4, 3), (2, 3, 3, 2)]
 Arguments = dict[str, Any]
 Optimizer = type[torch.optim.Optimizer]
@@ -239,3 +244,75 @@ def test_torchs_own_implementations_have_no_rule(switch: str) -> None:
     assert stacked_rule(Adam, [{}, {}]) is not None
     assert stacked_rule(Adam, [{}, {switch: True}]) is None
     assert stacked_rule(Adam, [{}, {switch: False}]) is not None
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("decays", [True, False])
+def test_muon_equals_torchs_on_matrices_and_adamw_on_the_rest(
+    decays: bool, nesterov: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 updates of three runs of a stack; a kernel is the matrix of its output channels."""
+    # torch iterates in bfloat16, whose rounding would hide all else
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    runs: list[Arguments] = [
+        {"lr": 0.02, "weight_decay": 0.1},
+        {"lr": 0.1, "momentum": 0.8, "adamw_lr": 0.01},
+        {"lr": 0.05, "momentum": 0.0, "betas": (0.8, 0.9), "eps": 0.1, "weight_decay": 0.0},
+    ]
+    runs = [{"nesterov": nesterov, **run} for run in runs]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5,), (), (4, 6), (7, 3), (5, 5), (4, 3, 2, 2), (9, 2, 1, 2)]
+    params = [torch.randn(3, *s, generator=generator, dtype=torch.float64) for s in shapes]
+    rule = stacked_rule(Muon, runs)
+    assert rule is not None
+    states = [rule.initial_state(p) for p in params]
+    alone = [
+        [nn.Parameter((p[k].flatten(1) if p.dim() > 2 else p[k]).clone()) for p in params]
+        for k in range(3)
+    ]
+    references: list[list[torch.optim.Optimizer]] = []
+    peaks = []
+    for own, run in zip(alone, runs, strict=True):
+        given = Muon(own, **run).defaults
+        peaks.append((given["lr"], given["adamw_lr"]))
+        decay = given["weight_decay"]
+        keys = ("lr", "momentum", "nesterov")
+        matrices = torch.optim.Muon(
+            [p for p in own if p.dim() > 1], weight_decay=decay, **{key: given[key] for key in keys}
+        )
+        others = AdamW(
+            [p for p in own if p.dim() < 2],
+            given["adamw_lr"],
+            given["betas"],
+            given["eps"],
+            decay if decays else 0.0,
+        )
+        references.append([matrices, others])
+    for step in range(1, 21):
+        factor = (1 + math.cos(step)) / 2  # of the schedule
+        lr = np.array([peak for peak, _ in peaks]) * factor
+        numbers = rule.hyperparameters(np.array(step), lr)
+        for i, p in enumerate(params):
+            g = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            for k in range(3):
+                alone[k][i].grad = g[k].reshape(alone[k][i].shape).clone()
+            h = {name: over(torch.tensor(v, dtype=p.dtype), p) for name, v in numbers.items()}
+            params[i], states[i] = rule.update(p, g, states[i], h, decays or p.dim() > 2)
+        for both, rates in zip(references, peaks, strict=True):
+            for reference, peak in zip(both, rates, strict=True):
+                reference.param_groups[0]["lr"] = peak * factor
+                reference.step()
+    for i, p in enumerate(params):
+        expected = torch.stack([own[i].detach() for own in alone]).reshape(p.shape)
+        torch.testing.assert_close(p, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (8, 8)])
+def test_orthogonalised_matrices_have_singular_values_of_about_1(shape: tuple[int, int]) -> None:
+    basis = torch.linalg.qr(torch.randn(2, 20, 20, generator=torch.Generator().manual_seed(0)))
+    left, right = basis.Q[0, : shape[0], :8], basis.Q[1, :8, : shape[1]]
+    left, right = torch.linalg.qr(left).Q, torch.linalg.qr(right.T).Q.T
+    matrix = left @ torch.logspace(-1, 2, 8).diag() @ right
+    values = torch.linalg.svdvals(orthogonalised(torch.stack([matrix, 1e-3 * matrix])))
+    assert values.min() > 0.3 and values.max() < 1.3
+    assert orthogonalised(torch.zeros(1, *shape)).isfinite().all()
