@@ -61,6 +61,19 @@ class AugmentationConfig:
 
 
 @dataclass
+class FocusConfig:
+    """The epochs that see hard images and few others."""
+
+    after: float | None = checked(
+        lambda epochs: epochs is None or 0 < epochs < 2**31,
+        "more than 0, below 2**31, or null",
+        default=None,
+    )
+    hardest: float = checked(lambda share: 0 < share <= 1, "above 0, up to 1", default=0.2)
+    random: float = checked(lambda share: 0 <= share < 1, "from 0 to below 1", default=0.1)
+
+
+@dataclass
 class TrainingConfig:
     """The training of a run, beside its model, optimizer and schedule."""
 
@@ -83,6 +96,7 @@ class TrainingConfig:
         re.compile(r"[1-9]\d{0,8}( ?steps)?").fullmatch, "a number of epochs, or as in 500steps"
     )
     compile: str = one_of("auto", "always", "never")
+    focus: FocusConfig = field(default_factory=FocusConfig)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """A typed config from a composed one: values out of range are refused, by their key."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -9,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.config.explain import explain
-from mnist_exp.config.schema import OPEN_PARTS, Config, SweepConfig, leaves
+from mnist_exp.config.schema import OPEN_PARTS, Config, SweepConfig, TrainingConfig, leaves
 from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import is_number
 
@@ -29,6 +30,7 @@ def validate(config: DictConfig) -> Config:
                 raise _out_of_range(name, value, "a finite float32")
             if name.endswith("_target_"):
                 check_target(name, value, typed.trusted_packages)
+    _check_focus(typed.training)
     lr = typed.optimizer.get("lr", 0.0)
     if not is_number(lr) or lr < 0:
         raise _out_of_range("optimizer.lr", lr, "a number of 0 or more")
@@ -75,6 +77,24 @@ def _check_values(config: Any, prefix: str = "") -> None:
             _check_values(value, f"{key}.")
         elif declared.metadata and not declared.metadata["is_allowed"](value):
             raise _out_of_range(key, value, declared.metadata["allowed"])
+
+
+def _check_focus(training: TrainingConfig) -> None:
+    """Raise ConfigError if no epoch is left for the hardest images, or the shares are too large."""
+    focus, epochs = training.focus, training.epochs
+    if focus.after is None:
+        return
+    if focus.after > epochs - 1:
+        raise ConfigError(
+            f"training.focus.after={focus.after:g}: leaves none of training.epochs ({epochs}) for "
+            f"the hardest images. Add training.epochs={math.ceil(focus.after) + 1}, or "
+            f"training.focus.after={epochs - 1 or 'null'}"
+        )
+    if focus.hardest + focus.random > 1 + 1e-9:  # as 0.9 + 0.1 may come to a little more than 1
+        raise ConfigError(
+            f"training.focus.random={focus.random:g}: must be at most {1 - focus.hardest:g}, what "
+            f"training.focus.hardest ({focus.hardest:g}) leaves"
+        )
 
 
 def _out_of_range(key: str, value: Any, allowed: str) -> ConfigError:

@@ -130,7 +130,7 @@ class Terminal(Reporter):
             return
         self.bar.update(
             self.task,
-            completed=event.epoch - 1 + event.step / event.steps,
+            completed=event.time,
             epoch=event.epoch,
             loss=float(event.losses.mean()),
             accuracy=self.correct / self.images,

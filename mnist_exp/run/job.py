@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.config import paths
 from mnist_exp.config.names import run_name
-from mnist_exp.config.schema import Config, DatasetConfig, identity, task_config
+from mnist_exp.config.schema import Config, DatasetConfig, FocusConfig, identity, task_config
 from mnist_exp.config.validate import validate
 from mnist_exp.data import dataset as datasets
 from mnist_exp.data.dataset import Dataset
@@ -27,6 +27,7 @@ from mnist_exp.run.build import (
 )
 from mnist_exp.run.trial import try_run
 from mnist_exp.tracking.journal import RunHistory
+from mnist_exp.training.epochs import EpochSizes, Focus
 from mnist_exp.training.events import RunSpec, StackSpec
 from mnist_exp.training.schedules import Schedule
 
@@ -87,6 +88,7 @@ class Job:
             training.batch_size,
             augmentation_of(self.config),
             training.decay_norms,
+            _focus(training.focus),
         )
 
 
@@ -130,6 +132,7 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
         optimizer_arguments=optimizer_arguments,
         schedule=schedule,
     )
+    _check_epochs(job.stack_spec.epoch_sizes(len(dataset.train)))
     try_run(config, build, dataset, job.run_spec, job.stack_spec)
     return job
 
@@ -148,6 +151,26 @@ def check_fits(augmentation: Augmentation, dataset: Dataset) -> None:
             raise ConfigError(
                 f"augmentation.{key}={value:g}: must be below {size}, as the images of "
                 f"{dataset.name} have {format_shape(dataset.shape[1:])} pixels"
+            )
+
+
+def _focus(config: FocusConfig) -> Focus | None:
+    return None if config.after is None else Focus(config.after, config.hardest, config.random)
+
+
+def _check_epochs(sizes: EpochSizes) -> None:
+    """Raise ConfigError if an epoch would have no image, or no hard one."""
+    focus = sizes.focus
+    if focus is None:
+        return
+    for name, share, count in (
+        ("after", focus.after, sizes.images(focus.first_epochs)),
+        ("hardest", focus.hardest, sizes.hardest),
+    ):
+        if count == 0:
+            raise ConfigError(
+                f"training.focus.{name}={share:g}: that is none of the {sizes.count} training "
+                f"images. Choose {1 / sizes.count:.2g} or more, which is one"
             )
 
 

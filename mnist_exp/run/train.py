@@ -37,7 +37,6 @@ from mnist_exp.training import loop
 from mnist_exp.training.compile import worth_compiling
 from mnist_exp.training.events import Epoch, Message, Progress
 from mnist_exp.training.stack import Stack
-from mnist_exp.training.step import steps_per_epoch
 
 INTERRUPTED_SECONDS = 3.0  # that somebody who has asked a run to end waits for MLflow
 NO_RECORD: dict[str, Any] = {"history": [], "best": {}}  # as `RunRecorder.state`
@@ -215,12 +214,12 @@ class Checkpointer:
     """The numbered checkpoints of a stack, from which its training can go on."""
 
     def __init__(self, plan: StackPlan, images: int) -> None:
-        """Take the checkpoints that are in the folder of a plan. `images`: in an epoch."""
+        """Take the checkpoints that are in the folder of a plan. `images`: to train on."""
         settings = plan.jobs[0].config.training
         self.folder = plan.checkpoint_dir or plan.folders[0]
         self.configs = [identity(job.task_config) for job in plan.jobs]
         self.every, self.epochs = checkpoint_every(settings.checkpoint_every), settings.epochs
-        self.steps_per_epoch = steps_per_epoch(images, settings.batch_size)
+        self.sizes = plan.jobs[0].stack_spec.epoch_sizes(images)
         self.saved = 0  # after so many steps
 
     def load_newest(self, reporter: Reporter) -> dict[str, Any] | None:
@@ -233,7 +232,7 @@ class Checkpointer:
             reporter.line(problem)
         if state is not None:
             core = state["core"]
-            self.saved = core["epoch"] * self.steps_per_epoch + core["steps"]
+            self.saved = self.sizes.steps_before(core["epoch"] + 1) + core["steps"]
         return state
 
     def is_due(self, event: Progress | Epoch) -> bool:
@@ -270,14 +269,14 @@ class Checkpointer:
     def _steps(self, event: Progress | Epoch) -> int:
         """Return how many steps are done."""
         if isinstance(event, Epoch):
-            return event.epoch * self.steps_per_epoch
-        return (event.epoch - 1) * self.steps_per_epoch + event.step
+            return self.sizes.steps_before(event.epoch + 1)
+        return self.sizes.steps_before(event.epoch) + event.step
 
 
 def should_compile(jobs: Sequence[Job], images: int) -> bool:
-    """Return whether the step of these jobs is to be compiled. `images`: in an epoch."""
+    """Return whether the step of these jobs is to be compiled. `images`: to train on."""
     settings = jobs[0].config.training
     if settings.compile != "auto":
         return settings.compile == "always"
-    steps = settings.epochs * steps_per_epoch(images, settings.batch_size)
+    steps = jobs[0].stack_spec.epoch_sizes(images).total_steps
     return worth_compiling(steps, len(jobs), jobs[0].device)

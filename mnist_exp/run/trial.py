@@ -51,14 +51,16 @@ def try_run(
                 check_logits(stack.module(images), images, classes)
             check_logits(stack.logits(images[:1])[0], images[:1], classes)
             _gradients(stack, few, run, BATCH)
-        if len(dataset.train) % batch_size == 1 or batch_size == 1:
+        lengths = spec.epoch_sizes(len(dataset.train)).lengths
+        uneven = next((n for n in lengths if n % batch_size == 1), None)
+        if uneven is not None or batch_size == 1:
             try:
                 _gradients(stack, few, run, 1)
             except Exception as error:  # batch normalisation of single values, above all
                 what = (
                     "is one image a batch"
                     if batch_size == 1
-                    else (f"leaves one image for the last batch of {len(dataset.train)} images")
+                    else (f"leaves one image for the last batch of {uneven} images")
                 )
                 raise ConfigError(
                     f"training.batch_size={batch_size}: {what}, on which this model cannot train "

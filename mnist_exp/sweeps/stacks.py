@@ -115,8 +115,9 @@ def is_compiled(stack: Sequence[SweepJob]) -> bool:
 
 def cost(stack: Sequence[SweepJob]) -> float:
     """Return roughly the seconds that a stack takes, in a unit of its own: steps of many models."""
-    training = stack[0].run.config.training
-    return float(training.epochs * (4 + len(stack)) / training.batch_size)
+    first = stack[0].run
+    images = len(first.load(first.config.dataset).train)
+    return float(first.stack_spec.epoch_sizes(images).total_steps * (4 + len(stack)))
 
 
 def describe_stack(stack: Sequence[SweepJob]) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mnist_exp.augmentation.settings import Augmentation
+from mnist_exp.training.epochs import EpochSizes, Focus
 from mnist_exp.training.schedules import Schedule
 from mnist_exp.training.stack import Stack
 
@@ -38,6 +39,11 @@ class StackSpec:
     batch_size: int  # the last of an epoch may be smaller
     augmentation: Augmentation = field(default_factory=Augmentation)  # of the training images
     decay_norms: bool = True  # whether weight decay also takes parameters of one dimension
+    focus: Focus | None = None  # None: every epoch sees all images
+
+    def epoch_sizes(self, images: int) -> EpochSizes:
+        """Return the sizes of the epochs on so many training images."""
+        return EpochSizes(images, self.batch_size, self.epochs, self.focus)
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Progress:
 
     epoch: int  # 1, 2, ...
     step: int  # the number of steps done in this epoch
-    steps: int  # the number of steps in an epoch
+    steps: int  # the number of steps in this epoch
+    time: float  # of training, as schedules count it: from 0 to the number of epochs
     images: int  # the number of images in the newest S batches
     active: Sequence[int]  # the K runs that are still trained
     losses: np.ndarray  # [S, K], the mean loss of each batch

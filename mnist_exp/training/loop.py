@@ -19,7 +19,7 @@ from mnist_exp.data.dataset import Dataset
 from mnist_exp.training import metrics
 from mnist_exp.training.events import Epoch, Message, Progress, RunSpec, StackSpec
 from mnist_exp.training.stack import Stack, Tensors
-from mnist_exp.training.step import TrainStep, steps_per_epoch
+from mnist_exp.training.step import TrainStep
 
 STEPS_PER_SYNC = 32  # the number of steps between two looks at what they have brought
 # Runs that have ended leave a compiled stack when it can be halved and so many steps are left: each
@@ -43,7 +43,8 @@ def fit(
     gradient is not finite stops before that update and keeps its weights, and one with `patience`
     stops where its validation loss has not improved for so many epochs; the others go on without
     them, and faster. A run with an average of its weights (`ema`) has it in their place everywhere
-    here: it is what is evaluated, and what is chosen.
+    here: it is what is evaluated, and what is chosen. With `focus`, the later epochs see each run's
+    hardest images of the time after the first part, and others drawn anew.
 
     Args:
         stack: The models, initialised.
@@ -60,16 +61,17 @@ def fit(
         loop.restore(state)
         compiled = state["compiled"]
     while loop.epoch < epochs and len(loop.ended) < len(runs):
-        loop.shrink_if_faster(epochs, compiled)
+        loop.shrink_if_faster(compiled)
         if compiled and loop.step.compiled is None:
             yield from _compile(loop.step)
             compiled = loop.step.compiled is not None
         began = time.perf_counter()
-        images = max(
-            1, len(data.train) - loop.steps * spec.batch_size
-        )  # not yet seen in this epoch
-        trained = yield from _train(loop, epochs)
-        speed = images / (time.perf_counter() - began)
+        loop.choose_hardest()
+        started = time.perf_counter()
+        left = loop.step.sizes.images(loop.epoch + 1) - loop.steps * spec.batch_size
+        images = max(1, left)  # not yet seen in this epoch
+        trained = yield from _train(loop)
+        speed = images / (time.perf_counter() - started)
         values = loop.validate(trained)
         times = {"epoch_seconds": time.perf_counter() - began, "images_per_second": speed}
         yield loop.end_epoch([v | times for v in values], is_last=loop.epoch + 1 == epochs)
@@ -115,6 +117,7 @@ class LoopState:
     steps: int = 0  # their number
     failed: dict[int, str] = field(default_factory=dict)  # in them: run -> reason
     epoch: int = 0  # the number of epochs done
+    hardest: Tensor | None = None  # bool [K, N], on the CPU; None until they are chosen
 
     @classmethod
     def start(cls, step: TrainStep) -> "LoopState":
@@ -123,13 +126,27 @@ class LoopState:
         stopping = [EarlyStopping() for _ in range(size)]
         return cls(step, [*range(size)], stopping, set(), best, metrics.MetricSums.zeros(size))
 
-    def shrink_if_faster(self, epochs: int, compiled: bool) -> None:
+    def choose_hardest(self) -> None:
+        """Choose each run's hardest images before the first epoch that sees them.
+
+        They are those of the greatest loss, by the weights as they are trained (not their average),
+        and of equal ones the first.
+        """
+        step = self.step
+        if self.hardest is None and step.sizes.is_focused(self.epoch + 1):
+            losses = metrics.image_losses(step.stack, step.data, step.data.train)
+            ranked = losses.sort(dim=1, descending=True, stable=True).indices  # [K, N]
+            chosen = ranked[:, : step.sizes.hardest]
+            self.hardest = torch.zeros_like(losses, dtype=torch.bool).scatter_(1, chosen, True)
+
+    def shrink_if_faster(self, compiled: bool) -> None:
         """Leave the runs that have ended behind at the beginning of an epoch, if that is faster."""
         remaining = [i for i, k in enumerate(self.active) if k not in self.ended]
         size = self.step.stack.size
         if self.steps > 0 or self.step.stacked is None or len(remaining) == size:
             return
-        steps_left = (epochs - self.epoch) * self.step.steps_per_epoch
+        sizes = self.step.sizes
+        steps_left = sizes.total_steps - sizes.steps_before(self.epoch + 1)
         if not compiled or (2 * len(remaining) <= size and steps_left >= SHRINK_FROM_STEPS):
             self._shrink(remaining)
 
@@ -137,6 +154,8 @@ class LoopState:
         """Go on with the models at `indices` only, not compiled."""
         self.step, self.active = self.step.select(indices), [self.active[i] for i in indices]
         self.sums = metrics.MetricSums.zeros(len(self.active))
+        if self.hardest is not None:
+            self.hardest = self.hardest[list(indices)]
 
     def validate(self, trained: list[dict[str, float]]) -> list[dict[str, float]]:
         """Return the metrics of the active runs with those on the validation split, if any."""
@@ -187,6 +206,7 @@ class LoopState:
 
     def state(self) -> dict[str, Any]:
         """Return all that training depends on; the keys are a file format."""
+        hardest = {} if self.hardest is None else {"hardest": self.hardest}
         return {
             "rows": list(self.active),
             "seen": [asdict(each) for each in self.stopping],
@@ -198,7 +218,7 @@ class LoopState:
             "failed": dict(self.failed),
             "compiled": self.step.compiled is not None,
             "step": self.step.state(),
-        }
+        } | hardest
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state()` has returned."""
@@ -211,6 +231,7 @@ class LoopState:
             tensor.copy_(state["best"][name])
         self.epoch, self.steps = state["epoch"], state["steps"]
         self.sums = metrics.MetricSums.restored(state["sums"])
+        self.hardest = state.get("hardest")
 
 
 class _EpochPlan(NamedTuple):
@@ -222,29 +243,41 @@ class _EpochPlan(NamedTuple):
     hyperparameters: Tensors  # [steps, K] each
 
 
-def _plan(step: TrainStep, epoch: int, epochs: int) -> _EpochPlan:
-    """Return the plan of `epoch` (1, 2, ...), which depends on seeds and schedules alone."""
-    done, steps, device = epoch - 1, step.steps_per_epoch, step.stack.device
+def _plan(step: TrainStep, epoch: int, hardest: Tensor | None) -> _EpochPlan:
+    """Return the plan of `epoch` (1, 2, ...), which depends on seeds and schedules alone.
+
+    With the `hardest` images of each run, bool [K, N], it is a plan for them and a few others.
+    """
+    sizes, done, device = step.sizes, epoch - 1, step.stack.device
+    steps, epochs = sizes.steps(epoch), sizes.epochs
     seeds = [run.seed for run in (step.runs[:1] if step.shared else step.runs)]
-    order = torch.stack([_order(seed, done, len(step.data.train)) for seed in seeds])
+    orders = [_order(seed, done, sizes.count) for seed in seeds]
+    if hardest is not None:
+        shown = [
+            hard.index_fill(0, _others(seed, done, hard, sizes.random), True)
+            for seed, hard in zip(seeds, hardest, strict=True)
+        ]
+        orders = [order[own[order]] for order, own in zip(orders, shown, strict=True)]
+    order = torch.stack(orders)[:, : sizes.images(epoch)]
     keys = torch.stack([_step_keys(run.seed, done, steps) for run in step.runs], 1)
     base = np.array([float(defaults["lr"]) for defaults in step.defaults])
-    times = [done + i / steps for i in range(steps)]
+    times = [sizes.time(epoch, i) for i in range(steps)]
     factors = [[run.schedule.multiplier(t, epochs) for run in step.runs] for t in times]
     lr = base * np.array(factors)
-    numbers = step.hyperparameters(done * steps, lr)
+    numbers = step.hyperparameters(sizes.steps_before(epoch), lr)
     return _EpochPlan(order.to(device), keys.to(device), lr, numbers)
 
 
-def _train(loop: LoopState, epochs: int) -> Generator[Progress, None, list[dict[str, float]]]:
+def _train(loop: LoopState) -> Generator[Progress, None, list[dict[str, float]]]:
     """Train the next epoch, or what is left of it; return the metrics of the active runs.
 
     The runs that diverge are added to `loop.failed` and `loop.ended`. If no run is left, training
     ends before the epoch does.
     """
     step, active, epoch = loop.step, loop.active, loop.epoch + 1
-    steps, batch_size, count = step.steps_per_epoch, step.spec.batch_size, len(step.data.train)
-    plan = _plan(step, epoch, epochs)
+    steps, count = step.sizes.steps(epoch), step.sizes.images(epoch)
+    batch_size = step.spec.batch_size
+    plan = _plan(step, epoch, loop.hardest)
     sizes = np.minimum(batch_size, count - batch_size * np.arange(steps))[:, None]  # of batches
     for first in range(loop.steps, steps, STEPS_PER_SYNC):
         now = slice(first, first + STEPS_PER_SYNC)  # S steps
@@ -264,7 +297,15 @@ def _train(loop: LoopState, epochs: int) -> Generator[Progress, None, list[dict[
                 )
         loop.steps = first + len(losses)
         yield Progress(
-            epoch, loop.steps, steps, images.shape[1], active, losses, correct, loop.state
+            epoch,
+            loop.steps,
+            steps,
+            step.sizes.time(epoch, loop.steps),
+            images.shape[1],
+            active,
+            losses,
+            correct,
+            loop.state,
         )
         if loop.failed and loop.ended.union(loop.failed).issuperset(active):
             break
@@ -292,13 +333,13 @@ def first_augmented(
     order = _order(seed, 0, len(data.train))
     steps = math.ceil(min(count, len(order)) / batch_size)
     indices = order[: steps * batch_size]  # whole batches, as an image is mixed with one of them
-    keys = _step_keys(seed, 0, steps_per_epoch(len(data.train), batch_size))[:steps]
+    keys = _step_keys(seed, 0, steps)
     augmenter = Augmenter(augmentation, data, batch_size, torch.device("cpu"))
     given = augmenter(data.train.images, data.train.labels, indices[None], keys[:, None])
     return given.batches(count)[0]
 
 
-# A generator depends on nothing but a run's seed, its purpose (1 or 2), and the epoch.
+# A generator depends on nothing but a run's seed, its purpose (1, 2 or 3), and the epoch.
 
 
 def _order(seed: int, epoch: int, count: int) -> Tensor:
@@ -309,3 +350,9 @@ def _order(seed: int, epoch: int, count: int) -> Tensor:
 def _step_keys(seed: int, epoch: int, steps: int) -> Tensor:
     """Return the keys of augmentation and dropout masks in an epoch (from 0), [steps]."""
     return torch.from_numpy(np.random.default_rng([seed, 2, epoch]).integers(2**31, size=steps))
+
+
+def _others(seed: int, epoch: int, hardest: Tensor, count: int) -> Tensor:
+    """Return the images that an epoch (from 0) sees beside the hardest (bool [N]), [count]."""
+    drawn = torch.from_numpy(np.random.default_rng([seed, 3, epoch]).permutation(len(hardest)))
+    return drawn[~hardest[drawn]][:count]

@@ -109,6 +109,20 @@ def average(predictions: Sequence[Tensor]) -> Tensor:
     return shares.logsumexp(0) - math.log(len(predictions))
 
 
+def image_losses(stack: Stack, data: DatasetInfo, split: Split) -> Tensor:
+    """Return the cross-entropy of each image [K, N] (nats), on the CPU, in evaluation mode."""
+    losses = []
+    # in parts: the logits of all training images would take a gigabyte where a stack is large
+    for images, labels in zip(
+        split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True
+    ):
+        logits = predict(stack, data, Split(images, labels))  # [K, B, classes]
+        repeated = labels.cpu().repeat(len(logits))
+        loss = F.cross_entropy(logits.flatten(0, 1), repeated, reduction="none")
+        losses.append(loss.view(len(logits), -1))
+    return torch.cat(losses, 1)
+
+
 def score(logits: Tensor, split: Split, prefix: str) -> list[dict[str, float]]:
     """Return the exact loss and accuracy of logits [K, N, classes] over a split, one dict a run."""
     labels = split.labels.cpu()

@@ -69,11 +69,6 @@ class TrainState(NamedTuple):
 StepResult = tuple[TrainState, Tensor, Tensor, Tensor]
 
 
-def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Return the number of batches of so many images; the last may be smaller."""
-    return math.ceil(images / batch_size)
-
-
 class TrainStep:
     """A few training steps on a stack, and the state that one hands to the next."""
 
@@ -85,9 +80,12 @@ class TrainStep:
         spec: StackSpec,
     ) -> None:
         self.stack, self.data, self.runs, self.spec = stack, data, runs, spec
-        self.steps_per_epoch = steps_per_epoch(len(data.train), spec.batch_size)
-        # runs of one seed see the same images in the same order: they are gathered once for all
-        self.shared = len({run.seed for run in runs}) == 1
+        self.sizes = spec.epoch_sizes(len(data.train))
+        # runs of one seed see the same images in the same order, unless each has hardest images of
+        # its own: they are gathered once for all
+        self.shared = len({run.seed for run in runs}) == 1 and (
+            spec.focus is None or stack.size == 1
+        )
         self.augmenter: Augmenter | None = None
         if spec.augmentation.is_on:
             self.augmenter = Augmenter(spec.augmentation, data, spec.batch_size, stack.device)
@@ -160,7 +158,7 @@ class TrainStep:
         values = {"lr": lr} if self.stacked is None else self.stacked.hyperparameters(steps, lr)
         if self.average:
             horizons = [run.ema for run in self.runs]
-            values["new_weight"] = new_weights(horizons, steps, self.steps_per_epoch)
+            values["new_weight"] = new_weights(horizons, steps, self.sizes.whole_epoch)
         device = self.stack.device
         return {  # [S, K] each
             name: torch.from_numpy(np.broadcast_to(v, lr.shape).copy()).float().to(device)
@@ -245,7 +243,7 @@ class TrainStep:
         if self.stacked is None:
             return f"there is no stacked rule for {type(self.plain[0]).__name__}"
         count = self.steps_per_call * self.spec.batch_size  # images in a call
-        if len(self.data.train) < count:
+        if max(self.sizes.lengths) < count:
             return f"an epoch has fewer than {self.steps_per_call} whole batches"
         size, device = self.stack.size, self.stack.device
         hyperparameters = self.hyperparameters(0, np.zeros((self.steps_per_call, size)))

@@ -48,6 +48,14 @@ def test_identity_depends_on(key: str, value: Any, base: DictConfig) -> None:
     assert identity(base, key, value) != schema.identity(base)
 
 
+def test_identity_is_as_before_there_was_a_focus(base: DictConfig) -> None:
+    old = base.copy()
+    del old.training.focus
+    assert "focus" in base.training and schema.identity(old) == schema.identity(base)
+    assert identity(base, "training.focus.after", 1) != schema.identity(base)
+    validate(old)
+
+
 def test_identity_is_that_of_the_record(tmp_path: Path) -> None:
     config = task_config(compose(["debug=overfit", "optimizer=adamw"]))
     OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)

@@ -12,6 +12,12 @@ from tests.run.helpers import dataset_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+
+def focus(after: float, hardest: float, random: float) -> str:
+    values = {"after": after, "hardest": hardest, "random": random}
+    return " ".join(f"training.focus.{key}={value}" for key, value in values.items())
+
+
 TYPES = [
     bad("training.epochs=many", "training.epochs", "'many'", "a whole number",
         good="training.epochs=3"),
@@ -81,6 +87,37 @@ RANGES = [
     bad("training.threads=0", "training.threads=0", "from 1", good="training.threads=1"),
     bad("training.compile=maybe", "training.compile=maybe", "auto, always or never",
         good="training.compile=always"),
+    bad("training.focus.after=soon", "training.focus.after", "'soon'", "a number",
+        good="training.focus.after=null"),
+    bad("training.focus=1", "training.focus", good="training.focus.hardest=0.5"),
+    bad("training.focus.afterwards=1", "training.focus.afterwards", "after",
+        good="training.focus.random=0.5"),
+    bad("training.focus.after=0", "training.focus.after=0", "more than 0",
+        good=f"{focus(0.3, 1, 0)} training.epochs=2"),
+    bad("training.focus.after=nan", "training.focus.after=nan", "more than 0",
+        good="training.focus.after=null"),
+    bad("training.focus.after=inf", "training.focus.after=inf", "below 2**31",
+        good="training.focus.after=null"),
+    bad("training.focus.after=9.5", "training.focus.after=9.5", "none of training.epochs (10)",
+        "training.epochs=11, or training.focus.after=9",
+        good=f"{focus(9, 0.2, 0.1)} training.epochs=10"),
+    bad("training.focus.after=1 training.epochs=1", "training.focus.after=1: leaves none",
+        "training.epochs=2, or training.focus.after=null",
+        good=f"{focus(1, 0.2, 0.1)} training.epochs=2"),
+    bad("training.focus.hardest=0", "training.focus.hardest=0", "above 0",
+        good="training.focus.hardest=1"),
+    bad("training.focus.hardest=1.01", "training.focus.hardest=1.01", "up to 1",
+        good="training.focus.hardest=1"),
+    bad("training.focus.random=1", "training.focus.random=1", "below 1",
+        good="training.focus.random=0.99"),
+    bad("training.focus.random=-0.1", "training.focus.random=-0.1", "from 0",
+        good="training.focus.random=0"),
+    bad(focus(1, 0.8, 0.3), "training.focus.random=0.3", "at most 0.2",
+        "training.focus.hardest (0.8)", good=f"{focus(1, 0.9, 0.1)} training.epochs=2"),
+    bad(focus(1, 0.003, 0.5), "training.focus.hardest=0.003", "none of the 128 training images",
+        "0.0078", good=f"{focus(1, 0.0078, 0)} training.epochs=2 training.batch_size=64"),
+    bad("training.focus.after=0.003", "training.focus.after=0.003", "none of the 128", "0.0078",
+        good=f"{focus(0.0078, 0.2, 0.1)} training.epochs=2 training.batch_size=64"),
     bad("seed=-1", "seed=-1", "0 or more", good="seed=0"),
     bad(f"seed={2**63}", "seed=9223372036854775808", "2**63", good=f"seed={2**63 - 1}"),
     bad("dataset.split_seed=-1", "dataset.split_seed=-1", good="dataset.split_seed=0"),

@@ -12,9 +12,11 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from mnist_exp.run.trial import STEPS
 from mnist_exp.tracking import checkpoint, journal
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.upload import UploadState
+from mnist_exp.training import loop
 from tests.faults.interruptions import (
     GRID,
     NOBODY,
@@ -23,6 +25,7 @@ from tests.faults.interruptions import (
     differences,
     interrupted_run,
     interrupted_sweep,
+    raise_in_step,
     reference,
     reference_sweep,
     resume,
@@ -101,6 +104,36 @@ def test_without_a_checkpoint_it_begins_again(whole: Path, tmp_path: Path) -> No
         path.unlink()
     resume(folder)
     assert differences(folder, whole) == []
+
+
+def test_a_focused_run_goes_on_within_an_epoch(tmp_path: Path) -> None:
+    """10 steps, 5, and 6 of 192 images in each later epoch."""
+    words = ["training.epochs=6", "training.focus.after=1.5", "training.focus.hardest=0.5"]
+    words += ["training.batch_size=32", "training.checkpoint_every=2steps"]
+
+    def trained(name: str, prepare: Callable[[], None]) -> tuple[Path, int]:
+        place = tmp_path / name
+        place.mkdir()
+        process = Forked(["train", *words_of(place, *words)], place, prepare)
+        return place / "the run", process.wait()
+
+    def newest(folder: Path) -> int:
+        return max(int(path.stem.split("-")[1]) for path in folder.glob("state-*.pt"))
+
+    def failing_in(step: int) -> Callable[[], None]:
+        def prepare() -> None:
+            loop.STEPS_PER_SYNC = 1  # so that checkpoints are due within the few steps of an epoch
+            raise_in_step(STEPS + step)
+
+        return prepare
+
+    whole, status = trained("whole", lambda: None)
+    assert (status, newest(whole)) == (0, 39)
+    for step in (14, 30):  # of the part of an epoch, and of the second focused one
+        folder, status = trained(str(step), failing_in(step))
+        assert status != 0 and step - 3 <= newest(folder) < step
+        resume(folder)
+        assert differences(folder, whole) == [] and newest(folder) == 39
 
 
 def test_a_killed_run_is_found_by_the_next_command(tmp_path: Path) -> None:

@@ -216,5 +216,14 @@ def test_what_an_optimizer_cannot_do_is_said(
     assert str(error.value) == f"optimizer: {kind.__name__}: {reason}"
 
 
+def test_a_last_batch_of_one_image_is_found_in_any_epoch() -> None:
+    """Batch normalisation cannot train on one; 64 images first, and 33 of them later."""
+    words = ["model=cnn_pooled", "dataset.train_size=64", "training.batch_size=32"]
+    words += ["training.focus.after=1", "training.focus.random=0"]
+    job(*words, "training.focus.hardest=0.5")
+    with pytest.raises(ConfigError, match="one image for the last batch of 33 images"):
+        job(*words, "training.focus.hardest=0.52")
+
+
 def test_a_split_of_one_image_is_enough() -> None:
     job("dataset.train_size=1", "training.batch_size=2", "dataset.val_size=1")

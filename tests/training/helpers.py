@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mnist_exp.augmentation.settings import Augmentation
-from mnist_exp.data.dataset import Dataset
+from mnist_exp.data.dataset import Dataset, Split
 from mnist_exp.training import loop
+from mnist_exp.training.epochs import Focus
 from mnist_exp.training.events import Epoch, Message, Progress, RunSpec, StackSpec
 from mnist_exp.training.models import CNN, MLP
 from mnist_exp.training.schedules import Constant, Schedule
@@ -47,10 +48,12 @@ def fit(
     compiled: bool = False,
     augmentation: Augmentation | None = None,
     decay_norms: bool = True,
+    focus: Focus | None = None,
 ) -> Trained:
     stack = Stack(build, [run.seed for run in runs], CPU)
     trained = Trained(stack, [], np.zeros((0, len(runs))), [], [])
-    spec = StackSpec(optimizer, epochs, batch_size, augmentation or Augmentation(), decay_norms)
+    augmentation = augmentation or Augmentation()
+    spec = StackSpec(optimizer, epochs, batch_size, augmentation, decay_norms, focus)
     for record in loop.fit(stack, data, runs, spec, compiled=compiled):
         if isinstance(record, Progress):
             losses = np.full((len(record.losses), len(runs)), np.nan)
@@ -169,6 +172,14 @@ def normalised_mlp() -> nn.Module:
 
 def cnn() -> nn.Module:
     return CNN(SHAPE, CLASSES, channels=(4, 6), hidden=8, dropout=0.25)
+
+
+def indexed(count: int, start: int) -> Split:
+    """Images whose first two pixels are their number, counted from `start`."""
+    number = torch.arange(start, start + count)
+    images = torch.zeros(count, *SHAPE, dtype=torch.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = number // 256, number % 256
+    return Split(images, number % CLASSES)
 
 
 def batch(size: int, count: int = 24) -> Batch:

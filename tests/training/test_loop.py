@@ -32,6 +32,7 @@ from tests.training.helpers import (
     cnn,
     dropping_mlp,
     fit,
+    indexed,
     mlp,
     normalised_mlp,
     plain,
@@ -138,14 +139,6 @@ def test_a_config_gives_the_same_bits_again_and_another_seed_others(
     assert all(torch.equal(weights[n], same[n]) for n in weights)
     assert np.array_equal(first.losses, again.losses)
     assert not any(torch.equal(weights[n], others[n]) for n in first.stack.params)
-
-
-def indexed(count: int, start: int) -> Split:
-    """Images whose first two pixels are their number, counted from `start`."""
-    number = torch.arange(start, start + count)
-    images = torch.zeros(count, *SHAPE, dtype=torch.uint8)
-    images[:, 0, 0, 0], images[:, 0, 0, 1] = number // 256, number % 256
-    return Split(images, number % CLASSES)
 
 
 def test_an_epoch_is_every_training_image_once(make_dataset: MakeDataset) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.training import loop
+from mnist_exp.training.epochs import Focus
 from mnist_exp.training.events import Epoch, Message, RunSpec, StackSpec
 from mnist_exp.training.models import MLP
 from mnist_exp.training.schedules import Constant, Cosine
@@ -45,10 +46,13 @@ def dropped(shape: tuple[int, int, int], classes: int) -> torch.nn.Module:
     )
 
 
+FOCUS = Focus(after=0.5, hardest=0.4, random=0.2)  # 4 steps in each epoch
 CASES = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, 1),
-    "adam in a stack": (torch.optim.Adam, {"lr": 0.01}, 3),
-    "torch's own": (torch.optim.NAdam, {"lr": 0.01}, 2),
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, 1, None),
+    "adam in a stack": (torch.optim.Adam, {"lr": 0.01}, 3, None),
+    "torch's own": (torch.optim.NAdam, {"lr": 0.01}, 2, None),
+    "the hardest images": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, 1, FOCUS),
+    "the hardest images in a stack": (torch.optim.Adam, {"lr": 0.01}, 3, FOCUS),
 }
 
 
@@ -58,7 +62,7 @@ def test_fit_goes_on_from_any_state(
     name: str, validation: int, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "STEPS_PER_SYNC", 3)
-    optimizer, numbers, size = CASES[name]
+    optimizer, numbers, size, focus = CASES[name]
     dataset = make_dataset(train=100, val=validation)
     runs = [
         RunSpec(
@@ -77,7 +81,8 @@ def test_fit_goes_on_from_any_state(
         stack = Stack(lambda: dropped(dataset.shape, 4), [run.seed for run in runs],
                       torch.device("cpu"))  # fmt: skip
         seen = []
-        for event in loop.fit(stack, dataset, runs, StackSpec(optimizer, 3, 16), state=state):
+        spec = StackSpec(optimizer, 3, 16, focus=focus)
+        for event in loop.fit(stack, dataset, runs, spec, state=state):
             if not isinstance(event, Message):
                 seen.append((event, copied(event.state())))
         return stack, seen
