@@ -17,6 +17,7 @@ from mnist_exp.tracking import journal, run_log
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import OpenRuns
 from mnist_exp.tracking.upload import UploadState
+from mnist_exp.training.epochs import Focus
 
 ENDING_SECONDS = 60.0  # that `stop` waits for the end of a record
 _LEAVING_SECONDS = 10.0  # that it then waits for the process, which uploads the rest
@@ -155,15 +156,14 @@ def choose(running: Sequence[Activity], word: str) -> list[Activity]:
 
 
 def _of_run(record: Record, history: RunHistory) -> Activity:
-    done = history.epochs - history.owner_after
-    left = _seconds_left(record.epochs_asked - history.epochs, done, history.owner_since)
+    done = _passes_since(history, history.owner_since)
     return Activity(
         record=record,
         epochs=history.epochs,
         epochs_asked=record.epochs_asked,
         best_val_accuracy=history.highest("val/accuracy"),
         images_per_second=history.newest().get("images_per_second", 0.0),
-        seconds_left=left,
+        seconds_left=_seconds_left(_passes_left(history), done, history.owner_since),
     )
 
 
@@ -176,19 +176,19 @@ def _of_sweep(record: Record, sweep: RunHistory, at_work: Sequence[Record]) -> A
     running = [_of_run(job, by_key[job.key]) for job in at_work if job.key in by_key]
     running.sort(key=lambda job: job.record.job_number)
     ended = [history for history in histories if history.is_over]
-    asked = [int(history.params.get("training.epochs", 0)) for history in histories]
+    asked = [_epochs_asked(history) for history in histories]
+    # jobs that have not begun are taken to be as those that have
+    unbegun = max(0, record.jobs_asked - len(histories)) / max(1, len(histories))
+    left = unbegun * sum(map(_passes, histories, asked))
+    left += sum(_passes_left(by_key[job.record.key]) for job in running)
     # a killed job is not running, and is gone on with where its sweep was resumed
-    killed = [(of, h) for of, h in zip(asked, histories, strict=True) if h.status == "KILLED"]
-    mean = sum(asked) / len(asked) if asked else 0.0  # for jobs that have not begun
-    to_begin = mean * max(0, record.jobs_asked - len(histories))
-    left = to_begin + sum(job.epochs_asked - job.epochs for job in running)
-    left += sum(of - history.epochs for of, history in killed)
-    done = sum(_epochs_since(history, sweep.owner_since) for history in histories)
+    left += sum(_passes_left(history) for history in histories if history.status == "KILLED")
+    done = sum(_passes_since(history, sweep.owner_since) for history in histories)
     accuracies = [history.highest("val/accuracy") for history in histories]
     return Activity(
         record=record,
         epochs=sum(history.epochs for history in histories),
-        epochs_asked=sum(asked) + to_begin,
+        epochs_asked=sum(asked) * (1 + unbegun),
         best_val_accuracy=max((a for a in accuracies if a is not None), default=None),
         images_per_second=sum(job.images_per_second for job in running),
         seconds_left=_seconds_left(left, done, sweep.owner_since),
@@ -197,20 +197,39 @@ def _of_sweep(record: Record, sweep: RunHistory, at_work: Sequence[Record]) -> A
     )
 
 
-def _epochs_since(history: RunHistory, begin: int) -> int:
-    """Return the epochs of a job that the process of its sweep, which began then, has done."""
-    return history.epochs - history.owner_after if history.owner_since >= begin else 0
+def _epochs_asked(history: RunHistory) -> int:
+    return int(history.params.get("training.epochs", 0))
 
 
-def _seconds_left(left: float, done: int, begin: int) -> float | None:
-    """Return the seconds that epochs take, at the rate at which others were done.
+def _passes(history: RunHistory, epochs: int) -> float:
+    """Return how often so many epochs of a run go through as many images as all are."""
+    names = ("after", "hardest", "random")
+    values = [history.params.get(f"training.focus.{name}", "None") for name in names]
+    if "None" in values:  # every epoch sees all images
+        return epochs
+    return Focus(*map(float, values)).passes(epochs)
+
+
+def _passes_left(history: RunHistory) -> float:
+    return _passes(history, _epochs_asked(history)) - _passes(history, history.epochs)
+
+
+def _passes_since(history: RunHistory, begin: int) -> float:
+    """Return the passes of a run that a process which began then has done, itself or for it."""
+    if history.owner_since < begin:
+        return 0.0
+    return _passes(history, history.epochs) - _passes(history, history.owner_after)
+
+
+def _seconds_left(left: float, done: float, begin: int) -> float | None:
+    """Return the seconds that passes over the images take, at the rate at which others were done.
 
     Args:
         left: How many are left.
         done: How many were done since `begin`.
         begin: The time, in ms since 1970.
     """
-    if done < 1:
+    if done <= 0:
         return None
     return max(0.0, left) * (time.time() - begin / 1000) / done
 

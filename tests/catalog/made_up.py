@@ -36,6 +36,7 @@ def begin(
     parent: Path | None = None,
     tags: Mapping[str, str] | None = None,
     owner: Mapping[str, Any] | None = None,
+    params: Mapping[str, Any] | None = None,
 ) -> RunWriter:
     """Begin a run and record some epochs; validation is best in the second one."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ def begin(
     if owner is not None:
         writer.journal.write("resume", owner=dict(owner))
         open_runs.add(RunHistory.of(folder).key, folder, owner)
-    writer.params({"training.epochs": asked, "optimizer.lr": 0.1})
+    writer.params({"training.epochs": asked, "optimizer.lr": 0.1, **(params or {})})
     data = {"name": "tiny", "source": "a test", "digest": "0" * 64}
     writer.dataset({**data, "shape": (1, 2, 2), "sizes": {"train": 3}})
     writer.text("a text", "text.txt")

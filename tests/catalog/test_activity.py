@@ -78,6 +78,23 @@ def test_the_time_left_goes_by_the_epochs_since_the_process_began(
     assert before - began <= found.seconds_left <= time.time() - began
 
 
+@pytest.mark.parametrize("after, done, left", [(2.5, 4, 1.2), (0.5, 1, 1.8), (None, 4, 6)])
+def test_the_time_left_knows_that_focused_epochs_are_short(
+    after: float | None, done: int, left: float, open_runs: OpenRuns, tmp_path: Path
+) -> None:
+    """Of 10 epochs; each focused one has a fifth of the images of a whole one."""
+    folder, shares = tmp_path / "run", {"hardest": 0.15, "random": 0.05}
+    params = {f"training.focus.{key}": value for key, value in {"after": after, **shares}.items()}
+    made_up.begin(folder, open_runs, "", epochs=done, params=params)
+    passes = {2.5: 2.7, 0.5: 0.5, None: 4}[after]  # that are done
+    began = RunHistory.of(folder).owner_since / 1000
+    before = time.time()
+    (found,) = activities(open_runs)
+    assert found.seconds_left is not None
+    shortest, longest = (before - began) * left / passes, (time.time() - began) * left / passes
+    assert shortest - 1e-9 <= found.seconds_left <= longest + 1e-9
+
+
 def test_a_sweep_is_one_line_of_all_its_jobs(open_runs: OpenRuns, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     made_up.begin_sweep(sweep, open_runs, "", jobs=4)
