@@ -1,7 +1,6 @@
 """Experiments from Python: data sets and models, training, and what has been trained."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,21 +13,13 @@ if TYPE_CHECKING:
     from mnist_exp.config.schema import Config
     from mnist_exp.data.dataset import Dataset
     from mnist_exp.run.evaluate import Evaluation
+    from mnist_exp.run.overview import DatasetOverview
     from mnist_exp.run.predict import Prediction
     from mnist_exp.run.recorder import Result
     from mnist_exp.run.reproduce import Reproduction
     from mnist_exp.sweeps.ensemble import Ensemble
     from mnist_exp.sweeps.results import Report
     from mnist_exp.sweeps.sweep import SweepResult
-
-
-@dataclass(frozen=True)
-class DatasetOverview:
-    """A data set, its facts as text by their names, and a figure of its first 30 images."""
-
-    dataset: "Dataset"
-    facts: Mapping[str, str]
-    figure: Any  # matplotlib's
 
 
 def load(overrides: Sequence[str] = ()) -> "Dataset":
@@ -46,24 +37,24 @@ def load(overrides: Sequence[str] = ()) -> "Dataset":
     return load_dataset(config.dataset)
 
 
-def show(overrides: Sequence[str] = ()) -> DatasetOverview:
-    """Return the facts of a data set and a figure of it. Raise ConfigError as `load` does."""
-    dataset = load(overrides)
+def show(overrides: Sequence[str] = ()) -> "DatasetOverview":
+    """Return the facts of a data set and a figure of its first images.
 
-    from mnist_exp.figures import samples
+    With an augmentation, the figure is of what a run of these overrides trains on first.
 
-    channels, height, width = dataset.shape
-    images = f"{len(dataset.train):,} training"
-    if dataset.val is not None:
-        images += f", {len(dataset.val):,} validation"
-    facts = {
-        "dataset": f"{dataset.name} ({dataset.source})",
-        "images": f"{images}, {len(dataset.test):,} test",
-        "size": f"{channels} x {height} x {width}, 8 bits a pixel",
-        "classes": f"{len(dataset.classes)}: {', '.join(dataset.classes)}",
-        "pixels": f"mean {dataset.mean:.4f}, std {dataset.std:.4f} (training images, 0 to 1)",
-    }
-    return DatasetOverview(dataset, facts, samples.first_images(dataset))
+    Raises:
+        ConfigError: An override or the data set is at fault, or the augmentation does not fit it.
+    """
+    from mnist_exp.config.compose import compose
+    from mnist_exp.config.validate import warn_of_mirrored_characters
+
+    composed = compose(overrides)
+    config = _config(composed)  # before torch's seconds of import
+    warn_of_mirrored_characters([composed])
+
+    from mnist_exp.run.overview import overview
+
+    return overview(config)
 
 
 def build(overrides: Sequence[str] = ()) -> "torch.nn.Module":
@@ -103,11 +94,13 @@ def train(
 def train_composed(composed: "DictConfig", verbose: bool = False) -> "Result":
     """Train one run from its composed config, which has Hydra's own part in it. See `train`."""
     from mnist_exp.config.names import run_name
+    from mnist_exp.config.validate import warn_of_mirrored_characters
     from mnist_exp.run.console import reporting
     from mnist_exp.tracking.address import warn_if_environment_wins
 
     config = _config(composed)
     warn_if_environment_wins(config.tracking.uri)
+    warn_of_mirrored_characters([composed])
     name = run_name(config, composed.hydra.runtime.choices)
     with reporting(verbose, f"{name}: loading torch ...") as reporter:  # which takes seconds
         from mnist_exp.tracking.uploader import Uploader
@@ -136,6 +129,7 @@ def train_sweep(
         ConfigError: One of the jobs cannot be run. Nothing has been created.
     """
     from mnist_exp.config.compose import compose_sweep
+    from mnist_exp.config.validate import warn_of_mirrored_characters
     from mnist_exp.run.console import reporting
     from mnist_exp.sweeps import grid
     from mnist_exp.tracking.address import warn_if_environment_wins
@@ -144,6 +138,7 @@ def train_sweep(
     warn_if_environment_wins(master.tracking.uri)
     with reporting(verbose) as reporter:
         jobs = grid.jobs(context, master, reporter)  # before torch's seconds of import
+        warn_of_mirrored_characters(job.config for job in jobs if not job.problem)
 
         from mnist_exp.tracking.uploader import Uploader
 

@@ -77,7 +77,7 @@ def _train_with_hydra(words: Sequence[str]) -> int:
 @command(
     "[OVERRIDE ...]",
     "the dataset's first 30 images as a PNG, and its facts",
-    overrides("dataset=kmnist, ..."),
+    overrides("dataset=kmnist, augmentation=elastic, ..."),
     argument(
         "--output", "-o", type=path, metavar="FILE", help="the picture: a .png, .svg or .pdf file"
     ),
@@ -91,10 +91,13 @@ def show(args: argparse.Namespace) -> int:
     with reporting(announcement="the first images of a data set: loading torch ..."):
         overview = api.show(args.overrides)
 
-    file = args.output or output_root() / "outputs" / f"{overview.dataset.name}.png"
+    what = "-augmented" if "augmentation" in overview.facts else ""
+    file = args.output or output_root() / "outputs" / f"{overview.dataset.name}{what}.png"
     save_figures("--output", file, {file: overview.figure})
-    for name, fact in {**overview.facts, "picture": file}.items():
-        print(f"{name:8} {fact}")
+    facts = {**overview.facts, "picture": file}
+    width = max(8, *map(len, facts))
+    for name, fact in facts.items():
+        print(f"{name:{width}} {fact}")
     return 0
 
 

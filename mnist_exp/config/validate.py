@@ -1,8 +1,9 @@
 """A typed config from a composed one: values out of range are refused, by their key."""
 
+import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from mnist_exp.config.schema import OPEN_PARTS, Config, SweepConfig, TrainingCon
 from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import is_number
 
+log = logging.getLogger(__name__)
 FLOAT32_MAX = 3.4e38
+CHARACTERS = ("mnist", "qmnist", "emnist", "kmnist")  # the data sets of digits and letters
 OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")  # where targets may come from
 
 
@@ -99,6 +102,21 @@ def _check_focus(training: TrainingConfig) -> None:
 
 def _out_of_range(key: str, value: Any, allowed: str) -> ConfigError:
     return ConfigError(f"{key}={value}: must be {allowed}")
+
+
+def warn_of_mirrored_characters(configs: Iterable[DictConfig]) -> None:
+    """Warn, once for all of these composed configs, where digits or letters are mirrored."""
+    for config in configs:
+        flip = OmegaConf.select(config, "augmentation.flip")
+        name = str(OmegaConf.select(config, "dataset.name"))
+        if flip and name.startswith(CHARACTERS):
+            log.warning(
+                "augmentation.flip=%g: it mirrors the images of %s, and a mirrored 2 is no 2. "
+                "To leave it out: augmentation.flip=0",
+                flip,
+                name,
+            )
+            return
 
 
 @dataclass(frozen=True)

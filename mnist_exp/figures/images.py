@@ -39,6 +39,8 @@ def sample_grid(
     confidence: Sequence[float] | None = None,
     *,
     title: str,
+    note: str = "",
+    seconds: Sequence[str] | None = None,
 ) -> Figure:
     """Return a figure of images in reading order, up to 5 rows of 6, each under its label.
 
@@ -48,15 +50,19 @@ def sample_grid(
         predicted: The predicted class of each; a wrong one is framed and says "✗ true → predicted".
         confidence: The probability of each prediction, 0 to 1.
         title: The title of the figure.
+        note: What stands under it.
+        seconds: A second line over each image.
     """
     count = len(images)
     wrong = [a != b for a, b in zip(labels, predicted or labels, strict=True)]
     texts = _sample_texts(labels, predicted or labels, confidence)
-    notes = []
+    if seconds is not None:
+        texts = [f"{a}\n{style.shorten(b, 18)}" for a, b in zip(texts, seconds, strict=True)]
+    notes = [note] if note else []
     if predicted is not None:
         notes.append(f"{count - sum(wrong)} of {count} right")
     if any(wrong):
-        notes[0] += "; ✗ true → predicted"
+        notes[-1] += "; ✗ true → predicted"
     if confidence is not None:
         notes.append("confidence")
 

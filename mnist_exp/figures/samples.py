@@ -4,10 +4,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.data.dataset import PREVIEW_IMAGES, Dataset, Split
 from mnist_exp.figures.images import sample_grid, weights_figure
 from mnist_exp.figures.matrices import confusion_matrix
 from mnist_exp.training import metrics
+from mnist_exp.training.loop import first_augmented
 
 
 def first_images(dataset: Dataset) -> Figure:
@@ -15,6 +17,31 @@ def first_images(dataset: Dataset) -> Figure:
     labels = [dataset.classes[i] for i in dataset.preview.labels.tolist()]
     title = f"{dataset.name}: the first {len(labels)} images"
     return sample_grid(dataset.preview.images[:, 0].cpu().numpy(), labels, title=title)
+
+
+def augmented_images(
+    dataset: Dataset, augmentation: Augmentation, seed: int, batch_size: int
+) -> Figure:
+    """Return a figure of the first 30 images of epoch 1 as a run of this seed trains on them.
+
+    Where images are mixed, a second line names the class of the smaller share.
+    """
+    given = first_augmented(dataset, augmentation, seed, batch_size, PREVIEW_IMAGES)
+    levels = 255 * (given.x[0, :, 0] * dataset.std + dataset.mean)
+    labels = [dataset.classes[i] for i in given.y[0].tolist()]
+    seconds: list[str] | None = None
+    if given.others is not None and given.shares is not None:
+        rest = (1 - given.shares[0]).tolist()
+        others = [dataset.classes[i] for i in given.others[0].tolist()]
+        pairs = zip(others, rest, strict=True)
+        seconds = [f"+ {share:.0%} {other}" if share >= 0.005 else "" for other, share in pairs]
+    return sample_grid(
+        levels.round().clamp(0, 255).to(torch.uint8).cpu().numpy(),
+        labels,
+        title=f"{dataset.name}: the first {len(labels)} images of epoch 1, augmented",
+        note=augmentation.describe(),
+        seconds=seconds,
+    )
 
 
 def predictions(

@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 from mnist_exp.config import paths
-from mnist_exp.config.schema import leaves
+from mnist_exp.config.schema import Config, leaves
+from mnist_exp.config.validate import validate
 from mnist_exp.data.dataset import PREVIEW_IMAGES, Dataset
 from mnist_exp.errors import RunFailed, Terminated, reason_of
 from mnist_exp.figures import samples, style
 from mnist_exp.figures.curves import learning_curves
 from mnist_exp.run import saved_model
 from mnist_exp.run.console import Reporter, epoch_line
-from mnist_exp.run.job import Job, Load
+from mnist_exp.run.job import Job, Load, augmentation_of
 from mnist_exp.run.model_export import recording_model
 from mnist_exp.run.provenance import run_tags
+from mnist_exp.run.stored_config import load_config
 from mnist_exp.run.usage import UsageMeter
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.journal import RunHistory
@@ -136,7 +138,7 @@ class RunRecorder:
         if diff:
             writer.text(diff, DIFF)
         if not self.plan.defer_test:
-            record_preview(dataset, writer)
+            record_preview(dataset, self.job.config, writer)
         if dataset.val is not None and self._image_every is not None:  # the UI's slider starts at 0
             record_predictions(stack.select([self.index]), dataset, writer, 0)
 
@@ -321,7 +323,7 @@ def record_deferred_test(folder: Path, load: Load) -> None:
     dataset, stack = saved_model.load_from_folder(folder, load)
     writer = RunWriter.reopen(folder, open_runs_at(paths.output_root()))
     history = RunHistory.of(folder)
-    record_preview(dataset, writer)
+    record_preview(dataset, validate(load_config(folder / "config.yaml")), writer)
     if dataset.val is not None:  # the weights are those of the best epoch
         epoch = int(history.newest().get("best/epoch") or history.epochs)
         record_predictions(stack, dataset, writer, epoch)
@@ -389,9 +391,15 @@ def record_curves(
     writer.artifact(path)
 
 
-def record_preview(dataset: Dataset, writer: RunWriter) -> None:
-    """Record a figure of the first 30 images with their labels."""
+def record_preview(dataset: Dataset, config: Config, writer: RunWriter) -> None:
+    """Record figures of the first 30 images with their labels, and of augmented ones, if any."""
     writer.image("train/first_30", style.pixels(samples.first_images(dataset)), 0)
+    augmentation = augmentation_of(config)
+    if augmentation.is_on:
+        figure = samples.augmented_images(
+            dataset, augmentation, config.seed, config.training.batch_size
+        )
+        writer.image("train/augmented", style.pixels(figure), 0)
 
 
 def record_predictions(stack: Stack, dataset: Dataset, writer: RunWriter, epoch: int) -> None:

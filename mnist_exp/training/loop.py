@@ -326,17 +326,15 @@ def _compile(step: TrainStep) -> Iterator[Message]:
 def first_augmented(
     data: Dataset, augmentation: Augmentation, seed: int, batch_size: int, count: int
 ) -> Augmented:
-    """Return the first `count` images of epoch 1 as a run of this seed gets them, [1, count, ...].
-
-    The data set is on the CPU.
-    """
+    """Return the first `count` images of epoch 1, [1, count, ...], as a run of a seed gets them."""
     order = _order(seed, 0, len(data.train))
     steps = math.ceil(min(count, len(order)) / batch_size)
     indices = order[: steps * batch_size]  # whole batches, as an image is mixed with one of them
     keys = _step_keys(seed, 0, steps)
-    augmenter = Augmenter(augmentation, data, batch_size, torch.device("cpu"))
-    given = augmenter(data.train.images, data.train.labels, indices[None], keys[:, None])
-    return given.batches(count)[0]
+    device = data.train.images.device
+    augmenter = Augmenter(augmentation, data, batch_size, device)
+    numbers = indices[None].to(device), keys[:, None].to(device)
+    return augmenter(data.train.images, data.train.labels, *numbers).batches(count)[0]
 
 
 # A generator depends on nothing but a run's seed, its purpose (1, 2 or 3), and the epoch.

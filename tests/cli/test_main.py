@@ -401,6 +401,15 @@ def test_show_mnist(call: Call, tmp_path: Path) -> None:
     assert (tmp_path / "mnist.svg").read_text().lstrip().startswith("<?xml")
 
 
+def test_show_augmented(call: Call, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    status, out, _ = call("show", "-o", f"{tmp_path}/augmented.png", "augmentation=flip")
+    assert status == 0
+    facts = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert facts["augmentation"] == "flip=0.5" and facts["dataset"] == "mnist (embedded)"
+    assert matplotlib.image.imread(tmp_path / "augmented.png").std() > 0.05
+    assert caplog.text.count("a mirrored 2 is no 2") == 1
+
+
 # of the processes that were started first
 
 

@@ -203,6 +203,19 @@ def test_a_sweep_is_not_overwritten_by_the_next_one(tmp_path: Path) -> None:
     assert (first.own / "journal.jsonl").read_bytes() == record
 
 
+def test_a_sweep_of_augmentations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One warning for all jobs, and the pictures of the run that is chosen."""
+    done = train_all(tmp_path, *SMALL, "training.epochs=1", "augmentation=shift,flip", "seed=0,1")
+    assert done.status == 0, done.err
+    assert caplog.text.count("augmentation.flip=0.5: it mirrors") == 1
+    assert "2 stacks of 2" in done.out
+    for child in done.children.values():
+        files = done.client.list_artifacts(child.info.run_id, "images")
+        names = {Path(file.path).name.split("+")[0] for file in files}
+        is_tested = "test/accuracy" in child.data.metrics
+        assert (names >= {"train~first_30", "train~augmented"}) == is_tested
+
+
 def test_folder_named_after_what_is_swept(tmp_path: Path) -> None:
     """As Hydra's own documentation has it."""
     subdir = "hydra.sweep.subdir='lr=${optimizer.lr},job=${hydra.job.num}'"
