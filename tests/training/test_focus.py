@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, NAdam
 
+from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.training import compile as compile_step
 from mnist_exp.training import loop, metrics
 from mnist_exp.training import step as train_step
@@ -196,6 +197,18 @@ def test_a_run_that_diverges_in_a_focused_epoch_leaves_the_others(
     assert not any("cannot be compiled" in notice for notice in together.notices)
     for k in (1, 2):
         assert_equals_alone(together, k, fit(mlp, data, [runs[k]], epochs=5, focus=FOCUS))
+
+
+def test_it_goes_with_an_average_of_the_weights_and_augmentation(make_dataset: MakeDataset) -> None:
+    """The hardest are found on the images as they are, by the weights that are trained."""
+    data = make_dataset(val=40)
+    given: dict[str, Any] = {"epochs": 4, "augmentation": Augmentation(shift=1), "focus": FOCUS}
+    runs = [replace(run(seed), ema=ema) for seed, ema in ((0, 0.5), (1, None))]
+    together = fit(mlp, data, runs, **given)
+    for k, own in enumerate(runs):
+        assert_equals_alone(together, k, fit(mlp, data, [own], **given))
+    without = fit(mlp, data, [run(0), run(1)], **given)
+    np.testing.assert_allclose(together.losses, without.losses, rtol=1e-5)
 
 
 def test_patience_counts_focused_epochs(make_dataset: MakeDataset) -> None:
