@@ -194,7 +194,8 @@ def evaluate(
 ) -> "Evaluation":
     """Evaluate the saved model of a run on the official test set, or on its split "val".
 
-    With `tta`, average over shifts by one pixel. Raise ConfigError.
+    With `tta`, average over shifts by one pixel, and mirror images where the run was trained on
+    them. Raise ConfigError.
     """
     from mnist_exp.run.lookup import find_run
 
@@ -232,7 +233,7 @@ def predict(
         run: The run.
         overrides: `tracking.uri=...` alone, the store to look into.
         raw: The images are light ink on black, as in MNIST: do not invert, crop and centre them.
-        tta: Average over shifts of the images by one pixel.
+        tta: Average over shifts by one pixel, and mirror images if it was trained on them.
 
     Raises:
         ConfigError: There is no such run, or it has left no model.

@@ -99,7 +99,7 @@ TTA = argument(
     "--tta",
     action="store_true",
     help="test-time augmentation: average the probabilities over an image and its shifts by one "
-    "pixel to the left, right, up and down",
+    "pixel to the left, right, up and down, and over mirror images if it was trained on such",
 )
 # The formats are those of figures/style.py, whose import takes half a second.
 FORMATS = ("png", "svg", "pdf")

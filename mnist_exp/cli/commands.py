@@ -163,7 +163,7 @@ def _print_scores(evaluation: "Evaluation", has_record: bool) -> None:
     """Print the images, and loss, accuracy and calibration, beside what the run has recorded."""
     print(f"images         {evaluation.description}")
     low, high = evaluation.interval
-    of_plain = " without it" if evaluation.tta else ""
+    of_plain = " without it" if evaluation.views else ""
     for key, value in evaluation.scores.items():
         spec = ".2%" if key.endswith("accuracy") else ".6f"
         line = f"{key:14} {value:{spec}}"

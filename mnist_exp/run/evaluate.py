@@ -15,12 +15,13 @@ from mnist_exp.figures.curves import History
 from mnist_exp.formatting import Table, number_or_dash, wilson
 from mnist_exp.run.kept_predictions import KeptPredictions
 from mnist_exp.run.recorder import RUN_CURVES
-from mnist_exp.run.saved_model import check_finite, load_run
+from mnist_exp.run.saved_model import check_finite, load_run, views_of
 from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.stored_run import StoredRun
 from mnist_exp.training import metrics
 from mnist_exp.training.metrics import Calibration, ClassScore
 from mnist_exp.training.stack import Stack
+from mnist_exp.training.views import Views
 
 SPLITS = {"test": "test set", "val": "validation set"}  # what can be evaluated on, with its title
 
@@ -37,7 +38,7 @@ class Evaluation:
     examples: Split = field(repr=False)  # the images that these are the results on
     logits: Tensor = field(repr=False)  # [N, classes]
     split: str = "test"  # a key of SPLITS
-    tta: bool = False  # with test-time augmentation
+    views: Views | None = None  # that were averaged over, in test-time augmentation
     recorded: Mapping[str, float] = field(default_factory=dict)  # the run's own test metrics
     model: nn.Module | None = field(default=None, repr=False)  # None for several models
     history: History = field(default_factory=dict, repr=False)  # of its training
@@ -51,19 +52,19 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        """The title of a figure: the split, and whether its images were shifted."""
-        return SPLITS[self.split] + (f", {metrics.TTA}" if self.tta else "")
+        """The title of a figure: the split, and the views of its images."""
+        return SPLITS[self.split] + (f", {self.views.description}" if self.views else "")
 
     @property
     def description(self) -> str:
         """The images that these are the results on, in words."""
-        shifted = f", {metrics.WITH_TTA}" if self.tta else ""
-        return f"{len(self.examples):,} of the {SPLITS[self.split]}{shifted}"
+        views = f", {self.views.long_description}" if self.views else ""
+        return f"{len(self.examples):,} of the {SPLITS[self.split]}{views}"
 
     @property
     def variant(self) -> str:
         """A name for what is not the plain model on the test set: "val", "tta" or "val-tta"."""
-        return "-".join(["val"] * (self.split == "val") + ["tta"] * self.tta)
+        return "-".join(["val"] * (self.split == "val") + ["tta"] * (self.views is not None))
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -138,7 +139,7 @@ def evaluate(
         run: The run.
         root: The folder of its data set, if not the recorded one.
         split: The images: "test" or "val".
-        tta: Average over shifts of the images, as `metrics.predict_batch` does.
+        tta: Average over the views of each image that suit the run.
 
     Raises:
         ConfigError: The run has left no model, or its data set or the split is not there.
@@ -171,7 +172,8 @@ def evaluate_stack(
             f"--split val: run {run.id} has no validation images (dataset.val_size=0). For the "
             f"test set: --split test"
         )
-    (logits,) = metrics.predict(stack, dataset, examples, tta)
+    views = views_of(run) if tta else None
+    (logits,) = metrics.predict(stack, dataset, examples, views)
     check_finite(logits, run)
     recorded = {key: value for key, value in run.metrics.items() if key.startswith("test/")}
-    return Evaluation(run.id, run.name, dataset, examples, logits, split, tta, recorded)
+    return Evaluation(run.id, run.name, dataset, examples, logits, split, views, recorded)

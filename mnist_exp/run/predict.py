@@ -9,10 +9,11 @@ import torch
 
 from mnist_exp.data import photos
 from mnist_exp.data.photos import Photo, UnreadableImage
-from mnist_exp.run.saved_model import check_finite, load_model
+from mnist_exp.run.saved_model import check_finite, load_model, views_of
 from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.stored_run import StoredRun
 from mnist_exp.training import metrics
+from mnist_exp.training.views import Views
 
 CLASSES = 3  # of a prediction, the most probable first
 DRAWN = 60  # files in a figure; the memory would not do for the photos of all
@@ -28,24 +29,30 @@ class Prediction:
     photo: Photo | None = field(default=None, repr=False)
     classes: Sequence[tuple[str, float]] = ()  # the most probable three, with their probabilities
     problem: str = ""
-    tta: bool = False  # with test-time augmentation
+    views: Views | None = None  # that were averaged over, in test-time augmentation
 
     @property
     def title(self) -> str:
-        """The title of a figure: the name of the run, and whether the images were shifted."""
-        return f"{self.run_name}, {metrics.TTA}" if self.tta else self.run_name
+        """The title of a figure: the name of the run, and the views of the images."""
+        return f"{self.run_name}, {self.views.description}" if self.views else self.run_name
 
     @property
     def long_title(self) -> str:
         """The title of a table, where there is room for more words."""
-        return f"{self.run_name}, {metrics.WITH_TTA}" if self.tta else self.run_name
+        views = f", {self.views.long_description}" if self.views else ""
+        return f"{self.run_name}{views}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the prediction as plain values for programs; probabilities from 0 to 1."""
         if self.problem:
             return {"file": str(self.file), "error": self.problem}
         named = [{"class": name, "probability": share} for name, share in self.classes]
-        return {"file": str(self.file), **named[0], "next": named[1:], "tta": self.tta}
+        return {
+            "file": str(self.file),
+            **named[0],
+            "next": named[1:],
+            "tta": self.views is not None,
+        }
 
 
 def predict(
@@ -58,13 +65,14 @@ def predict(
         run: The run whose model predicts.
         files: Image files.
         raw: Take the files as they are, as they are no photographs of ink on paper.
-        tta: Average over shifts of the images, as `metrics.predict_batch` does.
+        tta: Average over the views of each image that suit the run.
 
     Raises:
         ConfigError: The run has left no model, one that gives no numbers, or one whose images are
             too small to be shifted.
     """
     info, stack = load_model(store, run)
+    views = views_of(run) if tta else None
     predictions: list[Prediction] = []
     shown = 0
     for file in files:
@@ -74,16 +82,14 @@ def predict(
             predictions.append(Prediction(file, run.name, problem=str(problem)))
             continue
         image = torch.from_numpy(photo.preprocessed)[None, None]  # [H, W] -> [1, 1, H, W]
-        logits = metrics.predict_batch(stack, info, image, tta)[
-            0, 0
-        ]  # [1, 1, classes] -> [classes]
+        ((logits,),) = metrics.predict_batch(stack, info, image, views)  # [1, 1, classes]
         check_finite(logits, run)
         probabilities = logits.double().softmax(-1)
         best = probabilities.topk(min(CLASSES, len(probabilities)))
         names = [info.classes[i] for i in best.indices.tolist()]
         classes = list(zip(names, best.values.tolist(), strict=True))
         kept = photo if shown < DRAWN else None
-        predictions.append(Prediction(file, run.name, kept, classes, tta=tta))
+        predictions.append(Prediction(file, run.name, kept, classes, views=views))
         shown += 1
     return predictions
 

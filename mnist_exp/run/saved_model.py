@@ -20,6 +20,7 @@ from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.stored_run import StoredRun
 from mnist_exp.training.stack import Stack
+from mnist_exp.training.views import Views
 
 
 def model_state(stack: Stack, info: DatasetInfo) -> dict[str, Any]:
@@ -81,6 +82,11 @@ def load_from_folder(folder: Path, load: Load) -> tuple[Dataset, Stack]:
     dataset = load(config.dataset)
     weights = checkpoint.load(folder / "checkpoint.pt")["model"]
     return dataset, _build_stack(config, weights, dataset, str(folder))
+
+
+def views_of(run: StoredRun) -> Views:
+    """Return the views of an image that a run's model is averaged over where that is asked for."""
+    return Views(mirrored=float(run.params.get("augmentation.flip", 0.0)) > 0)
 
 
 def check_finite(logits: Tensor, run: StoredRun) -> None:

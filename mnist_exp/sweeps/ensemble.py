@@ -63,7 +63,7 @@ def ensemble(
         parent: The sweep's run.
         root: Where its data is by now, if not where it was.
         split: The images: "test" or "val".
-        tta: Average over shifts of the images as well.
+        tta: Average over the views of each image that suit the runs as well.
 
     Raises:
         ConfigError: There is no such cell or split, or the cell has one model alone.

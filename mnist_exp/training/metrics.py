@@ -1,7 +1,7 @@
 """Evaluation: predictions, metrics as sums over examples (exact for uneven batches), scores."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnist_exp.data.dataset import DatasetInfo, Split
-from mnist_exp.errors import ConfigError
 from mnist_exp.training.stack import Stack
+from mnist_exp.training.views import Views
 
 EVALUATION_BATCH = 512  # images at a time; fewer where the models of a stack would need more room
-# of an image in test-time augmentation, as the (row, column) that its top left corner comes from
-SHIFTS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
-TTA = f"mean of {len(SHIFTS)} shifts"  # in the title of a figure
-WITH_TTA = f"with test-time augmentation: {TTA}"
 
 
 @dataclass
@@ -61,43 +57,29 @@ class MetricSums:
         ]
 
 
-def predict(stack: Stack, data: DatasetInfo, split: Split, tta: bool = False) -> Tensor:
-    """Return logits [K, N, classes], on the CPU, in evaluation mode; `tta` as for a batch."""
+def predict(stack: Stack, data: DatasetInfo, split: Split, views: Views | None = None) -> Tensor:
+    """Return logits [K, N, classes], on the CPU, in evaluation mode; `views` as for a batch."""
     batches = torch.split(split.images, max(32, min(EVALUATION_BATCH, 2048 // stack.size)))
-    return torch.cat([predict_batch(stack, data, images, tta) for images in batches], 1)
+    return torch.cat([predict_batch(stack, data, images, views) for images in batches], 1)
 
 
-def predict_batch(stack: Stack, data: DatasetInfo, images: Tensor, tta: bool = False) -> Tensor:
+def predict_batch(
+    stack: Stack, data: DatasetInfo, images: Tensor, views: Views | None = None
+) -> Tensor:
     """Return logits [K, B, classes] of uint8 images [B, 1, H, W], on the CPU.
 
     Args:
         stack: K models.
         data: The data set that they were trained on.
         images: The images.
-        tta: Test-time augmentation: average the probabilities over `shifts` of the images.
+        views: Test-time augmentation: average the probabilities over these views of the images.
 
     Raises:
-        ConfigError: The images are too small to be shifted.
+        ConfigError: The images are too small for it.
     """
-    if not tta:
+    if views is None:
         return stack.logits(data.normalise(images)).cpu()
-    return average([stack.logits(data.normalise(moved)).cpu() for moved in shifts(images)])
-
-
-def shifts(images: Tensor) -> Iterator[Tensor]:
-    """Yield images [..., H, W], and then shifted by one pixel to the left, right, up and down.
-
-    What comes in at an edge is 0, the background. Raises ConfigError for less than 3 x 3 pixels.
-    """
-    height, width = images.shape[-2:]
-    if min(height, width) < 3:
-        raise ConfigError(
-            f"--tta: images of {height} x {width} pixels are too small to be shifted by one; they "
-            f"must be 3 x 3 or larger. Leave out --tta"
-        )
-    padded = F.pad(images, (1, 1, 1, 1))
-    for row, column in SHIFTS:
-        yield padded[..., 1 + row : 1 + row + height, 1 + column : 1 + column + width]
+    return average([stack.logits(data.normalise(view)).cpu() for view in views.of(images)])
 
 
 def average(predictions: Sequence[Tensor]) -> Tensor:

@@ -18,6 +18,10 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.run.evaluate import Evaluation
 from mnist_exp.run.kept_predictions import KeptPredictions
 from mnist_exp.run.recorder import Result
+from mnist_exp.run.saved_model import load_run
+from mnist_exp.tracking.store import Store
+from mnist_exp.training import metrics
+from mnist_exp.training.views import Views
 from tests.helpers import config_on_record, write_idx
 
 SMALL = [
@@ -204,6 +208,20 @@ def test_test_time_augmentation_leaves_the_plain_predictions_alone(
     assert shifted.recorded == found.recorded != shifted.scores
     for name in ("mistakes", "confusion", "calibration"):
         assert "test set, mean of 5 shifts" in texts(shifted.draw()[name])
+
+
+def test_mirror_images_are_views_of_a_run_that_was_trained_on_them(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "output_root", lambda: tmp_path)
+    words = [*SMALL, f"tracking.uri={store}", f"hydra.run.dir={tmp_path}/run"]
+    mirrored = mnist_exp.train([*words, "augmentation=flip"])
+    there = [f"tracking.uri={store}"]
+    found = mnist_exp.evaluate(mirrored.run_id, there, tta=True)
+    assert found.title == "test set, mean of 5 shifts and their mirror images"
+    stack = load_run(Store(store), Store(store).get(mirrored.run_id))[1]
+    expected = metrics.predict(stack, found.dataset, found.examples, Views(mirrored=True))
+    torch.testing.assert_close(found.logits, expected[0])
 
 
 def test_what_cannot_be_evaluated_is_refused(

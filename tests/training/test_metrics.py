@@ -12,6 +12,7 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.training import metrics
 from mnist_exp.training.metrics import MetricSums
 from mnist_exp.training.stack import Stack
+from mnist_exp.training.views import Views
 from tests.training.helpers import CPU, MakeDataset, cnn, fit, mlp, run, seeded
 
 
@@ -80,12 +81,16 @@ def test_calibration_at_the_edges() -> None:
 
 def test_images_are_shifted_by_one_pixel_each_way() -> None:
     images = torch.arange(1, 13, dtype=torch.uint8).view(1, 1, 3, 4)
-    same, left, right, up, down = (moved[0, 0].tolist() for moved in metrics.shifts(images))
+    same, left, right, up, down = (moved[0, 0].tolist() for moved in Views().of(images))
     assert same == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
     assert left == [[2, 3, 4, 0], [6, 7, 8, 0], [10, 11, 12, 0]]
     assert right == [[0, 1, 2, 3], [0, 5, 6, 7], [0, 9, 10, 11]]
     assert up == [[5, 6, 7, 8], [9, 10, 11, 12], [0, 0, 0, 0]]
     assert down == [[0, 0, 0, 0], [1, 2, 3, 4], [5, 6, 7, 8]]
+    both = [view[0, 0].tolist() for view in Views(mirrored=True).of(images)]
+    shifted = [same, left, right, up, down]
+    assert both[::2] == shifted
+    assert both[1::2] == [[row[::-1] for row in view] for view in shifted]
 
 
 def test_test_time_augmentation_averages_probabilities(
@@ -95,7 +100,7 @@ def test_test_time_augmentation_averages_probabilities(
     monkeypatch.setattr(metrics, "EVALUATION_BATCH", 32)
     data = make_dataset(train=257, val=70)
     assert data.val is not None
-    found = metrics.predict(Stack(cnn, [0, 1], CPU), data, data.val, tta=True)
+    found = metrics.predict(Stack(cnn, [0, 1], CPU), data, data.val, Views())
     plain = metrics.predict(Stack(cnn, [0, 1], CPU), data, data.val)
     assert not torch.allclose(found.softmax(-1), plain.double().softmax(-1), atol=1e-3)
     padded = F.pad(data.val.images / 255, (1, 1, 1, 1))
@@ -115,4 +120,4 @@ def test_images_that_a_shift_would_empty_are_refused(
     split = Split(torch.zeros(4, 1, height, width, dtype=torch.uint8), torch.zeros(4).long())
     stack, data = Stack(mlp, [0], CPU), make_dataset(train=8, val=8)
     with pytest.raises(ConfigError, match=rf"^--tta: images of {height} x {width} pixels are too"):
-        metrics.predict(stack, data, split, tta=True)
+        metrics.predict(stack, data, split, Views())
