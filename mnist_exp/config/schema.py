@@ -29,9 +29,10 @@ def checked(
     return field(default=default, metadata=metadata)
 
 
-def one_of(*names: str) -> Any:
-    """Declare a key whose value is one of a few names."""
-    return checked(names.__contains__, f"{', '.join(names[:-1])} or {names[-1]}", names)
+def one_of(*names: str, default: Any = MISSING) -> Any:
+    """Declare a key whose value is one of a few names. `default`: as for `checked`."""
+    allowed = f"{', '.join(names[:-1])} or {names[-1]}"
+    return checked(names.__contains__, allowed, names, default)
 
 
 @dataclass
@@ -97,6 +98,7 @@ class TrainingConfig:
     )
     compile: str = one_of("auto", "always", "never")
     focus: FocusConfig = field(default_factory=FocusConfig)
+    precision: str = one_of("float32", "bfloat16", default="float32")
 
 
 @dataclass

@@ -29,6 +29,7 @@ from mnist_exp.run.trial import try_run
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.training.epochs import EpochSizes, Focus
 from mnist_exp.training.events import RunSpec, StackSpec
+from mnist_exp.training.precision import PRECISIONS, warn_if_slow
 from mnist_exp.training.schedules import Schedule
 
 Load = Callable[[DatasetConfig], Dataset]
@@ -58,6 +59,11 @@ class Job:
     def overrides(self) -> list[str]:
         """The overrides that were typed."""
         return list(self.composed.hydra.overrides.task)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The type in which the model computes."""
+        return PRECISIONS[self.config.training.precision]
 
     @property
     def folder(self) -> Path:
@@ -133,6 +139,7 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
         schedule=schedule,
     )
     _check_epochs(job.stack_spec.epoch_sizes(len(dataset.train)))
+    warn_if_slow(job.precision, device)
     try_run(config, build, dataset, job.run_spec, job.stack_spec)
     return job
 

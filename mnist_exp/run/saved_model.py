@@ -19,6 +19,7 @@ from mnist_exp.run.stored_config import fetch_config, load_config
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.stored_run import StoredRun
+from mnist_exp.training.precision import PRECISIONS
 from mnist_exp.training.stack import Stack
 from mnist_exp.training.views import Views
 
@@ -114,7 +115,8 @@ def _build_stack(
 ) -> Stack:
     """Return a model with its weights as a stack of one. `name`: of its run, for the message."""
     build = build_model(config, info.shape, len(info.classes))
-    stack = Stack(build, [config.seed], torch.device("cpu"))
+    precision = PRECISIONS[config.training.precision]
+    stack = Stack(build, [config.seed], torch.device("cpu"), precision)
     state = stack.module.state_dict()
     for key, value in weights.items():
         if not isinstance(value, Tensor):  # as an earlier version has let it be trained

@@ -141,7 +141,7 @@ def train_stack(
     with closing_on_error(recorders, len(jobs)), signals.deferred():
         for k in _unfinished(plan) if resume else range(len(jobs)):
             recorders.append(RunRecorder(plan, k, dataset, tags))
-        stack = Stack(first.build, [job.config.seed for job in jobs], first.device)
+        stack = Stack(first.build, [job.config.seed for job in jobs], first.device, first.precision)
         for recorder in recorders:
             with recorder.failing_alone():
                 recorder.start(stack, diff)

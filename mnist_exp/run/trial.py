@@ -14,6 +14,7 @@ from mnist_exp.errors import ConfigError, first_line
 from mnist_exp.run.build import check_logits, explaining, restore_weights
 from mnist_exp.training import loop
 from mnist_exp.training.events import RunSpec, StackSpec
+from mnist_exp.training.precision import PRECISIONS
 from mnist_exp.training.stack import Batch, Stack
 from mnist_exp.training.step import TrainStep
 
@@ -46,7 +47,8 @@ def try_run(
     model = config.model["_target_"].rpartition(".")[2]
     with torch.random.fork_rng(devices=[]):
         with explaining("model", model):
-            stack = Stack(build, [run.seed], torch.device("cpu"))
+            precision = PRECISIONS[config.training.precision]
+            stack = Stack(build, [run.seed], torch.device("cpu"), precision)
             with torch.no_grad():  # the module is a skeleton, whose own tensors are not trained
                 check_logits(stack.module(images), images, classes)
             check_logits(stack.logits(images[:1])[0], images[:1], classes)
@@ -72,7 +74,7 @@ def try_run(
         with explaining("optimizer", spec.optimizer.__qualname__):
             _train(TrainStep(stack, few, [run], replace(spec, batch_size=BATCH)))
         with explaining("model", model):
-            loaded = _save_and_load(stack, Stack(build, [run.seed], stack.device))
+            loaded = _save_and_load(stack, Stack(build, [run.seed], stack.device, precision))
             _check_export(stack.model(0), images)
             if not torch.equal(_predict(stack, images), _predict(loaded, images)):
                 raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from mnist_exp.training.dropout import SeededDropout
+from mnist_exp.training.precision import computing_in
 
 Tensors = dict[str, Tensor]
 
@@ -36,11 +37,16 @@ Loss = tuple[Tensor, tuple[Tensors, Tensor]]
 class Stack:
     """K models, each initialised from its own seed as `torch.manual_seed(seed); build()` would.
 
-    `params` (trainable) and `buffers` (the rest) map a parameter's name to `[K, ...]`.
+    `params` (trainable) and `buffers` (the rest) map a parameter's name to `[K, ...]`. Their types
+    are those that `build` gives them, whatever `precision` the models compute in.
     """
 
     def __init__(
-        self, build: Callable[[], nn.Module], seeds: Sequence[int], device: torch.device
+        self,
+        build: Callable[[], nn.Module],
+        seeds: Sequence[int],
+        device: torch.device,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         modules = []
         for seed in seeds:
@@ -49,6 +55,7 @@ class Stack:
                 modules.append(build())
         self.size = len(modules)
         self.device = device
+        self.precision = precision
         # to make plain modules from: one that has been called may keep what cannot be copied
         self.unused_module = copy.deepcopy(modules[0]).eval()
         self.module = modules[0].to(device).train()
@@ -177,7 +184,8 @@ class Stack:
         logits: Tensor
         if self.is_channels_last and x.dim() == 4:
             x = x.to(memory_format=torch.channels_last)
-        with nullcontext() if keys is None else SeededDropout(keys):
+        dropout = nullcontext() if keys is None else SeededDropout(keys)
+        with dropout, computing_in(self.precision, self.device, self.size > 1):
             logits = functional_call(self.module, tensors, (x,))
         return logits.float() if logits.dtype.itemsize < 4 else logits  # NumPy has no bfloat16
 

@@ -118,6 +118,8 @@ RANGES = [
         "0.0078", good=f"{focus(1, 0.0078, 0)} training.epochs=2 training.batch_size=64"),
     bad("training.focus.after=0.003", "training.focus.after=0.003", "none of the 128", "0.0078",
         good=f"{focus(0.0078, 0.2, 0.1)} training.epochs=2 training.batch_size=64"),
+    bad("training.precision=float16", "training.precision=float16", "float32 or bfloat16",
+        good="training.precision=float32"),
     bad("seed=-1", "seed=-1", "0 or more", good="seed=0"),
     bad(f"seed={2**63}", "seed=9223372036854775808", "2**63", good=f"seed={2**63 - 1}"),
     bad("dataset.split_seed=-1", "dataset.split_seed=-1", good="dataset.split_seed=0"),

@@ -18,7 +18,7 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.run.evaluate import Evaluation
 from mnist_exp.run.kept_predictions import KeptPredictions
 from mnist_exp.run.recorder import Result
-from mnist_exp.run.saved_model import load_run
+from mnist_exp.run.saved_model import load_model, load_run
 from mnist_exp.tracking.store import Store
 from mnist_exp.training import metrics
 from mnist_exp.training.views import Views
@@ -178,6 +178,24 @@ def test_the_module_is_evaluated_as_it_is_served(run: Result, found: Evaluation)
     images = found.dataset.test.images.float() / 255
     with torch.no_grad():
         assert torch.allclose(run.model(images), found.logits, atol=1e-4)
+
+
+def test_a_run_is_evaluated_and_reproduced_in_its_precision(
+    store: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "output_root", lambda: folder)
+    uri = f"tracking.uri={store}"
+    words = [*SMALL, uri, f"hydra.run.dir={folder}/rounded", "training.precision=bfloat16"]
+    result = mnist_exp.train(words)
+    found = mnist_exp.evaluate(result.run_id, [uri])
+    assert found.scores == found.recorded
+    again = mnist_exp.reproduce(result.run_id, [uri])
+    assert again.verdict.startswith("identical")
+    _, model = load_model(Store(store), Store(store).get(result.run_id))
+    images = torch.rand(32, 1, 28, 28)
+    plain = model.model(0)(images).detach()
+    assert not torch.equal(model.logits(images)[0], plain)
+    torch.testing.assert_close(model.logits(images)[0], plain, rtol=0.1, atol=0.1)
 
 
 def test_on_validation_the_numbers_are_those_of_the_best_epoch(

@@ -49,8 +49,9 @@ def fit(
     augmentation: Augmentation | None = None,
     decay_norms: bool = True,
     focus: Focus | None = None,
+    precision: torch.dtype = torch.float32,
 ) -> Trained:
-    stack = Stack(build, [run.seed for run in runs], CPU)
+    stack = Stack(build, [run.seed for run in runs], CPU, precision)
     trained = Trained(stack, [], np.zeros((0, len(runs))), [], [])
     augmentation = augmentation or Augmentation()
     spec = StackSpec(optimizer, epochs, batch_size, augmentation, decay_norms, focus)
