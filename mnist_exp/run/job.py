@@ -31,6 +31,7 @@ from mnist_exp.training.epochs import EpochSizes, Focus
 from mnist_exp.training.events import RunSpec, StackSpec
 from mnist_exp.training.precision import PRECISIONS, warn_if_slow
 from mnist_exp.training.schedules import Schedule
+from mnist_exp.training.stack import has_convolutions
 
 Load = Callable[[DatasetConfig], Dataset]
 
@@ -64,6 +65,12 @@ class Job:
     def precision(self) -> torch.dtype:
         """The type in which the model computes."""
         return PRECISIONS[self.config.training.precision]
+
+    @property
+    def has_convolutions(self) -> bool:
+        """True where the model has convolutional layers."""
+        with torch.random.fork_rng(devices=[]):
+            return has_convolutions(self.build())
 
     @property
     def folder(self) -> Path:

@@ -279,4 +279,4 @@ def should_compile(jobs: Sequence[Job], images: int) -> bool:
     if settings.compile != "auto":
         return settings.compile == "always"
     steps = jobs[0].stack_spec.epoch_sizes(images).total_steps
-    return worth_compiling(steps, len(jobs), jobs[0].device)
+    return worth_compiling(steps, len(jobs), jobs[0].device, jobs[0].has_convolutions)

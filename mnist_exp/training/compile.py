@@ -137,8 +137,14 @@ def warm_up_compiler() -> None:
         _inductor(trace(lambda x: [x + 1], [x]), [x])(x)
 
 
-def worth_compiling(steps: int, size: int, device: torch.device) -> bool:
-    """Return whether compiling a stack of `size` models repays itself in so many steps."""
+def worth_compiling(steps: int, size: int, device: torch.device, has_convolutions: bool) -> bool:
+    """Return whether compiling a stack of `size` models repays itself in so many steps.
+
+    It does not where convolutions take the time, on a CPU. Compiled, and not, a step of 128 images
+    takes on one thread: cnn of width 16 36 and 40 ms, of width 32 95 and 90, cnn_pooled 63 and 52.
+    """
+    if has_convolutions and device.type == "cpu":
+        return False
     return steps * size >= COMPILE_FROM and can_compile(device)
 
 

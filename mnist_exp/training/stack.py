@@ -64,7 +64,7 @@ class Stack:
         # a trace freezes what Python decides in forward(), which modules of one's own may do
         self.is_traceable = all(_is_known(m) for m in submodules)
         # on a CPU, convolutions of several models at once are slower than one after the other
-        self.has_convolutions = any(isinstance(m, _CONVOLUTIONS) for m in submodules)
+        self.has_convolutions = has_convolutions(self.module)
         trainable = {n for n, p in self.module.named_parameters() if p.requires_grad}
 
         def stacked(name: str) -> Tensor:
@@ -262,6 +262,11 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     tensor = getattr(module.get_submodule(owner), leaf)
     assert isinstance(tensor, Tensor)
     return tensor
+
+
+def has_convolutions(module: nn.Module) -> bool:
+    """Return whether a module has convolutional layers."""
+    return any(isinstance(m, _CONVOLUTIONS) for m in module.modules())
 
 
 def _is_known(module: nn.Module) -> bool:

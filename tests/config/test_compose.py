@@ -97,6 +97,7 @@ def test_sizes_follow_from_the_dataset(model: str, prepare: Prepare, tmp_path: P
     dataset = dataset_of(job)
     assert dataset.shape == (1, 32, 32)
     assert len(dataset.classes) == 26
+    assert job.has_convolutions == (model not in ("mlp", "linear"))
     train_two_batches(job)
 
 

@@ -144,8 +144,10 @@ def test_compiling_pays_for_long_runs_on_machines_that_can(
     assert compile_step.can_compile(CPU)
     assert not compile_step.can_compile(torch.device("mps"))
     worth = compile_step.worth_compiling
-    assert worth(80_000, 1, CPU) and worth(20_000, 4, CPU)
-    assert not worth(79_999, 1, CPU) and not worth(19_999, 4, CPU)
+    assert worth(80_000, 1, CPU, False) and worth(20_000, 4, CPU, False)
+    assert not worth(79_999, 1, CPU, False) and not worth(19_999, 4, CPU, False)
+    assert not worth(10**9, 1, CPU, True)  # convolutions
+    assert worth(80_000, 1, torch.device("cuda"), True)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not compile_step.can_compile(CPU)  # no compiler
 
