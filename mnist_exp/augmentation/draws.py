@@ -57,13 +57,13 @@ class Draws:
         images = counter_bits(keys + SALT, indices)
         return cls(counter_bits(images[:, None], counters))
 
-    def uniform(self, name: str) -> Tensor:
-        """Return floats [M, numbers] from 0 to below 1."""
-        return (self._of(name) >> 8) * 2.0**-24  # as many bits as a float32 has
+    def uniform(self, *names: str) -> Tensor:
+        """Return floats [M, numbers] from 0 to below 1; several names follow each other."""
+        return (self._of(*names) >> 8) * 2.0**-24  # as many bits as a float32 has
 
-    def symmetric(self, name: str) -> Tensor:
-        """Return floats [M, numbers] from -1 to below 1."""
-        return self.uniform(name) * 2 - 1
+    def symmetric(self, *names: str) -> Tensor:
+        """Return floats [M, numbers] from -1 to below 1; several names follow each other."""
+        return self.uniform(*names) * 2 - 1
 
     def integers(self, name: str, limits: Sequence[int]) -> list[Tensor]:
         """Return whole numbers [M] from 0 to below each of the limits."""
@@ -77,7 +77,9 @@ class Draws:
         angle = 2 * math.pi * second
         return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
 
-    def _of(self, name: str) -> Tensor:
-        names = list(_COUNTS)
-        start = sum(_COUNTS[before] for before in names[: names.index(name)])
-        return self.bits[:, start : start + _COUNTS[name]]
+    def _of(self, *names: str) -> Tensor:
+        order = list(_COUNTS)
+        first = order.index(names[0])
+        assert order[first : first + len(names)] == list(names)
+        start = sum(_COUNTS[name] for name in order[:first])
+        return self.bits[:, start : start + sum(_COUNTS[name] for name in names)]

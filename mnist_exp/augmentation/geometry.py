@@ -9,6 +9,8 @@ from torch import Tensor
 from mnist_exp.augmentation.draws import CONTROLS, Draws
 from mnist_exp.augmentation.settings import Augmentation
 
+AFFINE = ("shift", "rotation", "scale", "shear")  # one after the other in what is drawn
+
 
 def shift_whole_pixels(images: Tensor, draws: Draws, most: int) -> Tensor:
     """Return images [M, C, H, W] shifted by up to `most` pixels along each axis, 0 moving in."""
@@ -28,14 +30,18 @@ class SmoothMap:
 
     An image point is moved by a uniform cubic B-spline of 7 x 7 control points (Rueckert et al.
     1999). Where the control points are moved by an affine map the spline is that map, exactly: so
-    they are moved by it, and by normal displacements, and the grid follows in two small matrix
-    products an axis.
+    they are moved by it, and by normal displacements, and the grid follows in a small matrix
+    product along each axis.
     """
 
     def __init__(
         self, settings: Augmentation, height: int, width: int, device: torch.device
     ) -> None:
-        self.settings = settings
+        self.elastic = settings.elastic
+        shift, scale, degree = settings.shift, settings.scale, math.pi / 180
+        angles = settings.rotation * degree, settings.shear * degree
+        most = [shift, shift, angles[0], scale, scale, angles[1]]  # in the order of AFFINE
+        self.most = torch.tensor(most, device=device)
         # seen from the middle of the image, in pixels
         offsets = torch.arange(CONTROLS, device=device) - CONTROLS // 2
         self.rows = offsets[:, None] * (height / (CONTROLS - 3))  # [7, 1]
@@ -57,24 +63,15 @@ class SmoothMap:
 
         An image is rotated, sheared, scaled and shifted, in this order; this goes back.
         """
-        settings, degree = self.settings, math.pi / 180
-
-        def column(name: str, most: float) -> list[Tensor]:
-            """Return the numbers of a name, [M, 1, 1] each."""
-            return [t[:, None, None] for t in (draws.symmetric(name) * most).unbind(1)]
-
-        (right, down), (wide, high) = (
-            column("shift", settings.shift),
-            column("scale", settings.scale),
-        )
-        (angle,) = column("rotation", settings.rotation * degree)
-        (slant,) = column("shear", settings.shear * degree)
+        # drawn together, as on a CPU a call costs more than the numbers of a batch
+        numbers = draws.symmetric(*AFFINE) * self.most
+        right, down, angle, wide, high, slant = numbers[:, :, None, None].unbind(1)  # [M, 1, 1]
         y = (self.rows - down) / (1 + high)
         x = (self.columns - right) / (1 + wide) - slant.tan() * y
         cos, sin = angle.cos(), angle.sin()
         points = torch.stack([cos * x + sin * y, cos * y - sin * x], 1)
-        if settings.elastic:
-            points = points + settings.elastic * draws.normal("elastic").view(points.shape)
+        if self.elastic:
+            points = points + self.elastic * draws.normal("elastic").view(points.shape)
         return points
 
 

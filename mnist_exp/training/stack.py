@@ -248,7 +248,8 @@ def _cross_entropy(
     log_sum = shifted.exp().sum(-1).log()
     chosen = shifted.gather(-1, labels[:, None]).squeeze(-1)
     if others is not None and shares is not None:
-        chosen = torch.lerp(shifted.gather(-1, others[:, None]).squeeze(-1), chosen, shares)
+        rest = shifted.gather(-1, others[:, None]).squeeze(-1)
+        chosen = torch.lerp(rest, chosen, shares.to(chosen.dtype))
     loss = (log_sum - chosen).mean()
     if smoothing is None:
         return loss
