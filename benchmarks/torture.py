@@ -33,6 +33,7 @@ from tests.faults.disk import (
     lost_or_doubled,
 )
 from tests.faults.interruptions import (
+    ALL_PARTS,
     JOBS,
     KINDS,
     Fault,
@@ -50,7 +51,9 @@ PROCESSES = 2
 Injected = Callable[[int, Path], list[str]]  # the fault of this number, in this folder: its costs
 
 
-def faults(whole: Path, whole_sweep: Path, server: Upstream) -> Mapping[str, tuple[int, Injected]]:
+def faults(
+    whole: Path, whole_with_all_parts: Path, whole_sweep: Path, server: Upstream
+) -> Mapping[str, tuple[int, Injected]]:
     """Return what is injected, by its name in the table, and how often."""
 
     def stopped(name: str, damaged: bool = False) -> Injected:
@@ -63,6 +66,12 @@ def faults(whole: Path, whole_sweep: Path, server: Upstream) -> Mapping[str, tup
             return differences(own, whole)
 
         return inject
+
+    def stopped_with_all_parts(number: int, folder: Path) -> list[str]:
+        rng = random.Random(f"all parts {number}")
+        own = interrupted_run(folder, Fault("SIGKILL", rng), *ALL_PARTS)
+        resume(own)
+        return differences(own, whole_with_all_parts)
 
     def stopped_sweep(number: int, folder: Path) -> list[str]:
         rng = random.Random(f"sweep {number}")
@@ -102,6 +111,10 @@ def faults(whole: Path, whole_sweep: Path, server: Upstream) -> Mapping[str, tup
         "kill -9, and the newest checkpoint or the journal's end damaged": (
             200,
             stopped("SIGKILL", damaged=True),
+        ),
+        "run with augmentation, averaged weights and hard images: kill -9 at a random moment": (
+            50,
+            stopped_with_all_parts,
         ),
         "sweep of two stacks: kill -9 or Ctrl-C at a random moment": (20, stopped_sweep),
         "run on a disk that is full from a random write on": (100, full_disk),
@@ -167,7 +180,10 @@ def rows(share: float, say: Callable[[str], None]) -> Iterator[tuple[str, int, C
     fork = multiprocessing.get_context("fork")  # each has torch at hand, and inherits the faults
     with TemporaryDirectory() as temporary, Upstream(Path(temporary)) as server:
         place = Path(temporary)
-        table = faults(reference(place), reference_sweep(place), server)
+        other = place / "all parts"
+        other.mkdir()
+        runs = reference(place), reference(other, *ALL_PARTS)
+        table = faults(*runs, reference_sweep(place), server)
         with ProcessPoolExecutor(PROCESSES, fork, _begin, (table,)) as pool:
             for name, (count, _) in table.items():
                 count, costs, began = max(1, round(count * share)), Counter[str](), time.monotonic()

@@ -34,6 +34,12 @@ BASE = [
     *("training.device=cpu", "training.threads=1", "training.compile=never"),
     *("model.hidden=[16]", "optimizer=adam", "schedule=cosine", "tracking.flush_seconds=0"),
 ]
+# what makes a step or an epoch depend on more than the weights
+ALL_PARTS = [
+    *("augmentation=elastic", "augmentation.erase=4", "augmentation.mixup=0.2"),
+    *("model.dropout=0.1", "training.ema=2", "training.clip_norm=1", "training.decay_norms=false"),
+    *("training.focus.after=3.5", "training.focus.hardest=0.5"),
+]
 TIMED = ("epoch_seconds", "images_per_second")  # what no two runs have alike
 # nobody answers there, which leaves MLflow out: it takes seconds to import
 NOBODY = "http://127.0.0.1:9"
@@ -207,24 +213,24 @@ def words_of(folder: Path, *words: str) -> list[str]:
     return [*BASE, f"tracking.uri={NOBODY}", f"hydra.run.dir={folder}/the run", *words]
 
 
-def reference(folder: Path) -> Path:
-    """Train the run that nothing happens to, and return its folder."""
-    process = Forked(["train", *words_of(folder)], folder)
+def reference(folder: Path, *words: str) -> Path:
+    """Train the run that nothing happens to, with more overrides, and return its folder."""
+    process = Forked(["train", *words_of(folder, *words)], folder)
     assert process.wait() == 0, process.text.read_text()
     return folder / "the run"
 
 
-def interrupted_run(folder: Path, fault: Fault) -> Path:
+def interrupted_run(folder: Path, fault: Fault, *words: str) -> Path:
     """Train the same run with a fault, which is given its status, and return its folder."""
-    run_folder = folder / "the run"
+    run_folder, command = folder / "the run", ["train", *words_of(folder, *words)]
     within = {"exception": raise_in_step, "file operation": kill_in_file_operation}
     if fault.name in within:
         number = fault.random.randrange(*RANGES[fault.name])
-        process = Forked(["train", *words_of(folder)], folder, lambda: within[fault.name](number))
+        process = Forked(command, folder, lambda: within[fault.name](number))
         fault.status = process.wait()
         assert fault.status != 0, "it was over before its fault"
         return run_folder
-    process = Forked(["train", *words_of(folder)], folder)
+    process = Forked(command, folder)
     process.until((run_folder / "journal.jsonl").exists)
     # of the run's own time, as a machine that is quick would else have ended it before
     wanted = fault.random.randrange(31) if fault.epochs is None else fault.epochs

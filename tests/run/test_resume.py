@@ -18,6 +18,7 @@ from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.upload import UploadState
 from mnist_exp.training import loop
 from tests.faults.interruptions import (
+    ALL_PARTS,
     GRID,
     NOBODY,
     Fault,
@@ -51,6 +52,19 @@ def test_kills_at_random_moments(whole: Path, tmp_path: Path) -> None:
         return differences(folder, whole)
 
     assert [killed(number) for number in range(20)] == [[]] * 20
+
+
+def test_kills_of_a_run_with_augmentation_averages_and_hard_images(tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("whole", "early", "late")]
+    for place in places:
+        place.mkdir()
+    whole = reference(places[0], *ALL_PARTS)
+    # before the hard images are chosen, and after
+    for place, epochs in zip(places[1:], (2, 20), strict=True):
+        fault = Fault("SIGKILL", random.Random(epochs), epochs=epochs)
+        folder = interrupted_run(place, fault, *ALL_PARTS)
+        resume(folder)
+        assert differences(folder, whole) == []
 
 
 @pytest.mark.parametrize("number", range(5))
