@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks import first_minute, many_runs
+from benchmarks import convolutions, first_minute, many_runs
 from benchmarks.measure import (
     DEFAULT_STACK,
     GRID,
@@ -146,6 +146,30 @@ def _stacks_on(name: str) -> str:
     return f"{text}\n\n{table(header, rows, left=0)}"
 
 
+def convolutions_section() -> str:
+    """Return seconds an epoch of convolutional networks, and what share of the machine that is."""
+    parts = ["## (f) Convolutional networks"]
+    for network, words in convolutions.NETWORKS.items():
+        times = convolutions.measure(words)
+        medians = {name: statistics.median(seconds) for name, seconds in times.seconds.items()}
+        baseline = next(iter(medians.values()))
+        rows = [
+            (name, f"{median:.1f}", spread(times.seconds[name], 1), f"{baseline / median:.1f}",
+             f"{times.epoch_flops / median / 1e9:.0f}",
+             f"{times.epoch_flops / median / times.rate:.0%}")
+            for name, median in medians.items()
+        ]  # fmt: skip
+        header = ["", "seconds an epoch and model", "min to max", "times the first", "GFLOP/s"]
+        header.append("share of the matrix rate")
+        parts.append(
+            f"`{' '.join(words)}`: {network}, 60,000 images, batch {convolutions.BATCH}. Medians "
+            f"of {ROUNDS} turns of {convolutions.STEPS} steps, extrapolated to an epoch; the plain "
+            f"loops neither augment nor average. Matrix products run at {times.rate / 1e9:.0f} "
+            f"GFLOP/s.\n\n{table(header, rows)}"
+        )
+    return "\n\n".join(parts)
+
+
 def start_section() -> str:
     """Return seconds from typing a command to its end."""
     commands = (["--help"], ["train", "--cfg", "job"])
@@ -212,6 +236,7 @@ def sections() -> Iterator[str]:
     yield training_section(times)
     yield sweep_section(times)
     yield stack_section()
+    yield convolutions_section()
     yield start_section()
     yield first_minute_section()
     yield many_runs_section()

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import convolutions
 from benchmarks.first_minute import on_terminal
+from mnist_exp.training.models import StridedCNN
 from tests.helpers import ROOT, fresh_store
 
 
@@ -34,3 +36,21 @@ def test_a_terminal_is_read_as_it_is_written() -> None:
     assert session.first_line + 0.4 < session.seen("True") <= session.seconds
     assert 0 < session.cpu_seconds < session.seconds
     assert on_terminal(sys.executable, "-c", "raise SystemExit(3)").status == 3
+
+
+def test_the_arithmetic_of_a_network_is_that_of_its_layers() -> None:
+    network = StridedCNN((1, 28, 28), 10, width=4, layers=[1, 1])
+    first, second = 14 * 14 * 4 * 25, 14 * 14 * 4 * 4 * 9
+    third, last = 7 * 7 * 8 * 4 * 9, 7 * 7 * 8 * 10
+    expected = 2 * (2 * first + 3 * (second + third + last))
+    assert convolutions.train_flops(network, (1, 28, 28)) == expected
+
+
+def test_a_process_answers_each_line_with_its_seconds() -> None:
+    small = ["model=cnn", "model.width=1", "model.layers=[0]", "dataset.train_size=320"]
+    program = [sys.executable, "-m", "benchmarks.convolutions", *small]
+    ended = subprocess.run(
+        program, input="\n\n", cwd=ROOT, check=True, capture_output=True, text=True, timeout=120
+    )
+    seconds = [float(line) for line in ended.stdout.splitlines()]
+    assert len(seconds) == 2 and all(0 < spent < 60 for spent in seconds)
