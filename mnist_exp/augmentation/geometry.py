@@ -15,11 +15,12 @@ AFFINE = ("shift", "rotation", "scale", "shear")  # one after the other in what 
 def shift_whole_pixels(images: Tensor, draws: Draws, most: int) -> Tensor:
     """Return images [M, C, H, W] shifted by up to `most` pixels along each axis, 0 moving in."""
     count, _, height, width = images.shape
-    down, right = draws.integers("shift", [2 * most + 1] * 2)  # [M], of the window: 0 to 2 * most
+    # of the window in a padded image: an image moves right and down as its window moves left and up
+    left, top = (2 * most - n for n in draws.integers("shift", [2 * most + 1] * 2))  # [M]
     device, wide = images.device, width + 2 * most
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    window = (rows[:, None] * wide + columns).flatten()  # [H * W], in a padded image
-    places = (down * wide + right)[:, None] + window  # [M, H * W]
+    window = (rows[:, None] * wide + columns).flatten()  # [H * W]
+    places = (top * wide + left)[:, None] + window  # [M, H * W]
     padded = F.pad(images, [most] * 4).flatten(2)
     places = places[:, None].expand(-1, images.shape[1], -1)
     return padded.gather(2, places).view(count, -1, height, width)

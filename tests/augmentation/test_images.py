@@ -92,6 +92,14 @@ def test_a_smooth_shift_is_the_shift() -> None:
     np.testing.assert_allclose(half, (image + shifted(image, 0, 1)) / 2, atol=1e-3)
 
 
+@pytest.mark.parametrize("right", [LEAST, MIDDLE, MOST])
+@pytest.mark.parametrize("down", [LEAST, MIDDLE, MOST])
+def test_shifts_by_whole_pixels_and_smooth_ones_are_the_same(right: int, down: int) -> None:
+    draws = given(shift=[right, down])
+    whole = shift_whole_pixels(images(), draws, 2)[0, 0].numpy()
+    np.testing.assert_allclose(moved(Augmentation(shift=2.0), draws), whole, atol=1e-3)
+
+
 @pytest.mark.parametrize("bits", [LEAST, MOST])
 def test_scale_and_shear_equal_a_sampling_by_hand(bits: int) -> None:
     sign = 1 if bits == MOST else -1
