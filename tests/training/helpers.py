@@ -172,6 +172,10 @@ def normalised_mlp() -> nn.Module:
 
 
 def cnn() -> nn.Module:
+    return CNN(SHAPE, CLASSES, channels=(4, 6), hidden=8, dropout=0.0)
+
+
+def dropping_cnn() -> nn.Module:
     return CNN(SHAPE, CLASSES, channels=(4, 6), hidden=8, dropout=0.25)
 
 

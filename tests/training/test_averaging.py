@@ -22,7 +22,7 @@ from tests.training.helpers import (
     assert_equals_alone,
     assert_scaled,
     assert_weights,
-    cnn,
+    dropping_cnn,
     dropping_mlp,
     fit,
     mlp,
@@ -63,7 +63,7 @@ def test_an_average_equals_torchs(
 
 
 @pytest.mark.parametrize(
-    ("build", "optimizer"), [(dropping_mlp, SGD), (cnn, Adam), (dropping_mlp, NAdam)]
+    ("build", "optimizer"), [(dropping_mlp, SGD), (dropping_cnn, Adam), (dropping_mlp, NAdam)]
 )
 def test_a_run_of_a_stack_equals_the_run_alone(
     build: Build, optimizer: Optimizer, make_dataset: MakeDataset
@@ -86,9 +86,13 @@ def test_a_run_without_an_average_is_the_same_beside_one(
     """To the bit; a horizon of less than a step is none."""
     data = make_dataset(val=70)
     runs = [run(0, lr=0.01), run(1, lr=0.02), run(2, lr=0.01)]
-    usual = fit(cnn, data, runs, optimizer, epochs=3)
+    usual = fit(dropping_cnn, data, runs, optimizer, epochs=3)
     beside = fit(
-        cnn, data, [runs[0], averaged(runs[1], 1e-3), averaged(runs[2], 1.0)], optimizer, epochs=3
+        dropping_cnn,
+        data,
+        [runs[0], averaged(runs[1], 1e-3), averaged(runs[2], 1.0)],
+        optimizer,
+        epochs=3,
     )
     assert np.array_equal(usual.losses, beside.losses)  # training knows nothing of averages
     expected, found = usual.stack.snapshot(), beside.stack.snapshot()

@@ -28,7 +28,7 @@ from tests.training.helpers import (
     Optimizer,
     assert_equals_alone,
     assert_weights,
-    cnn,
+    dropping_cnn,
     dropping_mlp,
     fit,
     indexed,
@@ -119,7 +119,7 @@ def test_image_losses_are_those_of_each_model_on_each_image(
     make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "EVALUATION_BATCH", 64)
-    data, stack = make_dataset(), Stack(cnn, [0, 1, 2], CPU)
+    data, stack = make_dataset(), Stack(dropping_cnn, [0, 1, 2], CPU)
     losses = metrics.image_losses(stack, data, data.train)
     images = data.normalise(data.train.images)
     for k, own in enumerate(losses):
@@ -165,7 +165,7 @@ def test_an_epoch_sees_the_images_that_are_its_own(
 STACKS: dict[str, tuple[Build, Optimizer, list[RunSpec]]] = {
     "seeds": (dropping_mlp, SGD, [run(5), run(6, lr=0.3, momentum=0.9), run(7, Cosine())]),
     "one seed": (mlp, Adam, [run(0, lr=1e-3), run(0, lr=1e-2), run(0, OneCycle(), lr=3e-2)]),
-    "batch normalisation": (cnn, SGD, [run(0), run(1, smoothing=0.1)]),
+    "batch normalisation": (dropping_cnn, SGD, [run(0), run(1, smoothing=0.1)]),
     "torch's own optimizer": (mlp, NAdam, [run(0, lr=1e-3), run(1, lr=1e-2)]),
 }
 
@@ -200,7 +200,7 @@ def test_a_run_that_diverges_in_a_focused_epoch_leaves_the_others(
 
 
 def test_it_goes_with_an_average_of_the_weights_and_augmentation(make_dataset: MakeDataset) -> None:
-    """The hardest are found on the images as they are, by the weights that are trained."""
+    """The hardest are found by the weights that are trained."""
     data = make_dataset(val=40)
     given: dict[str, Any] = {"epochs": 4, "augmentation": Augmentation(shift=1), "focus": FOCUS}
     runs = [replace(run(seed), ema=ema) for seed, ema in ((0, 0.5), (1, None))]
@@ -209,6 +209,21 @@ def test_it_goes_with_an_average_of_the_weights_and_augmentation(make_dataset: M
         assert_equals_alone(together, k, fit(mlp, data, [own], **given))
     without = fit(mlp, data, [run(0), run(1)], **given)
     np.testing.assert_allclose(together.losses, without.losses, rtol=1e-5)
+
+
+def test_the_hardest_are_found_on_the_images_as_they_are(
+    make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, seen = make_dataset(), []
+    logits = Stack.logits
+
+    def record(own: Stack, x: Tensor) -> Tensor:
+        seen.append(x)
+        return logits(own, x)
+
+    monkeypatch.setattr(Stack, "logits", record)  # without validation, asked for nothing else
+    fit(mlp, data, [run(0)], epochs=4, augmentation=Augmentation(shift=2, flip=0.5), focus=FOCUS)
+    assert torch.equal(torch.cat(seen), data.normalise(data.train.images))
 
 
 def test_patience_counts_focused_epochs(make_dataset: MakeDataset) -> None:

@@ -29,7 +29,7 @@ from tests.training.helpers import (
     assert_equals_alone,
     assert_scaled,
     assert_weights,
-    cnn,
+    dropping_cnn,
     dropping_mlp,
     fit,
     indexed,
@@ -72,7 +72,7 @@ STACKS: dict[str, tuple[Build, Optimizer, list[RunSpec]]] = {
         [run(seed, lr=0.1) for seed in (5, 6, 7)],
     ),
     "batch normalisation and dropout": (
-        cnn,
+        dropping_cnn,
         SGD,
         [
             run(0, lr=0.1),
@@ -81,7 +81,7 @@ STACKS: dict[str, tuple[Build, Optimizer, list[RunSpec]]] = {
         ],
     ),
     "batch normalisation and dropout, AdamW": (
-        cnn,
+        dropping_cnn,
         AdamW,
         [run(0, lr=1e-3), run(1, Cosine(), lr=3e-3, betas=(0.8, 0.95)), run(2, lr=1e-2, eps=1e-3)],
     ),
@@ -120,11 +120,11 @@ def test_a_run_of_a_stack_equals_the_run_alone(
 
 
 def test_batch_normalisation_counts_its_batches(make_dataset: MakeDataset) -> None:
-    trained = fit(cnn, make_dataset(), [run(0), run(1)], epochs=2)
+    trained = fit(dropping_cnn, make_dataset(), [run(0), run(1)], epochs=2)
     assert trained.stack.buffers["1.num_batches_tracked"].tolist() == [20, 20]
 
 
-@pytest.mark.parametrize("build", [mlp, cnn])
+@pytest.mark.parametrize("build", [mlp, dropping_cnn])
 def test_a_config_gives_the_same_bits_again_and_another_seed_others(
     build: Build, make_dataset: MakeDataset
 ) -> None:
@@ -243,7 +243,7 @@ EXPLODES = Step(every_epochs=1.0, gamma=1e30)
 @pytest.mark.parametrize("validation", [0, 70])
 @pytest.mark.parametrize(
     ("build", "optimizer", "given"),
-    [(mlp, SGD, {}), (cnn, Adam, {"eps": 1e-3}), (cnn, NAdam, {"eps": 1e-3})],
+    [(mlp, SGD, {}), (dropping_cnn, Adam, {"eps": 1e-3}), (dropping_cnn, NAdam, {"eps": 1e-3})],
 )
 def test_a_run_that_diverges_stops_before_the_update(
     build: Build,
@@ -266,7 +266,7 @@ def test_a_run_that_diverges_stops_before_the_update(
     # its weights and buffers are those after the last update: of 11 batches, and finite
     model = together.stack.model(1)
     assert all(torch.isfinite(t).all() for t in model.state_dict().values())
-    if build is cnn:
+    if build is dropping_cnn:
         assert together.stack.buffers["1.num_batches_tracked"].tolist()[1] == 11
     assert max(p.abs().max() for p in model.parameters()) > 1e20
     # alone it ends there; the others go on as if alone

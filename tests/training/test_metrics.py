@@ -13,7 +13,7 @@ from mnist_exp.training import metrics
 from mnist_exp.training.metrics import MetricSums
 from mnist_exp.training.stack import Stack
 from mnist_exp.training.views import Views
-from tests.training.helpers import CPU, MakeDataset, cnn, fit, mlp, run, seeded
+from tests.training.helpers import CPU, MakeDataset, dropping_cnn, fit, mlp, run, seeded
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -100,12 +100,12 @@ def test_test_time_augmentation_averages_probabilities(
     monkeypatch.setattr(metrics, "EVALUATION_BATCH", 32)
     data = make_dataset(train=257, val=70)
     assert data.val is not None
-    found = metrics.predict(Stack(cnn, [0, 1], CPU), data, data.val, Views())
-    plain = metrics.predict(Stack(cnn, [0, 1], CPU), data, data.val)
+    found = metrics.predict(Stack(dropping_cnn, [0, 1], CPU), data, data.val, Views())
+    plain = metrics.predict(Stack(dropping_cnn, [0, 1], CPU), data, data.val)
     assert not torch.allclose(found.softmax(-1), plain.double().softmax(-1), atol=1e-3)
     padded = F.pad(data.val.images / 255, (1, 1, 1, 1))
     for k in range(2):
-        module, shares = seeded(cnn, k).eval(), []
+        module, shares = seeded(dropping_cnn, k).eval(), []
         for y, x in ((1, 1), (1, 0), (1, 2), (0, 1), (2, 1)):
             moved = padded[:, :, y : y + 8, x : x + 8]
             shares.append(module((moved - data.mean) / data.std).detach().double().softmax(-1))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_exp.training import precision
-from mnist_exp.training.models import CNN, ResNet
+from mnist_exp.training.models import ResNet
 from mnist_exp.training.stack import Stack
 from mnist_exp.training.trace import trace
 from tests.training.helpers import (
@@ -19,6 +19,7 @@ from tests.training.helpers import (
     Build,
     MakeDataset,
     batch,
+    cnn,
     fit,
     mlp,
     run,
@@ -26,10 +27,6 @@ from tests.training.helpers import (
 )
 
 BFLOAT16 = torch.bfloat16
-
-
-def cnn() -> nn.Module:
-    return CNN(SHAPE, CLASSES, channels=(4, 6), hidden=8, dropout=0.0)
 
 
 def resnet() -> nn.Module:

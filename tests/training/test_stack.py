@@ -19,13 +19,10 @@ from tests.training.helpers import (
     Build,
     MakeDataset,
     batch,
+    cnn,
     mlp,
     same_batch,
 )
-
-
-def cnn() -> nn.Module:
-    return CNN(SHAPE, CLASSES, channels=(4, 6), hidden=8, dropout=0.0)
 
 
 def plain(build: Build, seed: int) -> nn.Module:

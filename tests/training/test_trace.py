@@ -20,7 +20,7 @@ from tests.training.helpers import (
     MakeDataset,
     Optimizer,
     assert_weights,
-    cnn,
+    dropping_cnn,
     dropping_mlp,
     fit,
     mlp,
@@ -81,7 +81,7 @@ def test_what_depends_on_values_cannot_be_traced() -> None:
         (mlp, RMSprop, {"lr": 0.001, "centered": True}),
         (mlp, Adagrad, {"lr": 0.01}),
         (dropping_mlp, AdamW, {"lr": 0.01, "amsgrad": True}),
-        (cnn, SGD, {}),
+        (dropping_cnn, SGD, {}),
     ],
 )
 def test_the_traced_step_equals_the_step_as_it_is(
