@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mnist_exp.config.schema import defaults_of_old
 from mnist_exp.errors import ConfigError
 from mnist_exp.system.processes import is_running
 from mnist_exp.tracking.journal import RunHistory
@@ -38,7 +39,7 @@ class Record:
     start_time: int  # ms since 1970
     end_time: int | None  # likewise; None before its end
     tags: Mapping[str, str]
-    params: Mapping[str, str]
+    params: Mapping[str, str]  # of a run, also those that there were not when it was recorded
     metrics: Mapping[str, float]  # the newest value of each
     epochs: int  # that are recorded
     highest_val_accuracy: float | None  # of its epochs, as far as its journal is here
@@ -170,7 +171,7 @@ def of_store(run: StoredRun) -> Record:
         start_time=run.start_time,
         end_time=run.end_time,
         tags=run.tags,
-        params=run.params,
+        params=_with_later_keys(run.params),
         metrics=run.metrics,
         epochs=run.epochs,
         highest_val_accuracy=None,
@@ -194,7 +195,7 @@ def _of_journal(open_run: OpenRun, history: RunHistory, known: Record | None) ->
         start_time=history.start_time,
         end_time=history.end_time,
         tags={**(known.tags if known else {}), **history.tags},
-        params=history.params,
+        params=_with_later_keys(history.params),
         metrics=history.newest(),
         epochs=history.epochs,
         highest_val_accuracy=history.highest(VAL_ACCURACY),
@@ -204,6 +205,13 @@ def _of_journal(open_run: OpenRun, history: RunHistory, known: Record | None) ->
         stored=known.stored if known else None,
         open_run=open_run,
     )
+
+
+def _with_later_keys(params: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the parameters of a run with the keys that came later, as what they stand for."""
+    if "training.epochs" not in params:  # a sweep, or what another program has recorded
+        return params
+    return {**{name: str(value) for name, value in defaults_of_old()}, **params}
 
 
 def _kind(tags: Mapping[str, str], is_nested: bool) -> str:

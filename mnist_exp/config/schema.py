@@ -195,12 +195,12 @@ def task_config(config: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(config, keys)
 
 
-def _defaults_of_old(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def defaults_of_old(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the keys that configs on record may lack, with the values that they stand for."""
     for declared in fields(kind):
         name = f"{prefix}{declared.name}"
         if is_dataclass(declared.type):
-            yield from _defaults_of_old(declared.type, f"{name}.")
+            yield from defaults_of_old(declared.type, f"{name}.")
         elif declared.default != MISSING:
             yield name, declared.default
 
@@ -211,7 +211,7 @@ def identity(config: DictConfig) -> str:
     A key with the value that older configs stand for is left out, so that a run is known by the
     same digest whether its config was composed before there was such a key or after.
     """
-    old = dict(_defaults_of_old())
+    old = dict(defaults_of_old())
     values = {
         name: value
         for name, value in leaves(config)

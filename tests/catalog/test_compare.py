@@ -16,8 +16,11 @@ from mnist_exp.catalog.cells import find_cell
 from mnist_exp.catalog.compare import compare
 from mnist_exp.catalog.compare_cells import CellComparison
 from mnist_exp.catalog.compare_runs import RunComparison
+from mnist_exp.catalog.listing import list_records
 from mnist_exp.catalog.records import Record
 from mnist_exp.config import paths
+from mnist_exp.config.compose import compose
+from mnist_exp.config.schema import defaults_of_old, leaves, task_config
 from mnist_exp.errors import ConfigError
 from mnist_exp.figures.curves import HUES, cell_colours
 from mnist_exp.figures.style import GREEN, ORANGE
@@ -118,6 +121,20 @@ def test_runs_that_are_the_same_say_so(records: list[Record]) -> None:
     )
     assert again.differences == [] and again.not_recorded == ["data"]
     assert again.lines()[0] == "config, code, machine, data and status are the same"
+
+
+def test_a_run_of_before_a_key_has_what_it_stands_for(recorded: Recorded) -> None:
+    config = task_config(compose([]))
+    later = dict(defaults_of_old())
+    recorded.run("old", {key: v for key, v in leaves(config) if key not in later})
+    recorded.run("new", dict(leaves(config)))
+    recorded.run("other", {**dict(leaves(config)), "training.precision": "bfloat16"})
+    records = recorded.load()
+    assert runs(records, "old", "new").differences == []
+    (found,) = runs(records, "old", "other").differences
+    assert (found.name, list(found.values)) == ("training.precision", ["float32", "bfloat16"])
+    listed = list_records(records, filters=["training.precision=float32"]).records
+    assert {record.name for record in listed} == {"old", "new"}
 
 
 def test_uncommitted_changes_are_told_apart_by_their_diff(recorded: Recorded) -> None:
