@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -57,7 +56,9 @@ class AugmentationConfig:
     shear: float = checked(lambda angle: 0 <= angle < 45, "from 0 to below 45 degrees", default=0.0)
     elastic: float = checked(lambda pixels: 0 <= pixels <= 10, "from 0 to 10 pixels", default=0.0)
     erase: int = checked(lambda side: side >= 0, "0 or more pixels", default=0)
-    mixup: float = checked(lambda alpha: 0 <= alpha < math.inf, "0 or more, finite", default=0.0)
+    mixup: float = checked(  # far from these, the draws of a Beta distribution over- or underflow
+        lambda alpha: alpha == 0 or 0.01 <= alpha <= 100, "0, or from 0.01 to 100", default=0.0
+    )
     flip: float = checked(lambda p: 0 <= p <= 1, "a probability, from 0 to 1", default=0.0)
 
 
@@ -88,8 +89,8 @@ class TrainingConfig:
     threads: int | None = checked(lambda n: n is None or 1 <= n <= 1024, "from 1 to 1024, or null")
     label_smoothing: float = checked(lambda share: 0 <= share < 1, "from 0 to below 1")
     patience: int | None = checked(lambda n: n is None or n >= 1, "1 or more, or null")
-    clip_norm: float | None = checked(
-        lambda n: n is None or 0 < n < math.inf, "a finite number above 0, or null", default=None
+    clip_norm: float | None = checked(  # in float32, with quotients of it
+        lambda n: n is None or 1e-30 <= n <= 1e30, "from 1e-30 to 1e30, or null", default=None
     )
     decay_norms: bool = True
     ema: float | None = checked(lambda n: n is None or n > 0, "above 0, or null", default=None)

@@ -16,7 +16,7 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import is_number
 
 log = logging.getLogger(__name__)
-FLOAT32_MAX = 3.4e38
+FLOAT32_MIN, FLOAT32_MAX = 1.2e-38, 3.4e38
 CHARACTERS = ("mnist", "qmnist", "emnist", "kmnist")  # the data sets of digits and letters
 OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")  # where targets may come from
 
@@ -29,8 +29,9 @@ def validate(config: DictConfig) -> Config:
     typed: Config = _typed(Config, config)
     for part in OPEN_PARTS:
         for name, value in leaves(getattr(typed, part), f"{part}."):
-            if isinstance(value, float) and not abs(value) < FLOAT32_MAX:
-                raise _out_of_range(name, value, "a finite float32")
+            if isinstance(value, float) and value and not FLOAT32_MIN < abs(value) < FLOAT32_MAX:
+                allowed = f"a finite float32: 0, or from {FLOAT32_MIN} to {FLOAT32_MAX} in size"
+                raise _out_of_range(name, value, allowed)
             if name.endswith("_target_"):
                 check_target(name, value, typed.trusted_packages)
     _check_focus(typed.training)
@@ -94,9 +95,10 @@ def _check_focus(training: TrainingConfig) -> None:
             f"training.focus.after={epochs - 1 or 'null'}"
         )
     if focus.hardest + focus.random > 1 + 1e-9:  # as 0.9 + 0.1 may come to a little more than 1
+        rest = f"{round(1 - focus.hardest, 9):.9g}"
         raise ConfigError(
-            f"training.focus.random={focus.random:g}: must be at most {1 - focus.hardest:g}, what "
-            f"training.focus.hardest ({focus.hardest:g}) leaves"
+            f"training.focus.random={focus.random}: must be at most {rest}, what "
+            f"training.focus.hardest ({focus.hardest}) leaves. Add training.focus.random={rest}"
         )
 
 

@@ -46,7 +46,9 @@ class Muon(torch.optim.Optimizer):
         """
         if lr <= 0:
             raise ValueError(f"lr={lr}: must be above 0, as adamw_lr follows its schedule")
-        for name, value in (("weight_decay", weight_decay), ("adamw_lr", adamw_lr), ("eps", eps)):
+        if eps <= 0:
+            raise ValueError(f"eps={eps}: must be above 0, as no gradient at all is divided by it")
+        for name, value in (("weight_decay", weight_decay), ("adamw_lr", adamw_lr)):
             if value < 0:
                 raise ValueError(f"{name}={value}: must be 0 or more")
         for name, share in (("momentum", momentum), ("betas", betas[0]), ("betas", betas[1])):

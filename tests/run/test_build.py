@@ -134,6 +134,8 @@ TARGETS = [
     bad("optimizer=muon optimizer.lr=0", "Muon: lr=0", "above 0", good="optimizer=muon"),
     bad("optimizer=muon optimizer.momentum=1", "Muon: momentum=1", "below 1",
         good="optimizer=muon optimizer.momentum=0"),
+    bad("optimizer=muon +optimizer.eps=0", "Muon: eps=0", "above 0",
+        good="optimizer=muon +optimizer.eps=1e-9"),
     bad("optimizer=muon optimizer.adamw_lr=-1", "Muon: adamw_lr=-1", "0 or more",
         good="optimizer=muon optimizer.adamw_lr=0"),
     bad(optimizer("torch.optim.LBFGS"), "LBFGS", "cannot be used", "several times a step",
