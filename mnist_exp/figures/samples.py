@@ -9,7 +9,7 @@ from mnist_exp.data.dataset import PREVIEW_IMAGES, Dataset, Split
 from mnist_exp.figures.images import sample_grid, weights_figure
 from mnist_exp.figures.matrices import confusion_matrix
 from mnist_exp.training import metrics
-from mnist_exp.training.loop import first_augmented
+from mnist_exp.training.seeds import first_augmented
 
 
 def first_images(dataset: Dataset) -> Figure:

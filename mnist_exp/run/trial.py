@@ -12,9 +12,9 @@ from mnist_exp.config.schema import Config
 from mnist_exp.data.dataset import Dataset, Split
 from mnist_exp.errors import ConfigError, first_line
 from mnist_exp.run.build import check_logits, explaining, restore_weights
-from mnist_exp.training import loop
 from mnist_exp.training.events import RunSpec, StackSpec
 from mnist_exp.training.precision import PRECISIONS
+from mnist_exp.training.seeds import first_augmented
 from mnist_exp.training.stack import Batch, Stack
 from mnist_exp.training.step import TrainStep
 
@@ -70,7 +70,7 @@ def try_run(
                 ) from error
         if spec.augmentation.is_on:
             with explaining("augmentation", spec.augmentation.describe()):
-                loop.first_augmented(few, spec.augmentation, run.seed, BATCH, STEPS * BATCH)
+                first_augmented(few, spec.augmentation, run.seed, BATCH, STEPS * BATCH)
         with explaining("optimizer", spec.optimizer.__qualname__):
             _train(TrainStep(stack, few, [run], replace(spec, batch_size=BATCH)))
         with explaining("model", model):

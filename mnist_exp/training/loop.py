@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnist_exp.augmentation.augment import Augmented, Augmenter
-from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.training import metrics
 from mnist_exp.training.events import Epoch, Message, Progress, RunSpec, StackSpec
+from mnist_exp.training.seeds import image_order, other_images, step_keys
 from mnist_exp.training.stack import Stack, Tensors
 from mnist_exp.training.step import TrainStep
 
@@ -42,9 +41,9 @@ def fit(
     accuracy, the earlier of equals) at the end, otherwise those of the last. A run whose loss or
     gradient is not finite stops before that update and keeps its weights, and one with `patience`
     stops where its validation loss has not improved for so many epochs; the others go on without
-    them, and faster. A run with an average of its weights (`ema`) has it in their place everywhere
-    here: it is what is evaluated, and what is chosen. With `focus`, the later epochs see each run's
-    hardest images of the time after the first part, and others drawn anew.
+    them, and faster. A run with an average of its weights (`ema`) is evaluated, chosen and kept
+    with it; the hardest images are chosen by the weights that are trained. With `focus`, the later
+    epochs see each run's hardest images of the time after the first part, and others drawn anew.
 
     Args:
         stack: The models, initialised.
@@ -251,15 +250,16 @@ def _plan(step: TrainStep, epoch: int, hardest: Tensor | None) -> _EpochPlan:
     sizes, done, device = step.sizes, epoch - 1, step.stack.device
     steps, epochs = sizes.steps(epoch), sizes.epochs
     seeds = [run.seed for run in (step.runs[:1] if step.shared else step.runs)]
-    orders = [_order(seed, done, sizes.count) for seed in seeds]
+    orders = [image_order(seed, done, sizes.count) for seed in seeds]
     if hardest is not None:
-        shown = [
-            hard.index_fill(0, _others(seed, done, hard, sizes.random), True)
-            for seed, hard in zip(seeds, hardest, strict=True)
+        seen_by_run = [
+            is_hard.index_fill(0, other_images(seed, done, is_hard, sizes.random), True)
+            for seed, is_hard in zip(seeds, hardest, strict=True)
         ]
-        orders = [order[own[order]] for order, own in zip(orders, shown, strict=True)]
+        # the order of the epoch is kept, so that hard and other images come mixed
+        orders = [order[is_seen[order]] for order, is_seen in zip(orders, seen_by_run, strict=True)]
     order = torch.stack(orders)[:, : sizes.images(epoch)]
-    keys = torch.stack([_step_keys(run.seed, done, steps) for run in step.runs], 1)
+    keys = torch.stack([step_keys(run.seed, done, steps) for run in step.runs], 1)
     base = np.array([float(defaults["lr"]) for defaults in step.defaults])
     times = [sizes.time(epoch, i) for i in range(steps)]
     factors = [[run.schedule.multiplier(t, epochs) for run in step.runs] for t in times]
@@ -321,36 +321,3 @@ def _compile(step: TrainStep) -> Iterator[Message]:
     )
     if problem := step.compile():
         yield Message(f"the step cannot be compiled and runs as it is: {problem}", False)
-
-
-def first_augmented(
-    data: Dataset, augmentation: Augmentation, seed: int, batch_size: int, count: int
-) -> Augmented:
-    """Return the first `count` images of epoch 1, [1, count, ...], as a run of a seed gets them."""
-    order = _order(seed, 0, len(data.train))
-    steps = math.ceil(min(count, len(order)) / batch_size)
-    indices = order[: steps * batch_size]  # whole batches, as an image is mixed with one of them
-    keys = _step_keys(seed, 0, steps)
-    device = data.train.images.device
-    augmenter = Augmenter(augmentation, data, batch_size, device)
-    numbers = indices[None].to(device), keys[:, None].to(device)
-    return augmenter(data.train.images, data.train.labels, *numbers).batches(count)[0]
-
-
-# A generator depends on nothing but a run's seed, its purpose (1, 2 or 3), and the epoch.
-
-
-def _order(seed: int, epoch: int, count: int) -> Tensor:
-    """Return the order of the training images in an epoch (from 0), [N]."""
-    return torch.from_numpy(np.random.default_rng([seed, 1, epoch]).permutation(count))
-
-
-def _step_keys(seed: int, epoch: int, steps: int) -> Tensor:
-    """Return the keys of augmentation and dropout masks in an epoch (from 0), [steps]."""
-    return torch.from_numpy(np.random.default_rng([seed, 2, epoch]).integers(2**31, size=steps))
-
-
-def _others(seed: int, epoch: int, hardest: Tensor, count: int) -> Tensor:
-    """Return the images that an epoch (from 0) sees beside the hardest (bool [N]), [count]."""
-    drawn = torch.from_numpy(np.random.default_rng([seed, 3, epoch]).permutation(len(hardest)))
-    return drawn[~hardest[drawn]][:count]

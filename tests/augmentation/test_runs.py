@@ -21,7 +21,8 @@ from mnist_exp.figures.images import sample_grid
 from mnist_exp.figures.style import pixels
 from mnist_exp.run.job import augmentation_of, prepare
 from mnist_exp.training.events import StackSpec
-from mnist_exp.training.loop import _order, _step_keys, first_augmented, fit
+from mnist_exp.training.loop import fit
+from mnist_exp.training.seeds import first_augmented, image_order, step_keys
 from mnist_exp.training.stack import Batch, Stack
 from mnist_exp.training.step import TrainStep
 from tests.helpers import fresh_store, write_idx
@@ -111,13 +112,13 @@ def test_what_is_drawn_are_the_pixels(
 
     monkeypatch.setattr(samples, "sample_grid", record)
     figure = samples.augmented_images(data, Augmentation(flip=1.0), 5, 64)
-    chosen = _order(5, 0, 300)[:30]
+    chosen = image_order(5, 0, 300)[:30]
     assert np.array_equal(drawn["images"], data.train.images[chosen, 0].flip(-1).numpy())
     assert drawn["labels"] == [data.classes[i] for i in data.train.labels[chosen].tolist()]
     assert (drawn["note"], drawn["seconds"]) == ("flip=1", None)
     assert pixels(figure).std() > 10
     samples.augmented_images(data, Augmentation(mixup=1.0), 5, 64)
-    before = data.train.labels[_order(5, 0, 300)[:64].roll(1)].tolist()
+    before = data.train.labels[image_order(5, 0, 300)[:64].roll(1)].tolist()
     for text, other in zip(drawn["seconds"], before, strict=False):
         assert text == "" or text.endswith(f"% {data.classes[other]}")
 
@@ -125,7 +126,7 @@ def test_what_is_drawn_are_the_pixels(
 def test_the_keys_of_the_steps_are_what_records_were_made_with() -> None:
     """They decide what is drawn, of dropout as well."""
     expected = np.random.default_rng([3, 2, 1]).integers(2**31, size=4)
-    assert _step_keys(3, 1, 4).tolist() == expected.tolist()
+    assert step_keys(3, 1, 4).tolist() == expected.tolist()
 
 
 def test_show_draws_what_a_run_would_get(tmp_path: Path) -> None:

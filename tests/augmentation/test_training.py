@@ -19,6 +19,7 @@ from mnist_exp.training import loop
 from mnist_exp.training import step as train_step
 from mnist_exp.training import trace as tracing
 from mnist_exp.training.events import Message, RunSpec, StackSpec
+from mnist_exp.training.seeds import image_order, step_keys
 from mnist_exp.training.stack import Stack
 from tests.training.helpers import (
     BATCH,
@@ -75,7 +76,7 @@ def test_mixed_labels_equal_a_plain_loop(make_dataset: MakeDataset) -> None:
     module = seeded(mlp, 3)
     optimizer = SGD(module.parameters(), lr=0.1)
     augmenter = Augmenter(Augmentation(mixup=0.5), data, BATCH, CPU)
-    order, keys = loop._order(3, 0, 300), loop._step_keys(3, 0, 10)
+    order, keys = image_order(3, 0, 300), step_keys(3, 0, 10)
     losses, correct = [], 0
     for step, chosen in enumerate(order.split(BATCH)):
         given = augmenter(

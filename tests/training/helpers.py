@@ -18,6 +18,7 @@ from mnist_exp.training.epochs import Focus
 from mnist_exp.training.events import Epoch, Message, Progress, RunSpec, StackSpec
 from mnist_exp.training.models import CNN, MLP
 from mnist_exp.training.schedules import Constant, Schedule
+from mnist_exp.training.seeds import image_order
 from mnist_exp.training.stack import Batch, Stack
 
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ def plain(
     count = len(data.train)
     losses: list[float] = []
     for epoch in range(steps):
-        order = loop._order(run.seed, epoch, count)
+        order = image_order(run.seed, epoch, count)
         for start in range(0, count, batch_size):
             if len(losses) == steps:
                 return losses

@@ -18,6 +18,7 @@ from mnist_exp.training import step as train_step
 from mnist_exp.training.epochs import Focus
 from mnist_exp.training.events import Progress, RunSpec, StackSpec
 from mnist_exp.training.schedules import Constant, Cosine, OneCycle, Step
+from mnist_exp.training.seeds import image_order, other_images
 from mnist_exp.training.stack import Stack
 from tests.training.helpers import (
     BATCH,
@@ -50,7 +51,7 @@ def focused_loop(module: nn.Module, data: Any, own: RunSpec, epochs: int) -> lis
     steps, total, seen = 0, 10 + 5 + 3 * (epochs - 2), []
     hardest: set[int] = set()
     for epoch in range(epochs):
-        order = loop._order(own.seed, epoch, count).tolist()
+        order = image_order(own.seed, epoch, count).tolist()
         if epoch == 1:
             order = order[:150]
         if epoch > 1:
@@ -61,7 +62,7 @@ def focused_loop(module: nn.Module, data: Any, own: RunSpec, epochs: int) -> lis
                 module.train()
                 hardest = set(sorted(range(count), key=lambda i: -losses[i])[:HARDEST])
             is_hard = torch.tensor([i in hardest for i in range(count)])
-            others = set(loop._others(own.seed, epoch, is_hard, RANDOM).tolist())
+            others = set(other_images(own.seed, epoch, is_hard, RANDOM).tolist())
             order = [i for i in order if i in hardest | others]
             seen += [hardest, others]
         for start in range(0, len(order), BATCH):
@@ -153,7 +154,7 @@ def test_an_epoch_sees_the_images_that_are_its_own(
     parts = [list(itertools.islice(images, count)) for count in [*first, 90, 90, 90]]
     assert next(images, None) is None and len(trained.losses) == len(seen)
     for epoch, part in enumerate(parts[: len(first)]):
-        assert part == loop._order(5, epoch, 300)[: len(part)].tolist()
+        assert part == image_order(5, epoch, 300)[: len(part)].tolist()
     focused = parts[len(first) :]
     assert all(len(set(part)) == 90 for part in focused)
     assert len(set.intersection(*map(set, focused))) >= HARDEST

@@ -17,6 +17,7 @@ from mnist_exp.training.events import Progress, RunSpec, StackSpec
 from mnist_exp.training.models import MLP
 from mnist_exp.training.muon import Muon
 from mnist_exp.training.schedules import Cosine, OneCycle, Step
+from mnist_exp.training.seeds import image_order
 from mnist_exp.training.stack import Stack
 from tests.training.helpers import (
     BATCH,
@@ -321,7 +322,7 @@ def test_one_bad_batch_ends_a_run(
     runs = [run(seed, lr=0.01) for seed in range(6)]
     trained = fit(build, data, runs, optimizer, epochs=2)
     (epoch,) = trained.epochs
-    bad = [int((loop._order(k, 0, 300) == 123).nonzero()) // BATCH for k in range(6)]
+    bad = [int((image_order(k, 0, 300) == 123).nonzero()) // BATCH for k in range(6)]
     assert len({step % 4 for step in bad}) > 1 and len({step // 4 for step in bad}) > 1
     for k, step in enumerate(bad):
         reason = f"diverged: the training loss is inf in epoch 1, step {step + 1} of 10"
