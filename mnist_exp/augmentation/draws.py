@@ -1,7 +1,7 @@
-"""Random numbers that are a function of counters alone: of a key, an image, and what they are for.
+"""The random numbers of each image: a function of the step's key, the image, and what they are for.
 
-A generator hands out numbers in an order, so what an image gets would depend on the images, and
-the runs of a stack, that come before it.
+They come from counters, so what an image gets does not depend on the images, and the runs of a
+stack, that come before it.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mnist_exp.augmentation.settings import Augmentation
+from mnist_exp.random_bits import counter_bits
 
 SALT = 0xA5C1E3D7  # apart from the dropout masks of the same step, which have the same key
 CONTROLS = 7  # points along an axis, of an elastic deformation
@@ -20,20 +21,6 @@ _COUNTS = {
     **{"flip": 1, "shift": 2, "rotation": 1, "scale": 2, "shear": 1, "erase": 2, "mixup": 1},
     "elastic": 2 * CONTROLS**2,  # the last, as it is by far the most
 }
-
-
-def counter_bits(key: Tensor | int, counter: Tensor) -> Tensor:
-    """Return 32 bits for each counter, as int64 from 0 to 2**32 - 1.
-
-    The bits come from MurmurHash3's 32-bit finaliser (Appleby 2011), in int64 as torch has no
-    unsigned shifts.
-    """
-    bits = key + counter * 0x85EBCA77
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        bits = bits & 0xFFFFFFFF
-        bits = (bits ^ (bits >> shift)) * factor
-    bits = bits & 0xFFFFFFFF
-    return bits ^ (bits >> 16)
 
 
 class Draws:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mnist_exp.augmentation.draws import counter_bits
+from mnist_exp.random_bits import counter_bits
 
 # function -> the number of dimensions of a channel, whose values are kept or dropped together
 _CHANNEL_DIMENSIONS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mnist_exp.augmentation.draws import Draws, counter_bits
+from mnist_exp.augmentation.draws import Draws
 from mnist_exp.augmentation.pixels import draw_shares, greater_shares
 from mnist_exp.augmentation.settings import Augmentation
 
@@ -23,20 +23,6 @@ def correlations(columns: Tensor) -> Tensor:
     """Between columns [M, n], off the diagonal, in standard errors."""
     matrix = np.corrcoef(columns.double().numpy().T) - np.eye(columns.shape[1])
     return torch.from_numpy(matrix * len(columns) ** 0.5)
-
-
-def murmur(number: int) -> int:
-    """MurmurHash3's finaliser, as its author wrote it for unsigned numbers of 32 bits."""
-    number = (number ^ number >> 16) * 0x85EBCA6B % 2**32
-    number = (number ^ number >> 13) * 0xC2B2AE35 % 2**32
-    return number ^ number >> 16
-
-
-def test_bits_are_those_of_murmur_hash() -> None:
-    """Which the masks of dropout on record were drawn by."""
-    for key, counter in ((0, 0), (2**31 - 1, 3), (12, 10**6)):
-        expected = murmur((key + counter * 0x85EBCA77) % 2**32)
-        assert counter_bits(key, torch.tensor(counter)).item() == expected
 
 
 def test_uniform_numbers_are_uniform() -> None:
