@@ -1,5 +1,6 @@
 """Numbers and tables as text: one place for all tables, figures and messages."""
 
+import json
 import math
 import re
 import statistics
@@ -31,6 +32,11 @@ class Table(NamedTuple):
 def is_number(value: Any) -> bool:
     """Return whether a value is a number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def as_typed(value: Any) -> str:
+    """Return a value of a config as a person would type it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def printable(text: str) -> str:

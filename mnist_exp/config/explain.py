@@ -5,13 +5,16 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from mnist_exp.config.hydra_adapter import RECIPE_FILES, compose_leniently, compose_raw
-from mnist_exp.config.schema import OPEN_PARTS, leaves
+from mnist_exp.config.schema import OPEN_PARTS, allowed_values, leaves
 from mnist_exp.errors import ConfigError, did_you_mean
+from mnist_exp.formatting import as_typed
 
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
@@ -83,12 +86,46 @@ def _explain_override(fault: _Fault) -> str | None:
         return _unknown_key(fault.key or found[1], fault.overrides)
     is_no_name = fault.text.startswith("Config group override must be")
     if is_no_name or isinstance(fault.error, TypeError):  # of a list with what is no text
-        groups = [word for word in fault.overrides if "." not in word.split("=")[0]]
-        return f"{' '.join(groups)}: a group takes the name of one of its choices, as in model=cnn"
+        return _no_names(fault.overrides)
+    if found := re.match(r"Multiple values for (\S+)\. To override", fault.text):
+        added = [word for word in fault.overrides if word.startswith(f"+{found[1]}=")]
+        return "".join(
+            f"{word}: {found[1]} has a choice already. To put another in its place: {word[1:]}"
+            for word in added[:1]
+        )
     if found := re.match(r"Ambiguous value for argument '(.+)'", fault.text):
         name, _, values = found[1].partition("=")
         return f"{found[1]}: several values are a sweep: add -m. As a list: '{name}=[{values}]'"
     return None
+
+
+def _no_names(overrides: Sequence[str]) -> str:
+    """Return the message for a group that is given what is no name."""
+    context, config = compose_raw([])
+    message = "a group takes the name of one of its choices"
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        group, value = override.key_or_group, override.value()
+        names = value if isinstance(value, list) else [value]
+        is_group = group in config.hydra.runtime.choices
+        if is_group and not all(isinstance(name, str) for name in names):
+            options = context.config_loader.get_group_options(group, ObjectType.CONFIG)
+            return f"{override.input_line}: {message}. {group} can be: {', '.join(options)}"
+    return f"{message}, as in model=cnn"
+
+
+def _explain_removal(fault: _Fault) -> str | None:
+    """Explain a key that is to be removed, and cannot be."""
+    missing = re.match(r"Could not delete from config. '(.+)' does not exist", fault.text)
+    if not missing and "does not support deletion" not in str(fault.cause):
+        return None
+    key, config = missing[1] if missing else fault.key, compose_raw([])[1]
+    known = _keys(config)
+    if key in known:
+        default = as_typed(OmegaConf.select(config, key))
+        return f"~{key}: cannot be removed. To have its default: {key}={default}"
+    if siblings := _siblings(key, known):
+        return f"~{key}: cannot be removed. {siblings}"
+    return _unknown_key(key, fault.overrides)
 
 
 def _explain_value(fault: _Fault) -> str | None:
@@ -107,6 +144,8 @@ def _explain_value(fault: _Fault) -> str | None:
     siblings = _siblings(key, _keys(compose_raw([])[1]))
     if reason.startswith("Invalid type assigned") and siblings:
         return f"{key}: takes no value itself. {siblings}"
+    if isinstance(fault.cause, ValidationError) and (allowed := allowed_values(key)):
+        return f"{key}={as_typed(fault.cause.value)}: must be {allowed}"
     return f"{key}: {reason}"
 
 
@@ -131,7 +170,13 @@ def _explain_grammar(fault: _Fault) -> str | None:
     )
 
 
-_EXPLAINERS = (_explain_choice, _explain_override, _explain_value, _explain_grammar)
+_EXPLAINERS = (
+    _explain_choice,
+    _explain_override,
+    _explain_removal,
+    _explain_value,
+    _explain_grammar,
+)
 
 
 def _unknown_key(key: str, overrides: Sequence[str]) -> str:

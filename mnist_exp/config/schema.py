@@ -4,8 +4,9 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from types import UnionType
+from typing import Any, get_args
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -59,7 +60,7 @@ class AugmentationConfig:
     mixup: float = checked(  # far from these, the draws of a Beta distribution over- or underflow
         lambda alpha: alpha == 0 or 0.01 <= alpha <= 100, "0, or from 0.01 to 100", default=0.0
     )
-    flip: float = checked(lambda p: 0 <= p <= 1, "a probability, from 0 to 1", default=0.0)
+    flip: float = checked(lambda p: 0 <= p <= 1, "from 0 to 1, as a probability", default=0.0)
 
 
 @dataclass
@@ -168,14 +169,45 @@ class StackedLauncher:
 
 
 OPEN_PARTS = ("model", "optimizer", "schedule")
+_KINDS: Mapping[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list[str]: "a list of texts, as in [a,b]",
+}
 
 
 def values_of(key: str) -> Sequence[str]:
     """Return the names that a dotted key can have as its value, where those are a few."""
-    part, _, name = key.partition(".")
-    (kind,) = [f.type for f in fields(Schema) if f.name == part] or [None]
-    declared = fields(kind) if is_dataclass(kind) else ()
-    return next((f.metadata.get("names", ()) for f in declared if f.name == name), ())
+    declared = _declaration(key)
+    return declared.metadata.get("names", ()) if declared else ()
+
+
+def allowed_values(key: str) -> str:
+    """Return what a dotted key takes, in words: "a number, from 0 to 14 pixels"; "" of a part."""
+    declared = _declaration(key)
+    if declared is None:
+        return ""
+    is_union = isinstance(declared.type, UnionType)
+    kind, *others = get_args(declared.type) if is_union else [declared.type]
+    allowed = declared.metadata.get("allowed")
+    if kind is str and allowed:
+        return str(allowed)
+    in_words = _KINDS.get(kind)
+    if in_words is None:
+        return ""
+    return f"{in_words}, {allowed}" if allowed else in_words + (", or null" if others else "")
+
+
+def _declaration(key: str) -> Field[Any] | None:
+    kind: Any = Schema
+    declared = None
+    for name in key.split("."):
+        inside = fields(kind) if is_dataclass(kind) else ()
+        declared = next((f for f in inside if f.name == name), None)
+        kind = getattr(declared, "type", None)
+    return declared
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

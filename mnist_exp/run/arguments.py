@@ -1,7 +1,6 @@
 """The arguments in a node of a config, checked against the signature of what takes them."""
 
 import inspect
-import json
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any, Literal, Union
 from torch import Tensor
 
 from mnist_exp.errors import ConfigError, did_you_mean
-from mnist_exp.formatting import is_number
+from mnist_exp.formatting import as_typed, is_number
 
 _LISTS = (tuple, list, Sequence, Iterable, Collection, set, frozenset)  # that a list is given to
 _Plain = tuple[str, Callable[[Any], bool]]  # a type in words, and its check
@@ -52,7 +51,7 @@ def check_arguments(
             )
     if "_args_" in node:
         if not _is_list(node["_args_"]):
-            raise ConfigError(f"{key}._args_={_text(node['_args_'])}: must be a list")
+            raise ConfigError(f"{key}._args_={as_typed(node['_args_'])}: must be a list")
         positional = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
         for i, (value, parameter) in enumerate(zip(node["_args_"], positional, strict=False)):
             _check_value(f"{key}._args_.{i}", value, parameter)
@@ -77,15 +76,10 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter) -> None:
         expected = _type_of(default)
     if _fits(value, expected) or (value is None and default is None):
         return
-    message = f"{key}={_text(value)}: must be {_describe(expected)}"
+    message = f"{key}={as_typed(value)}: must be {_describe(expected)}"
     if default is not parameter.empty and default is not None:
-        message += f", as its default {_text(default)}"
+        message += f", as its default {as_typed(default)}"
     raise ConfigError(message)
-
-
-def _text(value: Any) -> str:
-    """Return a value as a person would type it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _type_of(default: Any) -> Any:
