@@ -23,7 +23,7 @@ from mnist_exp.run import lookup
 from mnist_exp.run.console import Reporter
 from mnist_exp.run.job import prepare
 from mnist_exp.run.recorder import Result
-from mnist_exp.run.reproduce import Agreement, Reproduction, reproduce
+from mnist_exp.run.reproduce import Agreement, Reproduction, Rounding, reproduce
 from mnist_exp.run.train import train
 from mnist_exp.sweeps.sweep import SweepResult
 from mnist_exp.system.processes import process_identity
@@ -38,18 +38,20 @@ SMALL = ["debug=fast", "training.compile=never", "training.device=cpu", "trackin
 
 # the comparison
 
+EXACT = Rounding()
+
 
 def points(*values: float) -> dict[int, float]:
     return dict(enumerate(values, start=1))
 
 
 def test_equal_is_identical() -> None:
-    found = Agreement.of("train/loss", points(2.0, math.nan), points(2.0, math.nan))
+    found = Agreement.of("train/loss", points(2.0, math.nan), points(2.0, math.nan), EXACT)
     assert (found.compared, found.first_different, found.first_beyond) == (2, None, None)
 
 
 def test_the_greatest_difference_is_named() -> None:
-    found = Agreement.of("train/loss", points(2.0, 1.0, 0.5), points(2.0, 1.1, 0.51))
+    found = Agreement.of("train/loss", points(2.0, 1.0, 0.5), points(2.0, 1.1, 0.51), EXACT)
     assert (found.first_different, found.first_beyond, found.shown) == (2, None, 2)
     assert (found.recorded, found.again) == (1.0, 1.1)
     assert found.row()[-2:] == ["10 %", "30 %, or 0.01 nats"]
@@ -73,14 +75,36 @@ def test_the_greatest_difference_is_named() -> None:
 def test_tolerance(
     name: str, recorded: dict[int, float], again: dict[int, float], beyond: int | None
 ) -> None:
-    found = Agreement.of(name, recorded, again)
+    found = Agreement.of(name, recorded, again, EXACT)
     assert found.first_beyond == beyond
     assert beyond is None or found.shown == beyond
 
 
 def test_what_was_not_recorded_does_not_count() -> None:
-    found = Agreement.of("train/loss", points(0.5), points(0.5, 0.4))
+    found = Agreement.of("train/loss", points(0.5), points(0.5, 0.4), EXACT)
     assert (found.compared, found.first_different) == (1, None)
+
+
+@pytest.mark.parametrize(
+    "rounding, seen, too_much",
+    [  # the greatest differences that were seen of one computation, and what another seed comes to
+        (Rounding(convolutions=True), [8e-7, 2e-4, 7e-3, 9e-3, 0.04, 0.05, 0.1, 0.12], 1e-3),
+        (Rounding(bfloat16=True), [2e-5, 2e-4, 5e-4, 4e-4, 6e-4, 1e-3, 4e-3, 3e-3], 1e-3),
+        (Rounding(True, True), [3e-4, 8e-3, 0.04, 0.05, 0.1, 0.2, 0.2, 0.4], 2e-3),
+    ],
+)
+def test_convolutions_and_bfloat16_are_allowed_what_they_round(
+    rounding: Rounding, seen: list[float], too_much: float
+) -> None:
+    before, margin = [2.0] * 8, 2.4
+
+    def beyond(differences: list[float]) -> int | None:
+        again = points(*(2.0 + 2.0 * difference for difference in differences))
+        return Agreement.of("first steps", points(*before), again, rounding).first_beyond
+
+    assert beyond([margin * difference for difference in seen]) is None
+    assert beyond([0.95 * too_much, *seen[1:]]) == 1
+    assert beyond([*seen[:1], 0.5, *seen[2:]]) == 2
 
 
 # runs
@@ -381,6 +405,25 @@ def test_a_run_of_a_stack(store: str, tmp_path: Path) -> None:
     found = mnist_exp.reproduce(job.run_id, [f"tracking.uri={store}"])
     assert found.verdict in ("identical", "within tolerance")
     assert "models in its stack: 2, now 1" in found.differences
+
+
+def test_a_convolutional_job_of_a_stack(store: str, tmp_path: Path) -> None:
+    """Alone, it has another memory layout."""
+    words = [*SMALL, f"tracking.uri={store}", f"hydra.sweep.dir={tmp_path}/jobs", "model=cnn"]
+    words += ["training.epochs=1", "training.batch_size=32"]
+    words += ["model.width=4", "model.layers=[1,1]", "hydra.launcher.max_stack=2"]
+    swept: SweepResult = mnist_exp.train_sweep([*words, "optimizer.lr=0.05", "seed=4,5"])
+    assert swept.report.chosen is not None
+    first, second = (job.run_id for job in swept.report.chosen.finished)
+    found = mnist_exp.reproduce(first, [f"tracking.uri={store}"])
+    assert "models in its stack: 2, now 1" in found.differences
+    assert found.verdict == "within tolerance", found.table()
+    client = mlflow.MlflowClient(store)
+    before, now = (
+        points(*json.loads(client.get_run(i).data.tags["first_losses"])) for i in (first, second)
+    )
+    other = Agreement.of("first steps", before, now, Rounding(convolutions=True))
+    assert other.first_beyond == 1
 
 
 def test_a_run_that_diverged_does_so_again(store: str, tmp_path: Path) -> None:
