@@ -90,10 +90,10 @@ def optimizer_class(config: Config) -> tuple[type[torch.optim.Optimizer], dict[s
     node = config.optimizer
     target = _target_class("optimizer", node, torch.optim.Optimizer, config.trusted_packages)
     arguments = _named_arguments("optimizer", node)
-    check_arguments("optimizer", target, node, ("params",))
     for unsuited, why in UNSUPPORTED.items():
         if issubclass(target, unsuited):
             raise ConfigError(f"optimizer._target_: {target.__name__} cannot be used here: {why}")
+    check_arguments("optimizer", target, node, ("params",))
     return target, arguments
 
 

@@ -164,7 +164,8 @@ def check_fits(augmentation: Augmentation, dataset: Dataset) -> None:
         if value >= size:
             raise ConfigError(
                 f"augmentation.{key}={value:g}: must be below {size}, as the images of "
-                f"{dataset.name} have {format_shape(dataset.shape[1:])} pixels"
+                f"{dataset.name} have {format_shape(dataset.shape[1:])} pixels. "
+                f"To leave it out: augmentation.{key}=0"
             )
 
 

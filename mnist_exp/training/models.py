@@ -63,7 +63,8 @@ class CNN(nn.Sequential):
     """Blocks of convolution, batch normalisation, ReLU and pooling; then one hidden layer.
 
     Batch normalisation (Ioffe & Szegedy 2015) in the hidden layer as well: without it, a learning
-    rate that suits the convolutions makes the last layers wander.
+    rate that suits the convolutions makes the last layers wander. Raise ValueError for a layer
+    without channels or units.
     """
 
     def __init__(
@@ -74,6 +75,11 @@ class CNN(nn.Sequential):
         hidden: int = 64,
         dropout: float = 0.2,
     ) -> None:
+        if min(hidden, *channels) < 1:
+            raise ValueError(
+                f"channels={list(channels)}, hidden={hidden}: it needs 1 channel or more in each "
+                f"block, and 1 hidden unit or more"
+            )
         fan_in, height, width = input_shape
         layers: list[nn.Module] = []
         for fan_out in channels:
@@ -141,9 +147,11 @@ class StridedCNN(nn.Sequential):
                 modules += _convolution(fan_in, width * 2**stage, 3)
                 fan_in = width * 2**stage
         if min(size) < 1:
+            halvings = (-(-min(input_shape[1:]) // 2)).bit_length()  # the first rounds up
+            fitting = ",".join(map(str, layers[:halvings]))
             raise ValueError(
                 f"layers={list(layers)}: they halve images {len(layers)} times, for which "
-                f"{input_shape[1]} x {input_shape[2]} is too small"
+                f"{input_shape[1]} x {input_shape[2]} is too small. Add model.layers=[{fitting}]"
             )
         modules.append(nn.Flatten())
         if dropout:

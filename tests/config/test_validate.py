@@ -93,6 +93,7 @@ RANGES = [
     bad("augmentation.erase=1.5", "augmentation.erase=1.5: must be a whole number, 0 or more",
         good="augmentation.erase=2"),
     bad("augmentation.erase=28", "augmentation.erase=28: must be below 28", "28x28 pixels",
+        "augmentation.erase=0",
         good="augmentation.erase=27"),
     bad("augmentation.mixup=-0.1", "augmentation.mixup=-0.1", "0, or from 0.01 to 100",
         good="augmentation.mixup=0"),

@@ -131,6 +131,8 @@ TARGETS = [
         good="schedule._target_=mnist_exp.training.schedules.Cosine"),
     bad(optimizer("torch.optim.Muon"), "Muon cannot be used", "optimizer=muon",
         good="optimizer=muon optimizer.adamw_lr=0"),
+    bad("optimizer=muon optimizer._target_=torch.optim.Muon", "Muon cannot be used",
+        good="optimizer=muon"),
     bad("optimizer=muon optimizer.lr=0", "Muon: lr=0", "above 0", good="optimizer=muon"),
     bad("optimizer=muon optimizer.momentum=1", "Muon: momentum=1", "below 1",
         good="optimizer=muon optimizer.momentum=0"),

@@ -1,5 +1,6 @@
 """The convolutional models: their shapes and sizes, and that all of them learns."""
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from mnist_exp.training.models import BasicBlock, ResNet, StridedCNN
+from mnist_exp.training.models import CNN, BasicBlock, ResNet, StridedCNN
 from tests.training.helpers import CLASSES, SHAPE, MakeDataset, fit, run
 
 Build = Callable[[tuple[int, int, int], int], nn.Module]
@@ -95,6 +96,9 @@ def test_it_learns(build: Build, make_dataset: MakeDataset) -> None:
     ("make", "words"),
     [
         (lambda: StridedCNN((1, 6, 28), 10), ["layers=[2, 2, 1]", "6 x 28 is too small"]),
+        (lambda: StridedCNN((1, 9, 6), 10), ["Add model.layers=[2,2]"]),
+        (lambda: CNN((1, 28, 28), 10, channels=[8, 0]), ["channels=[8, 0]", "1 channel or more"]),
+        (lambda: CNN((1, 28, 28), 10, hidden=0), ["hidden=0", "1 hidden unit or more"]),
         (lambda: StridedCNN((1, 28, 28), 10, layers=[]), ["layers=[]"]),
         (lambda: StridedCNN((1, 28, 28), 10, layers=[1, -1]), ["layers=[1, -1]", "0 or more"]),
         (lambda: StridedCNN((1, 28, 28), 10, width=0), ["width=0", "1 or more"]),
@@ -105,3 +109,14 @@ def test_impossible_numbers_are_refused(make: Callable[[], nn.Module], words: li
     with pytest.raises(ValueError) as error:
         make()
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("size", [1, 3, 6, 7])
+def test_the_layers_that_are_proposed_for_small_images_fit(size: int) -> None:
+    with pytest.raises(ValueError, match="is too small") as error:
+        StridedCNN((1, size, 28), 10, width=4, layers=[1] * 9)
+    layers = json.loads(str(error.value).rpartition("=")[2])
+    network = StridedCNN((1, size, 28), 10, width=4, layers=layers)
+    assert network(torch.zeros(2, 1, size, 28)).shape == (2, 10)
+    with pytest.raises(ValueError, match="is too small"):
+        StridedCNN((1, size, 28), 10, width=4, layers=[*layers, 1])
