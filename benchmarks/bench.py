@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks import convolutions, first_minute, many_runs
+from benchmarks import convolutions, first_minute, many_runs, time_to_accuracy
 from benchmarks.measure import (
     DEFAULT_STACK,
     GRID,
@@ -28,6 +28,7 @@ from benchmarks.measure import (
     time_training,
 )
 from benchmarks.page import write_measurements
+from mnist_exp.formatting import MeanStd
 
 # kinds of work in a sweep that benchmarks.timed tells apart, and what they are
 KINDS = {
@@ -170,6 +171,21 @@ def convolutions_section() -> str:
     return "\n\n".join(parts)
 
 
+def accuracy_section() -> str:
+    """Return the seconds in which recipes reach an accuracy."""
+    rows = []
+    for name, reached in time_to_accuracy.measure().items():
+        accuracy, seconds = MeanStd.of(reached.accuracies), MeanStd.of(reached.seconds)
+        rows.append((name, accuracy.percent(), f"{seconds.mean:.1f}", spread(reached.seconds, 1)))
+    header = ["", "test accuracy", "seconds, mean", "min to max"]
+    return f"""## (g) Time to an accuracy
+
+From the start of training to its end, without what is imported and loaded before, and without the \
+test: {time_to_accuracy.SEEDS} seeds each, which take turns.
+
+{table(header, rows)}"""
+
+
 def start_section() -> str:
     """Return seconds from typing a command to its end."""
     commands = (["--help"], ["train", "--cfg", "job"])
@@ -237,6 +253,7 @@ def sections() -> Iterator[str]:
     yield sweep_section(times)
     yield stack_section()
     yield convolutions_section()
+    yield accuracy_section()
     yield start_section()
     yield first_minute_section()
     yield many_runs_section()

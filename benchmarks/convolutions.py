@@ -34,8 +34,8 @@ from mnist_exp.training.stack import Stack
 
 NETWORKS = {
     "cnn": ["model=cnn"],
-    "cnn of width 32, with elastic augmentation and averaged weights": [
-        *("model=cnn", "model.width=32", "augmentation=elastic", "training.ema=1"),
+    "the network of the record recipe, with augmentation and averaged weights": [
+        "experiments=mnist_record"
     ],
 }
 TRAINING = ["optimizer=nesterov", "training.batch_size=128", "training.device=cpu"]
