@@ -11,7 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.config.explain import explain
-from mnist_exp.config.schema import OPEN_PARTS, Config, SweepConfig, TrainingConfig, leaves
+from mnist_exp.config.schema import (
+    OPEN_PARTS,
+    Config,
+    FocusConfig,
+    SweepConfig,
+    TrainingConfig,
+    leaves,
+)
 from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import is_number
 
@@ -106,8 +113,33 @@ def _out_of_range(key: str, value: Any, allowed: str) -> ConfigError:
     return ConfigError(f"{key}={value}: must be {allowed}")
 
 
-def warn_of_mirrored_characters(configs: Iterable[DictConfig]) -> None:
-    """Warn, once for all of these composed configs, where digits or letters are mirrored."""
+def warn_of_mistakes(configs: Iterable[DictConfig]) -> None:
+    """Warn of what is allowed in these composed configs and hardly meant, once for all of them."""
+    configs = list(configs)
+    _warn_of_mirrored_characters(configs)
+    _warn_of_idle_focus(configs)
+
+
+def _warn_of_idle_focus(configs: Sequence[DictConfig]) -> None:
+    """Warn where shares of hard and random images are given, and no run has such epochs."""
+    usual = FocusConfig()
+    parts = [OmegaConf.select(config, "training.focus") or usual for config in configs]
+    if any(part.after is not None for part in parts):  # of a sweep, the others may be its baseline
+        return
+    for key in ("hardest", "random"):
+        default = getattr(usual, key)
+        changed = [share for part in parts if (share := getattr(part, key)) != default]
+        if changed:
+            log.warning(
+                "training.focus.%s=%g: it has no effect without training.focus.after, the epochs "
+                "over all images before. To have it: training.focus.after=1",
+                key,
+                changed[0],
+            )
+            return
+
+
+def _warn_of_mirrored_characters(configs: Sequence[DictConfig]) -> None:
     for config in configs:
         flip = OmegaConf.select(config, "augmentation.flip")
         name = str(OmegaConf.select(config, "dataset.name"))

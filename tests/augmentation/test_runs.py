@@ -14,7 +14,7 @@ import mnist_exp
 from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import identity, task_config
-from mnist_exp.config.validate import validate, warn_of_mirrored_characters
+from mnist_exp.config.validate import validate, warn_of_mistakes
 from mnist_exp.errors import ConfigError
 from mnist_exp.figures import samples
 from mnist_exp.figures.images import sample_grid
@@ -155,10 +155,10 @@ def test_mirrored_digits_are_warned_of_once(caplog: pytest.LogCaptureFixture) ->
     clothes = compose(["dataset=fashion_mnist", "augmentation=flip"])
     own = compose(["dataset=idx", "dataset.root=.", "augmentation=flip"])
     upright = compose(["dataset=kmnist", "augmentation=elastic"])
-    warn_of_mirrored_characters([clothes, own, upright])
+    warn_of_mistakes([clothes, own, upright])
     assert caplog.records == []
     letters = compose(["dataset=emnist_letters", "augmentation=flip"])
-    warn_of_mirrored_characters([clothes, letters, letters])
+    warn_of_mistakes([clothes, letters, letters])
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage() == (

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mnist_exp.config.compose import compose
+from mnist_exp.config.validate import warn_of_mistakes
 from mnist_exp.errors import ConfigError
 from tests.config.bad_input import Bad, Prepare, bad, beside, is_named
 from tests.helpers import write_idx
@@ -208,3 +210,16 @@ def test_folder_that_may_not_be_read(prepare: Prepare, tmp_path: Path) -> None:
     file.chmod(0)
     with pytest.raises(ConfigError, match=f"{file}: cannot be read"):
         prepare(["dataset=idx", "dataset.val_size=0", f"dataset.root={folder}"], real=True)
+
+
+def test_shares_of_hard_images_without_such_epochs_are_warned_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain, focused = compose([]), compose(focus(1, 0.5, 0.1).split())
+    idle = compose(["training.focus.hardest=0.5", "training.focus.random=0.3"])
+    warn_of_mistakes([plain])
+    warn_of_mistakes([idle, focused])
+    assert caplog.records == []
+    warn_of_mistakes([plain, idle, idle])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("training.focus.hardest=0.5: it has no effect without")
