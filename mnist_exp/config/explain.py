@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from mnist_exp.config.hydra_adapter import RECIPE_FILES, compose_leniently, compose_raw
-from mnist_exp.config.schema import OPEN_PARTS, allowed_values, leaves
+from mnist_exp.config.schema import OPEN_PARTS, allowed_values, defaults_of_old, leaves
 from mnist_exp.errors import ConfigError, did_you_mean
 from mnist_exp.formatting import as_typed
 
@@ -146,7 +146,17 @@ def _explain_value(fault: _Fault) -> str | None:
         return f"{key}: takes no value itself. {siblings}"
     if isinstance(fault.cause, ValidationError) and (allowed := allowed_values(key)):
         return f"{key}={as_typed(fault.cause.value)}: must be {allowed}"
+    if "is not Optional" in reason:
+        return f"{key}=null: it holds keys. {_switching_off(key) or siblings}"
     return f"{key}: {reason}"
+
+
+def _switching_off(key: str) -> str:
+    """Return what to type for nothing of a part, "" where there is no such thing."""
+    if key == "tracking.tags":
+        return f"For none: {key}={{}}"
+    off = [n for n, value in defaults_of_old() if n.startswith(f"{key}.") and value is None]
+    return f"To switch it off: {off[0]}=null" if off else ""
 
 
 def _explain_grammar(fault: _Fault) -> str | None:

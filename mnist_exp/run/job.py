@@ -178,15 +178,18 @@ def _check_epochs(sizes: EpochSizes) -> None:
     focus = sizes.focus
     if focus is None:
         return
-    for name, share, count in (
-        ("after", focus.after, sizes.images(focus.first_epochs)),
-        ("hardest", focus.hardest, sizes.hardest),
-    ):
-        if count == 0:
-            raise ConfigError(
-                f"training.focus.{name}={share:g}: that is none of the {sizes.count} training "
-                f"images. Choose {1 / sizes.count:.2g} or more, which is one"
-            )
+    whole, one = focus.first_epochs - 1, float(f"{1 / sizes.count:.2g}")  # epochs; an image's share
+    if sizes.images(focus.first_epochs) == 0:
+        raise ConfigError(
+            f"training.focus.after={focus.after:.9g}: its last part of an epoch, "
+            f"{focus.after - whole:.2g}, is none of the {sizes.count} training images. Choose "
+            f"{f'{whole}, or ' if whole else ''}{whole + one:.9g} or more"
+        )
+    if sizes.hardest == 0:
+        raise ConfigError(
+            f"training.focus.hardest={focus.hardest:g}: that is none of the {sizes.count} training "
+            f"images. Choose {one:g} or more, which is one"
+        )
 
 
 def check_unchanged(job: Job, history: RunHistory) -> None:
