@@ -46,11 +46,8 @@ def show(overrides: Sequence[str] = ()) -> "DatasetOverview":
         ConfigError: An override or the data set is at fault, or the augmentation does not fit it.
     """
     from mnist_exp.config.compose import compose
-    from mnist_exp.config.validate import warn_of_mistakes
 
-    composed = compose(overrides)
-    config = _config(composed)  # before torch's seconds of import
-    warn_of_mistakes([composed])
+    config = _config(compose(overrides))  # before torch's seconds of import
 
     from mnist_exp.run.overview import overview
 
@@ -94,22 +91,21 @@ def train(
 def train_composed(composed: "DictConfig", verbose: bool = False) -> "Result":
     """Train one run from its composed config, which has Hydra's own part in it. See `train`."""
     from mnist_exp.config.names import run_name
-    from mnist_exp.config.validate import warn_of_mistakes
     from mnist_exp.run.console import reporting
     from mnist_exp.tracking.address import warn_if_environment_wins
 
     config = _config(composed)
     warn_if_environment_wins(config.tracking.uri)
-    warn_of_mistakes([composed])
     name = run_name(config, composed.hydra.runtime.choices)
     with reporting(verbose, f"{name}: loading torch ...") as reporter:  # which takes seconds
         from mnist_exp.tracking.uploader import Uploader
 
         with Uploader() as uploader:
-            from mnist_exp.run.job import prepare
+            from mnist_exp.run.job import prepare, warn
             from mnist_exp.run.train import train
 
             job = prepare(composed)
+            warn([job])
             return train(job, job.folder, reporter, uploader)
 
 
@@ -129,7 +125,6 @@ def train_sweep(
         ConfigError: One of the jobs cannot be run. Nothing has been created.
     """
     from mnist_exp.config.compose import compose_sweep
-    from mnist_exp.config.validate import warn_of_mistakes
     from mnist_exp.run.console import reporting
     from mnist_exp.sweeps import grid
     from mnist_exp.tracking.address import warn_if_environment_wins
@@ -138,7 +133,6 @@ def train_sweep(
     warn_if_environment_wins(master.tracking.uri)
     with reporting(verbose) as reporter:
         jobs = grid.jobs(context, master, reporter)  # before torch's seconds of import
-        warn_of_mistakes(job.config for job in jobs if not job.problem)
 
         from mnist_exp.tracking.uploader import Uploader
 

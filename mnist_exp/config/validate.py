@@ -1,9 +1,8 @@
 """A typed config from a composed one: values out of range are refused, by their key."""
 
-import logging
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -22,7 +21,6 @@ from mnist_exp.config.schema import (
 from mnist_exp.errors import ConfigError
 from mnist_exp.formatting import is_number
 
-log = logging.getLogger(__name__)
 FLOAT32_MIN, FLOAT32_MAX = 1.2e-38, 3.4e38
 CHARACTERS = ("mnist", "qmnist", "emnist", "kmnist")  # the data sets of digits and letters
 OWN_PACKAGES = ("mnist_exp", "torch.nn", "torch.optim")  # where targets may come from
@@ -113,44 +111,37 @@ def _out_of_range(key: str, value: Any, allowed: str) -> ConfigError:
     return ConfigError(f"{key}={value}: must be {allowed}")
 
 
-def warn_of_mistakes(configs: Iterable[DictConfig]) -> None:
-    """Warn of what is allowed in these composed configs and hardly meant, once for all of them."""
-    configs = list(configs)
-    _warn_of_mirrored_characters(configs)
-    _warn_of_idle_focus(configs)
+def likely_mistakes(configs: Sequence[Config]) -> list[str]:
+    """Return warnings of what is allowed in configs and hardly meant, each once for all of them."""
+    return [text for text in (_mirrored_characters(configs), _idle_focus(configs)) if text]
 
 
-def _warn_of_idle_focus(configs: Sequence[DictConfig]) -> None:
-    """Warn where shares of hard and random images are given, and no run has such epochs."""
-    usual = FocusConfig()
-    parts = [OmegaConf.select(config, "training.focus") or usual for config in configs]
-    if any(part.after is not None for part in parts):  # of a sweep, the others may be its baseline
-        return
-    for key in ("hardest", "random"):
-        default = getattr(usual, key)
-        changed = [share for part in parts if (share := getattr(part, key)) != default]
-        if changed:
-            log.warning(
-                "training.focus.%s=%g: it has no effect without training.focus.after, the epochs "
-                "over all images before. To have it: training.focus.after=1",
-                key,
-                changed[0],
-            )
-            return
-
-
-def _warn_of_mirrored_characters(configs: Sequence[DictConfig]) -> None:
+def _mirrored_characters(configs: Sequence[Config]) -> str:
+    """Return a warning if images of digits or letters are mirrored, or ""."""
     for config in configs:
-        flip = OmegaConf.select(config, "augmentation.flip")
-        name = str(OmegaConf.select(config, "dataset.name"))
+        flip, name = config.augmentation.flip, config.dataset.name
         if flip and name.startswith(CHARACTERS):
-            log.warning(
-                "augmentation.flip=%g: it mirrors the images of %s, and a mirrored 2 is no 2. "
-                "To leave it out: augmentation.flip=0",
-                flip,
-                name,
+            return (
+                f"augmentation.flip={flip:g}: it mirrors the images of {name}, and a mirrored "
+                f"digit or letter is another one, or none. To leave it out: augmentation.flip=0"
             )
-            return
+    return ""
+
+
+def _idle_focus(configs: Sequence[Config]) -> str:
+    """Return a warning if shares of hard or random images are given for no run, or ""."""
+    usual, parts = FocusConfig(), [config.training.focus for config in configs]
+    if any(part.after is not None for part in parts):  # of a sweep, the others may be its baseline
+        return ""
+    for key in ("hardest", "random"):
+        for part in parts:
+            if (share := getattr(part, key)) != getattr(usual, key):
+                return (
+                    f"training.focus.{key}={share:g}: it has no effect without "
+                    f"training.focus.after, the epochs over all images before. To have it: "
+                    f"training.focus.after=1"
+                )
+    return ""
 
 
 @dataclass(frozen=True)

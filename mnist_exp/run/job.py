@@ -2,7 +2,8 @@
 
 import functools
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.config import paths
 from mnist_exp.config.names import run_name
 from mnist_exp.config.schema import Config, DatasetConfig, FocusConfig, identity, task_config
-from mnist_exp.config.validate import validate
+from mnist_exp.config.validate import likely_mistakes, validate
 from mnist_exp.data import dataset as datasets
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.data.sources import format_shape
@@ -29,10 +30,11 @@ from mnist_exp.run.trial import try_run
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.training.epochs import EpochSizes, Focus
 from mnist_exp.training.events import RunSpec, StackSpec
-from mnist_exp.training.precision import PRECISIONS, warn_if_slow
+from mnist_exp.training.precision import PRECISIONS, slow_precision
 from mnist_exp.training.schedules import Schedule
 from mnist_exp.training.stack import has_convolutions
 
+log = logging.getLogger(__name__)
 Load = Callable[[DatasetConfig], Dataset]
 
 
@@ -146,9 +148,15 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
         schedule=schedule,
     )
     _check_epochs(job.stack_spec.epoch_sizes(len(dataset.train)))
-    warn_if_slow(job.precision, device)
     try_run(config, build, dataset, job.run_spec, job.stack_spec)
     return job
+
+
+def warn(jobs: Sequence[Job]) -> None:
+    """Warn of what is seldom meant in jobs that are about to begin, of each such thing once."""
+    slow = {slow_precision(job.precision, job.device) for job in jobs} - {""}
+    for warning in (*likely_mistakes([job.config for job in jobs]), *slow):
+        log.warning(warning)
 
 
 def augmentation_of(config: Config) -> Augmentation:

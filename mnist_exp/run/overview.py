@@ -1,13 +1,17 @@
 """The overview of a data set: its facts, and a figure of the images that a run begins with."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mnist_exp.config.schema import Config
+from mnist_exp.config.validate import likely_mistakes
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.figures import samples
 from mnist_exp.run.job import augmentation_of, check_fits, load_dataset
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ def overview(config: Config) -> DatasetOverview:
     """
     dataset, augmentation = load_dataset(config.dataset), augmentation_of(config)
     check_fits(augmentation, dataset)
+    for warning in likely_mistakes([config]):
+        log.warning(warning)
     channels, height, width = dataset.shape
     images = f"{len(dataset.train):,} training"
     if dataset.val is not None:

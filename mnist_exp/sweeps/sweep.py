@@ -26,7 +26,7 @@ from mnist_exp.run.folder import (
     check_vacant,
     new_output_folder,
 )
-from mnist_exp.run.job import check_unchanged
+from mnist_exp.run.job import check_unchanged, warn
 from mnist_exp.run.on_end import run_on_end
 from mnist_exp.run.provenance import check_names
 from mnist_exp.run.recorder import record_failure
@@ -104,6 +104,7 @@ def run_sweep(
         raise ConfigError(f"no job is left: {invalid[0].describe()}: {invalid[0].problem}")
     for job in valid:
         check_names(job.run)
+    warn([job.run for job in valid])
     manifest = Manifest(name, asdict(settings), [*valid, *invalid])
     for number, job in enumerate(manifest.jobs):  # as the launcher will number them
         job.number = number

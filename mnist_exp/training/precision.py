@@ -1,16 +1,12 @@
 """Precision: the type in which a model computes; its parameters are float32 in any case."""
 
 import contextlib
-import functools
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-
-log = logging.getLogger(__name__)
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by the name in a config
 
@@ -38,7 +34,7 @@ def computing_in(precision: torch.dtype, device: torch.device, stacked: bool) ->
 class _Float32Norms(TorchFunctionMode):
     """A context in which norms with running statistics compute in float32.
 
-    What vmap makes of them takes no input of another type than the statistics.
+    Under vmap, batch_norm needs an input of the type of its statistics.
     """
 
     def __torch_function__(
@@ -50,19 +46,19 @@ class _Float32Norms(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@functools.cache  # once in a process, however many runs it trains
-def warn_if_slow(precision: torch.dtype, device: torch.device) -> None:
-    """Warn where a device computes in bfloat16 what it has no instructions for.
+def slow_precision(precision: torch.dtype, device: torch.device) -> str:
+    """Return a warning if a device computes in bfloat16 what it has no instructions for, or "".
 
     Measured on a CPU with AVX-512, but not its bfloat16, on one thread, forward and backward: cnn
     takes 1.7 times as long as in float32 and mlp 3 times; convolutions in torch's usual memory
     layout, which those of people's own modules have, take 6 to 10 times as long.
     """
-    if precision == torch.bfloat16 and device.type == "cpu" and not _has_bfloat16():
-        log.warning(
-            "training.precision=bfloat16: this CPU has no instructions for it, and a step takes "
-            "2 to 10 times as long as with training.precision=float32"
-        )
+    if precision != torch.bfloat16 or device.type != "cpu" or _has_bfloat16():
+        return ""
+    return (
+        "training.precision=bfloat16: this CPU has no instructions for it, and a step takes "
+        "2 to 10 times as long as with training.precision=float32"
+    )
 
 
 def _has_bfloat16() -> bool:

@@ -1,6 +1,7 @@
 """Augmentation as people meet it: in the config, in pictures, in records, and in messages."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import mnist_exp
 from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import identity, task_config
-from mnist_exp.config.validate import validate, warn_of_mistakes
+from mnist_exp.config.validate import likely_mistakes, validate
 from mnist_exp.errors import ConfigError
 from mnist_exp.figures import samples
 from mnist_exp.figures.images import sample_grid
@@ -151,17 +152,39 @@ def test_a_run_records_its_augmented_images(tmp_path: Path) -> None:
     assert names >= {"train~first_30", "train~augmented"}
 
 
-def test_mirrored_digits_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    clothes = compose(["dataset=fashion_mnist", "augmentation=flip"])
-    own = compose(["dataset=idx", "dataset.root=.", "augmentation=flip"])
-    upright = compose(["dataset=kmnist", "augmentation=elastic"])
-    warn_of_mistakes([clothes, own, upright])
-    assert caplog.records == []
-    letters = compose(["dataset=emnist_letters", "augmentation=flip"])
-    warn_of_mistakes([clothes, letters, letters])
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert record.getMessage() == (
-        "augmentation.flip=0.5: it mirrors the images of emnist_letters, and a mirrored 2 is no 2. "
-        "To leave it out: augmentation.flip=0"
-    )
+def mistakes(*commands: str) -> list[str]:
+    return likely_mistakes([validate(task_config(compose(words.split()))) for words in commands])
+
+
+def test_mirrored_characters_are_told_from_clothes() -> None:
+    clothes, own = "dataset=fashion_mnist", "dataset=idx dataset.root=."
+    upright = "dataset=kmnist augmentation=elastic"
+    assert mistakes(f"{clothes} augmentation=flip", f"{own} augmentation=flip", upright) == []
+    letters = "dataset=emnist_letters augmentation=flip"
+    assert mistakes(f"{clothes} augmentation=flip", letters, letters) == [
+        "augmentation.flip=0.5: it mirrors the images of emnist_letters, and a mirrored digit or "
+        "letter is another one, or none. To leave it out: augmentation.flip=0"
+    ]
+
+
+def test_each_warning_comes_once_a_command(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a sweep as a whole, and again of the next one in the same process."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    words = ["debug=fast", "training.epochs=1", "training.compile=never", "training.device=cpu"]
+    words += ["augmentation=flip", "training.precision=bfloat16", "model=linear"]
+    words += [f"tracking.uri={fresh_store(tmp_path)}"]
+    commands: list[Callable[[], object]] = [
+        lambda: mnist_exp.train([*words, f"hydra.run.dir={tmp_path}/run"]),
+        lambda: mnist_exp.train_sweep([*words, "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep"]),
+        lambda: mnist_exp.train([*words, f"hydra.run.dir={tmp_path}/again"]),
+    ]
+    for command in commands:
+        caplog.clear()
+        command()
+        warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert [text.split(":")[0] for text in warnings] == [
+            "augmentation.flip=0.5",
+            "training.precision=bfloat16",
+        ]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mnist_exp.config.compose import compose
-from mnist_exp.config.validate import warn_of_mistakes
+from mnist_exp.config.schema import task_config
+from mnist_exp.config.validate import likely_mistakes, validate
 from mnist_exp.errors import ConfigError
 from tests.config.bad_input import Bad, Prepare, bad, beside, is_named
 from tests.helpers import write_idx
@@ -221,14 +222,9 @@ def test_folder_that_may_not_be_read(prepare: Prepare, tmp_path: Path) -> None:
         prepare(["dataset=idx", "dataset.val_size=0", f"dataset.root={folder}"], real=True)
 
 
-def test_shares_of_hard_images_without_such_epochs_are_warned_of_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    plain, focused = compose([]), compose(focus(1, 0.5, 0.1).split())
-    idle = compose(["training.focus.hardest=0.5", "training.focus.random=0.3"])
-    warn_of_mistakes([plain])
-    warn_of_mistakes([idle, focused])
-    assert caplog.records == []
-    warn_of_mistakes([plain, idle, idle])
-    (record,) = caplog.records
-    assert record.getMessage().startswith("training.focus.hardest=0.5: it has no effect without")
+def test_shares_of_hard_images_without_such_epochs_are_warned_of_once() -> None:
+    commands = "", focus(1, 0.5, 0.1), "training.focus.hardest=0.5 training.focus.random=0.3"
+    plain, focused, idle = (validate(task_config(compose(words.split()))) for words in commands)
+    assert likely_mistakes([plain]) == likely_mistakes([idle, focused]) == []
+    (warning,) = likely_mistakes([plain, idle, idle])
+    assert warning.startswith("training.focus.hardest=0.5: it has no effect without")

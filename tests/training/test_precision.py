@@ -1,15 +1,13 @@
 """Computing in bfloat16: as plain PyTorch would do it, and with parameters in float32."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_exp.training import precision
 from mnist_exp.training.models import ResNet
+from mnist_exp.training.precision import slow_precision
 from mnist_exp.training.stack import Stack
 from mnist_exp.training.trace import trace
 from tests.training.helpers import (
@@ -108,17 +106,10 @@ def test_it_learns_what_float32_learns(make_dataset: MakeDataset) -> None:
         ({"architecture": "arm64", "neon": True, "bf16": True}, False),
     ],
 )
-def test_a_cpu_without_instructions_is_warned_of_once(
-    capabilities: dict[str, object],
-    is_slow: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_a_cpu_without_instructions_is_slow(
+    capabilities: dict[str, object], is_slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    precision.warn_if_slow.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        for device in (CPU, CPU, torch.device("cuda")):
-            precision.warn_if_slow(BFLOAT16, device)
-            precision.warn_if_slow(torch.float32, device)
-    precision.warn_if_slow.cache_clear()
-    assert [r.message.count("training.precision=float32") for r in caplog.records] == [1] * is_slow
+    assert ("training.precision=float32" in slow_precision(BFLOAT16, CPU)) == is_slow
+    assert slow_precision(torch.float32, CPU) == ""
+    assert slow_precision(BFLOAT16, torch.device("cuda")) == ""
