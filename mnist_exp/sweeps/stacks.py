@@ -5,17 +5,19 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 
-from mnist_exp.config.schema import leaves
+from mnist_exp.config.schema import TrainingConfig, leaves
 from mnist_exp.formatting import count_of, is_number
 from mnist_exp.run.job import Job
 from mnist_exp.run.model_export import can_fork
 from mnist_exp.run.recorder import THREADS
 from mnist_exp.run.train import should_compile
 from mnist_exp.sweeps.manifest import SweepJob
+from mnist_exp.training.events import RunSpec
 from mnist_exp.training.optimizers import STACKED
 from mnist_exp.training.stack import Stack
 
@@ -25,7 +27,7 @@ from mnist_exp.training.stack import Stack
 CPU_STACK_BYTES = 2**22
 CPU_STACK_MOST, GPU_STACK_MOST = 64, 512
 # the keys of `training` that may differ from run to run within a stack
-RUN_SETTINGS = ("label_smoothing", "patience", "clip_norm", "ema")
+RUN_SETTINGS = tuple(f.name for f in fields(RunSpec) if f.name in TrainingConfig.__annotations__)
 
 
 def plan(jobs: Sequence[SweepJob], max_stack: int | None) -> list[list[SweepJob]]:
