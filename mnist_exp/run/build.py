@@ -1,21 +1,24 @@
-"""Building a config's open parts (`model`, `optimizer`, `schedule`), with checked arguments."""
+"""Building what a config names; arguments of `model`, `optimizer` and `schedule` are checked."""
 
 import contextlib
 import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.config.hydra_adapter import import_target, instantiate_target
 from mnist_exp.config.schema import Config
 from mnist_exp.config.validate import check_target
 from mnist_exp.errors import ConfigError, first_line
 from mnist_exp.run.arguments import check_arguments
 from mnist_exp.training.optimizers import UNSUPPORTED
+from mnist_exp.training.precision import PRECISIONS
 from mnist_exp.training.schedules import Schedule
 from mnist_exp.training.stack import Stack
 
@@ -110,6 +113,16 @@ def build_schedule(config: Config) -> Schedule:
             f"training.epochs ({config.training.epochs})"
         )
     return schedule
+
+
+def augmentation_of(config: Config) -> Augmentation:
+    """Return what the training images of a run go through."""
+    return Augmentation(**asdict(config.augmentation))
+
+
+def precision_of(config: Config) -> torch.dtype:
+    """Return the type in which the model of a run computes."""
+    return PRECISIONS[config.training.precision]
 
 
 @contextlib.contextmanager

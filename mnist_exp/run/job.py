@@ -4,7 +4,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,18 @@ from mnist_exp.data.sources import format_shape
 from mnist_exp.errors import ConfigError
 from mnist_exp.run.build import (
     add_to_import_path,
+    augmentation_of,
     build_model,
     build_schedule,
     optimizer_class,
+    precision_of,
 )
 from mnist_exp.run.trial import try_run
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.training.epochs import EpochSizes, Focus
 from mnist_exp.training.events import RunSpec, StackSpec
-from mnist_exp.training.precision import PRECISIONS, slow_precision
+from mnist_exp.training.precision import slow_precision
 from mnist_exp.training.schedules import Schedule
-from mnist_exp.training.stack import has_convolutions
 
 log = logging.getLogger(__name__)
 Load = Callable[[DatasetConfig], Dataset]
@@ -52,6 +53,7 @@ class Job:
     optimizer: type[torch.optim.Optimizer]
     optimizer_arguments: dict[str, Any]
     schedule: Schedule
+    has_convolutions: bool = False  # known once the model is built
 
     @property
     def choices(self) -> dict[str, str | None]:
@@ -66,13 +68,7 @@ class Job:
     @property
     def precision(self) -> torch.dtype:
         """The type in which the model computes."""
-        return PRECISIONS[self.config.training.precision]
-
-    @property
-    def has_convolutions(self) -> bool:
-        """True where the model has convolutional layers."""
-        with torch.random.fork_rng(devices=[]):
-            return has_convolutions(self.build())
+        return precision_of(self.config)
 
     @property
     def folder(self) -> Path:
@@ -84,13 +80,13 @@ class Job:
         """The numbers of this run that `fit` needs to know."""
         training = self.config.training
         return RunSpec(
-            self.config.seed,
-            self.optimizer_arguments,
-            self.schedule,
-            training.label_smoothing,
-            training.patience,
-            training.clip_norm,
-            training.ema,
+            seed=self.config.seed,
+            optimizer=self.optimizer_arguments,
+            schedule=self.schedule,
+            label_smoothing=training.label_smoothing,
+            patience=training.patience,
+            clip_norm=training.clip_norm,
+            ema=training.ema,
         )
 
     @property
@@ -98,12 +94,12 @@ class Job:
         """The settings that this run shares with all runs of a stack."""
         training = self.config.training
         return StackSpec(
-            self.optimizer,
-            training.epochs,
-            training.batch_size,
-            augmentation_of(self.config),
-            training.decay_norms,
-            _focus(training.focus),
+            optimizer=self.optimizer,
+            epochs=training.epochs,
+            batch_size=training.batch_size,
+            augmentation=augmentation_of(self.config),
+            decay_norms=training.decay_norms,
+            focus=_focus(training.focus),
         )
 
 
@@ -148,8 +144,8 @@ def prepare(composed: DictConfig, load: Load | None = None) -> Job:
         schedule=schedule,
     )
     _check_epochs(job.stack_spec.epoch_sizes(len(dataset.train)))
-    try_run(config, build, dataset, job.run_spec, job.stack_spec)
-    return job
+    stack = try_run(config, build, dataset, job.run_spec, job.stack_spec)
+    return replace(job, has_convolutions=stack.has_convolutions)
 
 
 def warn(jobs: Sequence[Job]) -> None:
@@ -157,11 +153,6 @@ def warn(jobs: Sequence[Job]) -> None:
     slow = {slow_precision(job.precision, job.device) for job in jobs} - {""}
     for warning in (*likely_mistakes([job.config for job in jobs]), *slow):
         log.warning(warning)
-
-
-def augmentation_of(config: Config) -> Augmentation:
-    """Return what the training images of a run go through."""
-    return Augmentation(**asdict(config.augmentation))
 
 
 def check_fits(augmentation: Augmentation, dataset: Dataset) -> None:

@@ -9,7 +9,8 @@ from mnist_exp.config.schema import Config
 from mnist_exp.config.validate import likely_mistakes
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.figures import samples
-from mnist_exp.run.job import augmentation_of, check_fits, load_dataset
+from mnist_exp.run.build import augmentation_of
+from mnist_exp.run.job import check_fits, load_dataset
 
 log = logging.getLogger(__name__)
 

@@ -16,17 +16,16 @@ from torch import Tensor
 
 from mnist_exp.config import paths
 from mnist_exp.config.schema import Config, leaves
-from mnist_exp.config.validate import validate
 from mnist_exp.data.dataset import PREVIEW_IMAGES, Dataset
 from mnist_exp.errors import RunFailed, Terminated, reason_of
 from mnist_exp.figures import samples, style
 from mnist_exp.figures.curves import learning_curves
 from mnist_exp.run import saved_model
+from mnist_exp.run.build import augmentation_of
 from mnist_exp.run.console import Reporter, epoch_line
-from mnist_exp.run.job import Job, Load, augmentation_of
+from mnist_exp.run.job import Job, Load
 from mnist_exp.run.model_export import recording_model
 from mnist_exp.run.provenance import run_tags
-from mnist_exp.run.stored_config import load_config
 from mnist_exp.run.usage import UsageMeter
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.journal import RunHistory
@@ -320,10 +319,10 @@ def record_deferred_test(folder: Path, load: Load) -> None:
         folder: The folder of the run.
         load: Loads its data set.
     """
-    dataset, stack = saved_model.load_from_folder(folder, load)
+    config, dataset, stack = saved_model.load_from_folder(folder, load)
     writer = RunWriter.reopen(folder, open_runs_at(paths.output_root()))
     history = RunHistory.of(folder)
-    record_preview(dataset, validate(load_config(folder / "config.yaml")), writer)
+    record_preview(dataset, config, writer)
     if dataset.val is not None:  # the weights are those of the best epoch
         epoch = int(history.newest().get("best/epoch") or history.epochs)
         record_predictions(stack, dataset, writer, epoch)

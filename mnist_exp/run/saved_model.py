@@ -13,13 +13,12 @@ from mnist_exp.config.schema import Config
 from mnist_exp.config.validate import validate
 from mnist_exp.data.dataset import Dataset, DatasetInfo
 from mnist_exp.errors import ConfigError
-from mnist_exp.run.build import build_model, restore_weights
+from mnist_exp.run.build import build_model, precision_of, restore_weights
 from mnist_exp.run.job import Load, load_dataset
 from mnist_exp.run.stored_config import fetch_config, load_config
 from mnist_exp.tracking import checkpoint
 from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.stored_run import StoredRun
-from mnist_exp.training.precision import PRECISIONS
 from mnist_exp.training.stack import Stack
 from mnist_exp.training.views import Views
 
@@ -77,12 +76,15 @@ def load_run(
     return dataset, _build_stack(config, state["model"], dataset, f"run {run.id}")
 
 
-def load_from_folder(folder: Path, load: Load) -> tuple[Dataset, Stack]:
-    """Return the data set and the model of the run in a folder. Raise ConfigError without them."""
+def load_from_folder(folder: Path, load: Load) -> tuple[Config, Dataset, Stack]:
+    """Return the config, the data set and the model of the run in a folder, or raise ConfigError.
+
+    The model is a stack of one on the CPU.
+    """
     config = validate(load_config(folder / "config.yaml"))
     dataset = load(config.dataset)
     weights = checkpoint.load(folder / "checkpoint.pt")["model"]
-    return dataset, _build_stack(config, weights, dataset, str(folder))
+    return config, dataset, _build_stack(config, weights, dataset, str(folder))
 
 
 def views_of(run: StoredRun) -> Views:
@@ -115,8 +117,7 @@ def _build_stack(
 ) -> Stack:
     """Return a model with its weights as a stack of one. `name`: of its run, for the message."""
     build = build_model(config, info.shape, len(info.classes))
-    precision = PRECISIONS[config.training.precision]
-    stack = Stack(build, [config.seed], torch.device("cpu"), precision)
+    stack = Stack(build, [config.seed], torch.device("cpu"), precision_of(config))
     state = stack.module.state_dict()
     for key, value in weights.items():
         if not isinstance(value, Tensor):  # as an earlier version has let it be trained

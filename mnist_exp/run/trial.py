@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from mnist_exp.config.schema import Config
 from mnist_exp.data.dataset import Dataset, Split
 from mnist_exp.errors import ConfigError, first_line
-from mnist_exp.run.build import check_logits, explaining, restore_weights
+from mnist_exp.run.build import check_logits, explaining, precision_of, restore_weights
 from mnist_exp.training.events import RunSpec, StackSpec
-from mnist_exp.training.precision import PRECISIONS
 from mnist_exp.training.seeds import first_augmented
 from mnist_exp.training.stack import Batch, Stack
 from mnist_exp.training.step import TrainStep
@@ -27,7 +26,7 @@ def try_run(
     dataset: Dataset,
     run: RunSpec,
     spec: StackSpec,
-) -> None:
+) -> Stack:
     """Train a model for two steps on augmented images, evaluate, save and load it, on the CPU.
 
     Args:
@@ -37,37 +36,32 @@ def try_run(
         run: The numbers of the run.
         spec: Its other settings.
 
+    Returns:
+        The model that was tried, as a stack of one.
+
     Raises:
         ConfigError: The run would fail by its model, by an epoch's last batch, by its
             augmentation, or by its optimizer.
     """
     few = _few_images(dataset)
     images = few.normalise(few.test.images)
-    classes, batch_size = len(dataset.classes), spec.batch_size
+    classes = len(dataset.classes)
     model = config.model["_target_"].rpartition(".")[2]
     with torch.random.fork_rng(devices=[]):
         with explaining("model", model):
-            precision = PRECISIONS[config.training.precision]
+            precision = precision_of(config)
             stack = Stack(build, [run.seed], torch.device("cpu"), precision)
             with torch.no_grad():  # the module is a skeleton, whose own tensors are not trained
                 check_logits(stack.module(images), images, classes)
             check_logits(stack.logits(images[:1])[0], images[:1], classes)
             _gradients(stack, few, run, BATCH)
         lengths = spec.epoch_sizes(len(dataset.train)).lengths
-        uneven = next((n for n in lengths if n % batch_size == 1), None)
-        if uneven is not None or batch_size == 1:
-            try:
-                _gradients(stack, few, run, 1)
-            except Exception as error:  # batch normalisation of single values, above all
-                what = (
-                    "is one image a batch"
-                    if batch_size == 1
-                    else (f"leaves one image for the last batch of {uneven} images")
-                )
-                raise ConfigError(
-                    f"training.batch_size={batch_size}: {what}, on which this model cannot train "
-                    f"({first_line(error)}). Choose another batch size"
-                ) from error
+        uneven = next((n for n in lengths if n % spec.batch_size == 1), None)
+        if spec.batch_size == 1:
+            _try_single_image(stack, few, run, "training.batch_size=1: is one image a batch")
+        elif uneven is not None:
+            words = f"leaves one image for the last batch of {uneven} images"
+            _try_single_image(stack, few, run, f"training.batch_size={spec.batch_size}: {words}")
         if spec.augmentation.is_on:
             with explaining("augmentation", spec.augmentation.describe()):
                 first_augmented(few, spec.augmentation, run.seed, BATCH, STEPS * BATCH)
@@ -81,6 +75,7 @@ def try_run(
                     "it predicts otherwise once it was saved and loaded: training changes what "
                     "its state_dict does not hold. Keep that in parameters or buffers"
                 )
+    return stack
 
 
 def _few_images(dataset: Dataset) -> Dataset:
@@ -100,6 +95,17 @@ def _gradients(stack: Stack, dataset: Dataset, run: RunSpec, size: int) -> None:
     y = dataset.train.labels[:size][None]
     smoothing = torch.tensor([run.label_smoothing])
     stack.gradients(stack.params, stack.buffers, Batch(x, y, torch.zeros(1).long(), smoothing))
+
+
+def _try_single_image(stack: Stack, dataset: Dataset, run: RunSpec, cause: str) -> None:
+    """Raise ConfigError, with the cause, if a model cannot train on a batch of one image."""
+    try:
+        _gradients(stack, dataset, run, 1)
+    except Exception as error:  # batch normalisation of single values, above all
+        raise ConfigError(
+            f"{cause}, on which this model cannot train ({first_line(error)}). Choose another "
+            f"batch size"
+        ) from error
 
 
 def _train(step: TrainStep) -> None:

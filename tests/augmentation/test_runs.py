@@ -20,7 +20,8 @@ from mnist_exp.errors import ConfigError
 from mnist_exp.figures import samples
 from mnist_exp.figures.images import sample_grid
 from mnist_exp.figures.style import pixels
-from mnist_exp.run.job import augmentation_of, prepare
+from mnist_exp.run.build import augmentation_of
+from mnist_exp.run.job import prepare
 from mnist_exp.training.events import StackSpec
 from mnist_exp.training.loop import fit
 from mnist_exp.training.seeds import first_augmented, image_order, step_keys
