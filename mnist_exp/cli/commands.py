@@ -91,8 +91,8 @@ def show(args: argparse.Namespace) -> int:
     with reporting(announcement="the first images of a data set: loading torch ..."):
         overview = api.show(args.overrides)
 
-    what = "-augmented" if "augmentation" in overview.facts else ""
-    file = args.output or output_root() / "outputs" / f"{overview.dataset.name}{what}.png"
+    suffix = "-augmented" if "augmentation" in overview.facts else ""
+    file = args.output or output_root() / "outputs" / f"{overview.dataset.name}{suffix}.png"
     save_figures("--output", file, {file: overview.figure})
     facts = {**overview.facts, "picture": file}
     width = max(8, *map(len, facts))
@@ -161,9 +161,9 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def _print_scores(evaluation: "Evaluation", has_record: bool) -> None:
     """Print the images, and loss, accuracy and calibration, beside what the run has recorded."""
-    print(f"images         {evaluation.description}")
+    print(f"images         {len(evaluation.examples):,} of the {evaluation.title}")
     low, high = evaluation.interval
-    of_plain = " without it" if evaluation.views else ""
+    of_plain = " without --tta" if evaluation.views else ""
     for key, value in evaluation.scores.items():
         spec = ".2%" if key.endswith("accuracy") else ".6f"
         line = f"{key:14} {value:{spec}}"
@@ -229,7 +229,7 @@ def predict(args: argparse.Namespace) -> int:
             [printable(str(p.file)), *(f"{name}  {share:.2%}" for name, share in p.classes)]
             for p in readable
         ]
-        terminal.table(readable[0].long_title, ["image", "class", "next", "after that"], rows)
+        terminal.table(readable[0].title, ["image", "class", "next", "after that"], rows)
     for p in predictions:
         if p.problem:
             print(f"mnist-exp: {printable(str(p.file))}: {p.problem}", file=sys.stderr)

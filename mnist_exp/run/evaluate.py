@@ -52,19 +52,14 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        """The title of a figure: the split, and the views of its images."""
+        """The split, and the views of its images, as the title of a figure."""
         return SPLITS[self.split] + (f", {self.views.description}" if self.views else "")
-
-    @property
-    def description(self) -> str:
-        """The images that these are the results on, in words."""
-        views = f", {self.views.long_description}" if self.views else ""
-        return f"{len(self.examples):,} of the {SPLITS[self.split]}{views}"
 
     @property
     def variant(self) -> str:
         """A name for what is not the plain model on the test set: "val", "tta" or "val-tta"."""
-        return "-".join(["val"] * (self.split == "val") + ["tta"] * (self.views is not None))
+        names = "val" if self.split == "val" else "", "tta" if self.views else ""
+        return "-".join(filter(None, names))
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -33,14 +33,8 @@ class Prediction:
 
     @property
     def title(self) -> str:
-        """The title of a figure: the name of the run, and the views of the images."""
+        """The name of the run, and the views of the images, as the title of a figure or a table."""
         return f"{self.run_name}, {self.views.description}" if self.views else self.run_name
-
-    @property
-    def long_title(self) -> str:
-        """The title of a table, where there is room for more words."""
-        views = f", {self.views.long_description}" if self.views else ""
-        return f"{self.run_name}{views}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the prediction as plain values for programs; probabilities from 0 to 1."""

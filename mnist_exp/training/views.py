@@ -20,13 +20,9 @@ class Views:
 
     @property
     def description(self) -> str:
-        """What is averaged over, as the title of a figure says it."""
-        return f"mean of {len(SHIFTS)} shifts" + (" and their mirror images" * self.mirrored)
-
-    @property
-    def long_description(self) -> str:
-        """The same where there is room for more words."""
-        return f"with test-time augmentation: {self.description}"
+        """The views in words, for the title of a figure or a table."""
+        mirrored = " and mirror images" if self.mirrored else ""
+        return f"TTA over {len(SHIFTS)} shifts{mirrored}"
 
     def of(self, images: Tensor) -> Iterator[Tensor]:
         """Yield images [..., H, W], and then shifted by a pixel to the left, right, up and down.

@@ -499,10 +499,10 @@ def test_evaluate_says_which_images_and_whether_they_were_shifted(
     (run,) = runs(finished.store)
     words = ["evaluate", "last", f"tracking.uri={finished.store}", "--tta"]
     kept = tmp_path / "outputs" / "evaluations" / run.info.run_id[:8]
-    shifted = "with test-time augmentation: mean of 5 shifts"
+    shifted = "TTA over 5 shifts"
     status, out, _ = call(*words)
     assert status == 0 and f"images         10,000 of the test set, {shifted}\n" in out
-    assert f"  (recorded without it {run.data.metrics['test/accuracy']:.2%})  95 %" in out
+    assert f"  (recorded without --tta {run.data.metrics['test/accuracy']:.2%})  95 %" in out
     assert "predictions    not kept: compare takes those of the plain model on the test set" in out
     assert [path.name for path in kept.iterdir()] == ["tta"]
     status, out, _ = call(*words, "--split", "val")
@@ -534,9 +534,9 @@ def test_predict(finished: Started, call: Call, tmp_path: Path) -> None:
         shares = re.findall(r"(\d)  (\d+\.\d\d)%", row)
         assert len({name for name, _ in shares}) == 3
         assert sorted(shares, key=lambda share: -float(share[1])) == shares
-    assert "with test-time augmentation" not in out
+    assert "TTA" not in out
     shifted = call(*words, "--tta")[1]
-    assert "with test-time augmentation: mean of 5 shifts" in " ".join(shifted.split())
+    assert "TTA over 5 shifts" in " ".join(shifted.split())
 
 
 def test_predict_as_json(finished: Started, call: Call, tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_test_time_augmentation_leaves_the_plain_predictions_alone(
     assert KeptPredictions.load(run.run_id) == before is not None
     assert shifted.recorded == found.recorded != shifted.scores
     for name in ("mistakes", "confusion", "calibration"):
-        assert "test set, mean of 5 shifts" in texts(shifted.draw()[name])
+        assert "test set, TTA over 5 shifts" in texts(shifted.draw()[name])
 
 
 def test_mirror_images_are_views_of_a_run_that_was_trained_on_them(
@@ -236,7 +236,7 @@ def test_mirror_images_are_views_of_a_run_that_was_trained_on_them(
     mirrored = mnist_exp.train([*words, "augmentation=flip"])
     there = [f"tracking.uri={store}"]
     found = mnist_exp.evaluate(mirrored.run_id, there, tta=True)
-    assert found.title == "test set, mean of 5 shifts and their mirror images"
+    assert found.title == "test set, TTA over 5 shifts and mirror images"
     stack = load_run(Store(store), Store(store).get(mirrored.run_id))[1]
     expected = metrics.predict(stack, found.dataset, found.examples, Views(mirrored=True))
     torch.testing.assert_close(found.logits, expected[0])

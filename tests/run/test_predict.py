@@ -62,7 +62,7 @@ def test_test_time_augmentation_is_that_of_the_evaluation(
     assert_predicted(made, mnist_exp.evaluate(run.run_id, there, tta=True))
     assert made[0].classes != predictions[0].classes
     assert made[0].as_json()["tta"] is True
-    title = f"{made[0].run_name}, mean of 5 shifts"
+    title = f"{made[0].run_name}, TTA over 5 shifts"
     assert title in [text.get_text() for text in mnist_exp.predictions_figure(made).texts]
 
 

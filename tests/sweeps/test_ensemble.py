@@ -85,7 +85,7 @@ def test_an_ensemble_as_it_is_printed(
         cli.main([*words, "--ensemble", "--split=val", "--tta", "--output", f"{tmp_path}/val"])
     out = capsys.readouterr().out
     assert re.search(r"^ run +name +val/accuracy +val/loss +calibration error", out, re.MULTILINE)
-    assert "of the validation set, with test-time augmentation: mean of 5 shifts\n" in out
+    assert "of the validation set, TTA over 5 shifts\n" in out
     assert "test/" not in out and "predictions" not in out
     with pytest.raises(SystemExit, match="2"):
         cli.main(words)
