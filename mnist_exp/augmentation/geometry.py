@@ -1,4 +1,4 @@
-"""Where pixels come from: shifts by whole pixels, and smooth maps by a grid of control points."""
+"""Moves of pixels: shifts by whole pixels, and smooth maps by a grid of control points."""
 
 import math
 

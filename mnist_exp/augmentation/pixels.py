@@ -1,4 +1,4 @@
-"""What pixels become where they are: mirrored, erased, mixed with those of another image."""
+"""Changes of pixels in their places: mirroring, erasing, shares of a mixture."""
 
 import numpy as np
 import torch

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training images go through; each number is off at 0, and all of them compose."""
+    """The augmentation of training images; a key is off at 0, and all of them compose."""
 
     shift: float = 0.0  # the greatest shift in pixels, along each axis
     rotation: float = 0.0  # the greatest angle in degrees, either way round

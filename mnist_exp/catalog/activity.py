@@ -202,7 +202,10 @@ def _epochs_asked(history: RunHistory) -> int:
 
 
 def _passes(history: RunHistory, epochs: int) -> float:
-    """Return how often so many epochs of a run go through as many images as all are."""
+    """Return the number of images that the first `epochs` epochs of a run see.
+
+    Its unit is the number of images of the training split.
+    """
     names = ("after", "hardest", "random")
     values = [history.params.get(f"training.focus.{name}", "None") for name in names]
     if "None" in values:  # every epoch sees all images

@@ -98,9 +98,9 @@ class TrainingConfig:
     checkpoint_every: str = checked(
         re.compile(r"[1-9]\d{0,8}( ?steps)?").fullmatch, "a number of epochs, or as in 500steps"
     )
+    precision: str = one_of("float32", "bfloat16", default="float32")
     compile: str = one_of("auto", "always", "never")
     focus: FocusConfig = field(default_factory=FocusConfig)
-    precision: str = one_of("float32", "bfloat16", default="float32")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The images and the steps of each epoch, which differ where training looks at the hard images.
+"""The number of images and steps of each epoch, which differ from epoch to epoch with focus.
 
 Nothing here needs torch: `mnist-exp status` asks it for the time that is left.
 """
@@ -25,7 +25,10 @@ class Focus:
         return math.ceil(self.after)
 
     def passes(self, epochs: int) -> float:
-        """Return how often so many epochs, from the first on, go through as many images as all."""
+        """Return the number of images that the first `epochs` epochs see.
+
+        Its unit is the number of images of the training split.
+        """
         focused = max(0, epochs - self.first_epochs)
         return min(epochs, self.after) + focused * (self.hardest + self.random)
 

@@ -1,4 +1,4 @@
-"""What goes into `fit()`, RunSpec and StackSpec, and what comes out: Progress, Epoch, Message."""
+"""The input of `fit()`, RunSpec and StackSpec, and its output: Progress, Epoch, Message."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
