@@ -62,7 +62,10 @@ def test_what_is_as_large_as_an_image_is_refused(key: str, value: str, tmp_path:
     folder = write_idx(tmp_path / "small", size=8, classes=5, count=600)
     data = ["dataset=idx", f"dataset.root='{folder}'"]
     words = [*data, f"hydra.run.dir='{tmp_path}/run'", f"augmentation.{key}={value}"]
-    message = f"augmentation.{key}=8: must be below 8, as the images of idx have 8x8 pixels"
+    message = (
+        f"augmentation.{key}=8: must be below 8, as the images of idx have 8x8 pixels. "
+        f"To leave it out: augmentation.{key}=0"
+    )
     for refusing in (lambda: prepare(compose(words)), lambda: mnist_exp.show(words)):
         with pytest.raises(ConfigError) as caught:
             refusing()
