@@ -86,25 +86,35 @@ def test_what_was_not_recorded_does_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "rounding, seen, too_much",
-    [  # the greatest differences that were seen of one computation, and what another seed comes to
-        (Rounding(convolutions=True), [8e-7, 2e-4, 7e-3, 9e-3, 0.04, 0.05, 0.1, 0.12], 1e-3),
-        (Rounding(bfloat16=True), [2e-5, 2e-4, 5e-4, 4e-4, 6e-4, 1e-3, 4e-3, 3e-3], 1e-3),
-        (Rounding(True, True), [3e-4, 8e-3, 0.04, 0.05, 0.1, 0.2, 0.2, 0.4], 2e-3),
+    "rounding, seen, other",
+    [  # the greatest differences that were seen of one computation, and those of another seed
+        (
+            Rounding(convolutions=True),
+            [8e-7, 2e-4, 7e-3, 9e-3, 0.04, 0.05, 0.1, 0.12],
+            [1e-3, 0.03, 0.03, 0.04, 0.02, 0.08, 0.03, 0.1],
+        ),
+        (
+            Rounding(bfloat16=True),
+            [2e-5, 2e-4, 5e-4, 4e-4, 6e-4, 1e-3, 4e-3, 3e-3],
+            [1e-3, 4e-3, 0.01, 8e-3, 0.02, 2e-3, 0.02, 0.01],
+        ),
+        (
+            Rounding(convolutions=True, bfloat16=True),
+            [3e-4, 8e-3, 0.04, 0.05, 0.1, 0.2, 0.2, 0.4],
+            [2e-3, 0.03, 0.03, 0.04, 0.02, 0.08, 0.04, 0.1],
+        ),
     ],
 )
 def test_convolutions_and_bfloat16_are_allowed_what_they_round(
-    rounding: Rounding, seen: list[float], too_much: float
+    rounding: Rounding, seen: list[float], other: list[float]
 ) -> None:
-    before, margin = [2.0] * 8, 2.4
-
     def beyond(differences: list[float]) -> int | None:
-        again = points(*(2.0 + 2.0 * difference for difference in differences))
-        return Agreement.of("first steps", points(*before), again, rounding).first_beyond
+        again = points(*(2.0 * (1 + difference) for difference in differences))
+        return Agreement.of("first steps", points(*[2.0] * 8), again, rounding).first_beyond
 
-    assert beyond([margin * difference for difference in seen]) is None
-    assert beyond([0.95 * too_much, *seen[1:]]) == 1
-    assert beyond([*seen[:1], 0.5, *seen[2:]]) == 2
+    assert beyond([2.4 * difference for difference in seen]) is None
+    assert beyond(other) in (1, 2)
+    assert beyond([difference / 1.4 for difference in other]) in (1, 2)
 
 
 # runs
