@@ -20,12 +20,16 @@ from mnist_exp.sweeps.manifest import SweepJob
 from mnist_exp.training.events import RunSpec
 from mnist_exp.training.optimizers import STACKED
 from mnist_exp.training.stack import Stack
+from mnist_exp.training.step import STEPS_PER_CALL
 
 # Bytes of parameters up to which a stack is fastest on a CPU: what the caches of two cores hold.
 # Measured with the seed MLP, seconds an epoch and model: 0.26 for 1, 0.14 for 4, 0.10 for 16 and
 # 0.14 for 64. Powers of two, as odd sizes are slower: 9 models took 0.15.
 CPU_STACK_BYTES = 2**22
 CPU_STACK_MOST, GPU_STACK_MOST = 64, 512
+# Bytes of memory for each pixel while images are augmented, at the most. Measured: 11 for a shift
+# by whole pixels, 12 for mixup, 18 for an affine map, 22 for all together.
+AUGMENTATION_BYTES = 24
 # the keys of `training` that may differ from run to run within a stack
 RUN_SETTINGS = tuple(f.name for f in fields(RunSpec) if f.name in TrainingConfig.__annotations__)
 
@@ -41,7 +45,9 @@ def plan(jobs: Sequence[SweepJob], max_stack: int | None) -> list[list[SweepJob]
     stacks = []
     for group in groups.values():
         first = group[0].run
-        most = (max_stack or _stack_limit(first)) if first.optimizer in STACKED else 1
+        most = 1
+        if first.optimizer in STACKED:
+            most = max_stack or _stack_limit([job.run for job in group])
         count = math.ceil(len(group) / most)
         # one seed beside another: a stack of one seed gathers its images once for all
         group = sorted(group, key=lambda job: job.run.config.seed)
@@ -68,8 +74,9 @@ def _is_number(value: Any) -> bool:
     return is_number(value)
 
 
-def _stack_limit(job: Job) -> int:
-    """Return how many models are trained together fastest, and fit into the memory."""
+def _stack_limit(jobs: Sequence[Job]) -> int:
+    """Return how many of these jobs are trained together fastest, and fit into the memory."""
+    job = jobs[0]
     stack = Stack(job.build, [0], torch.device("cpu"))
     size = sum(p.numel() * p.element_size() for p in stack.params.values())
     if job.device.type == "cpu":
@@ -77,8 +84,6 @@ def _stack_limit(job: Job) -> int:
         return 1 if stack.has_convolutions else 1 << (fitting.bit_length() - 1)
     if job.device.type != "cuda":
         return CPU_STACK_MOST
-    # parameters, gradients, new and best ones, two of the optimizer's state; images and what every
-    # layer makes of them, with their gradients
     shape = job.load(job.config.dataset).shape
     activations = math.prod(shape)
 
@@ -91,7 +96,13 @@ def _stack_limit(job: Job) -> int:
             module.register_forward_hook(count)
     with torch.no_grad():
         stack.module.eval()(torch.zeros(1, *shape))
-    bytes_per_model = 6 * size + 3 * 4 * activations * job.config.training.batch_size
+    # parameters, gradients, new and best ones, two of the optimizer's state; two more of an average
+    copies = 6 + 2 * any(each.config.training.ema is not None for each in jobs)
+    # images and what every layer makes of them, with their gradients
+    bytes_per_image = 3 * 4 * activations
+    if job.stack_spec.augmentation.is_on:  # the images of a call's steps at once
+        bytes_per_image += AUGMENTATION_BYTES * STEPS_PER_CALL * math.prod(shape)
+    bytes_per_model = copies * size + bytes_per_image * job.config.training.batch_size
     free, _ = torch.cuda.mem_get_info(job.device)
     return max(1, min(GPU_STACK_MOST, int(0.5 * free / bytes_per_model)))
 

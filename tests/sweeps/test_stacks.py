@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -136,6 +137,22 @@ def test_a_stack_of_one_seed_where_it_can_be(eight: list[SweepJob]) -> None:
     """Its images are gathered once for all."""
     for stack in stacks.plan(eight, 2):
         assert len({p.values["seed"] for p in stack}) == 1
+
+
+def test_a_stack_fits_into_the_memory_of_a_gpu(
+    images: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an average of one job, and with augmentation, fewer do."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**26, 2**27))
+
+    def most(*words: str) -> int:
+        jobs = planned(*images, "seed=0,1", *words)
+        return stacks._stack_limit([replace(j.run, device=torch.device("cuda")) for j in jobs])
+
+    plain = most()
+    averaged, augmented = most("training.ema=null,1"), most("augmentation=elastic")
+    assert 1 < averaged < plain < stacks.GPU_STACK_MOST
+    assert 1 < augmented < plain
 
 
 @pytest.fixture(scope="module")
