@@ -1,5 +1,6 @@
 """The identity of a config: all that a run's numbers depend on."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,20 @@ def test_identity_depends_on(key: str, value: Any, base: DictConfig) -> None:
     assert identity(base, key, value) != schema.identity(base)
 
 
-def test_identity_is_as_before_there_was_a_focus(base: DictConfig) -> None:
-    old = base.copy()
-    del old.training.focus
-    assert "focus" in base.training and schema.identity(old) == schema.identity(base)
-    assert identity(base, "training.focus.after", 1) != schema.identity(base)
-    validate(old)
+LATER = {key: v for key, v in schema.defaults_of_old() if not key.startswith("tracking.")}
+OTHER = {bool: False, float: 0.25, int: 3, str: "bfloat16", type(None): 1}  # by type of the default
+
+
+@pytest.mark.parametrize("key", LATER)
+def test_identity_is_as_before_there_was_a_key(key: str, base: DictConfig) -> None:
+    old = OmegaConf.create(OmegaConf.to_container(base))
+    part, _, name = key.rpartition(".")
+    del OmegaConf.select(old, part)[name]
+    assert isinstance(old, DictConfig) and key not in dict(schema.leaves(old))
+    assert OmegaConf.select(base, key) == LATER[key]
+    assert schema.identity(old) == schema.identity(base)
+    assert identity(base, key, OTHER[type(LATER[key])]) != schema.identity(base)
+    assert dict(schema.leaves(asdict(validate(old))))[key] == LATER[key]
 
 
 def test_identity_is_that_of_the_record(tmp_path: Path) -> None:

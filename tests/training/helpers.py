@@ -16,7 +16,7 @@ from mnist_exp.data.dataset import Dataset, Split
 from mnist_exp.training import loop
 from mnist_exp.training.epochs import Focus
 from mnist_exp.training.events import Epoch, Message, Progress, RunSpec, StackSpec
-from mnist_exp.training.models import CNN, MLP
+from mnist_exp.training.models import CNN, MLP, ResNet
 from mnist_exp.training.schedules import Constant, Schedule
 from mnist_exp.training.seeds import image_order
 from mnist_exp.training.stack import Batch, Stack
@@ -174,6 +174,10 @@ def normalised_mlp() -> nn.Module:
 
 def cnn() -> nn.Module:
     return CNN(SHAPE, CLASSES, channels=(4, 6), hidden=8, dropout=0.0)
+
+
+def resnet() -> nn.Module:
+    return ResNet(SHAPE, CLASSES, width=4)
 
 
 def dropping_cnn() -> nn.Module:

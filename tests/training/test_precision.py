@@ -4,31 +4,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mnist_exp.training.models import ResNet
 from mnist_exp.training.precision import slow_precision
 from mnist_exp.training.stack import Stack
 from mnist_exp.training.trace import trace
 from tests.training.helpers import (
-    CLASSES,
     CPU,
-    SHAPE,
     Build,
     MakeDataset,
     batch,
     cnn,
     fit,
     mlp,
+    resnet,
     run,
     seeded,
 )
 
 BFLOAT16 = torch.bfloat16
-
-
-def resnet() -> nn.Module:
-    return ResNet(SHAPE, CLASSES, width=4)
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
@@ -63,6 +57,18 @@ def test_it_is_close_to_float32_and_not_the_same(build: Build, size: int) -> Non
     exact_logits, logits = (s.logits(given.x[0]) for s in stacks)
     assert logits.dtype == torch.float32 and not torch.equal(logits, exact_logits)
     torch.testing.assert_close(logits, exact_logits, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("build", [mlp, cnn, resnet])
+def test_stacked_is_near_alone(build: Build, make_dataset: MakeDataset) -> None:
+    """Nearer by far than to the model beside it."""
+    data, runs = make_dataset(), [run(seed, lr=0.02) for seed in range(3)]
+    together = fit(build, data, runs, precision=BFLOAT16).losses
+    for k, own in enumerate(runs):
+        alone = fit(build, data, [own], precision=BFLOAT16).losses
+        distances = np.abs(together / alone - 1).max(0)
+        assert distances[k] < 0.03
+        assert distances[k] < 0.2 * np.delete(distances, k).min()
 
 
 def test_logits_are_those_of_a_plain_module_under_autocast() -> None:

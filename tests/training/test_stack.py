@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mnist_exp.training.events import RunSpec, StackSpec
-from mnist_exp.training.models import CNN
+from mnist_exp.training.models import CNN, StridedCNN
 from mnist_exp.training.schedules import Constant
 from mnist_exp.training.stack import Stack
 from mnist_exp.training.step import TrainStep
@@ -21,6 +21,7 @@ from tests.training.helpers import (
     batch,
     cnn,
     mlp,
+    resnet,
     same_batch,
 )
 
@@ -199,6 +200,10 @@ def test_restore_brings_back_a_snapshot() -> None:
     assert torch.equal(before["0.weight"], copy["0.weight"])
 
 
+def strided() -> nn.Module:
+    return StridedCNN(SHAPE, CLASSES, width=4, layers=[1, 1])
+
+
 def is_channels_last(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
 
@@ -226,6 +231,20 @@ def test_convolutions_of_a_model_alone_are_channels_last_throughout(
     for t in (grads["4.weight"], selected.optimizer_state["4.weight"][0]):
         assert t.stride()[1:] == stack.params["4.weight"].stride()[1:]
     assert stack.model(0).get_parameter("4.weight").is_contiguous()
+
+
+@pytest.mark.parametrize("build", [cnn, strided, resnet])
+def test_channels_last_computes_what_float64_does(build: Build) -> None:
+    stack = Stack(build, [0], CPU)
+    exact = Stack(lambda: build().double(), [0], CPU)
+    assert stack.is_channels_last
+    given = batch(1)
+    found = stack.gradients(stack.params, stack.buffers, given)
+    expected = exact.gradients(exact.params, exact.buffers, given._replace(x=given.x.double()))
+    for ours, its in zip(found[:2], expected[:2], strict=True):  # gradients, and buffers
+        one, other = (torch.cat([t[n].double().flatten() for n in its]) for t in (ours, its))
+        assert (one - other).norm() < 1e-5 * other.norm()
+    torch.testing.assert_close(found[2].double(), expected[2], rtol=1e-5, atol=0.0)
 
 
 def test_several_models_and_modules_of_ones_own_keep_the_usual_layout() -> None:

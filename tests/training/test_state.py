@@ -1,20 +1,19 @@
 """The state that an event of `fit` gives: training goes on from it, bit for bit."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from mnist_exp.data.dataset import Dataset
 from mnist_exp.training import loop
 from mnist_exp.training.epochs import Focus
 from mnist_exp.training.events import Epoch, Message, RunSpec, StackSpec
 from mnist_exp.training.models import MLP
 from mnist_exp.training.schedules import Constant, Cosine
 from mnist_exp.training.stack import Stack
-
-MakeDataset = Callable[..., Dataset]
+from tests.training.helpers import CPU, MakeDataset, cnn
 
 
 def leaves(node: Any) -> Iterator[Any]:
@@ -53,6 +52,7 @@ CASES = {
     "torch's own": (torch.optim.NAdam, {"lr": 0.01}, 2, None),
     "the hardest images": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, 1, FOCUS),
     "the hardest images in a stack": (torch.optim.Adam, {"lr": 0.01}, 3, FOCUS),
+    "channels last in bfloat16": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, 1, None),
 }
 
 
@@ -64,6 +64,8 @@ def test_fit_goes_on_from_any_state(
     monkeypatch.setattr(loop, "STEPS_PER_SYNC", 3)
     optimizer, numbers, size, focus = CASES[name]
     dataset = make_dataset(train=100, val=validation)
+    is_rounded = "bfloat16" in name
+    precision = torch.bfloat16 if is_rounded else torch.float32
     runs = [
         RunSpec(
             k,
@@ -78,8 +80,9 @@ def test_fit_goes_on_from_any_state(
         runs = [RunSpec(k, run.optimizer, Cosine()) for k, run in enumerate(runs)]
 
     def go_on(state: Any = None) -> tuple[Stack, list[Any]]:
-        stack = Stack(lambda: dropped(dataset.shape, 4), [run.seed for run in runs],
-                      torch.device("cpu"))  # fmt: skip
+        build = cnn if is_rounded else functools.partial(dropped, dataset.shape, 4)
+        stack = Stack(build, [run.seed for run in runs], CPU, precision)
+        assert stack.is_channels_last == is_rounded
         seen = []
         spec = StackSpec(optimizer, 3, 16, focus=focus)
         for event in loop.fit(stack, dataset, runs, spec, state=state):
@@ -120,7 +123,7 @@ def test_a_stack_that_has_shrunk_goes_on_shrunk(make_dataset: MakeDataset) -> No
     ]
 
     def events(state: Any = None) -> list[tuple[Epoch, Any]]:
-        stack = Stack(lambda: MLP(dataset.shape, 4, hidden=[8]), [0, 0], torch.device("cpu"))
+        stack = Stack(lambda: MLP(dataset.shape, 4, hidden=[8]), [0, 0], CPU)
         found = loop.fit(stack, dataset, runs, StackSpec(torch.optim.SGD, 5, 16), state=state)
         kept = []
         for event in found:
