@@ -407,7 +407,7 @@ def test_show_augmented(call: Call, tmp_path: Path, caplog: pytest.LogCaptureFix
     facts = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert facts["augmentation"] == "flip=0.5" and facts["dataset"] == "mnist (embedded)"
     assert matplotlib.image.imread(tmp_path / "augmented.png").std() > 0.05
-    assert caplog.text.count("a mirrored 2 is no 2") == 1
+    assert caplog.text.count("a mirrored digit or letter is another one") == 1
 
 
 # of the processes that were started first

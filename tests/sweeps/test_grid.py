@@ -109,7 +109,7 @@ def test_recipe_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (["model=mlp,linear", "model.dropout=0,0.1"], ["job 2", "model.dropout", "no such key"]),
         (["+optimizer.speed=1,2"], ["job 0", "optimizer.speed", "no such argument"]),
         (["optimizer.lr=0.1,0.2,-1", "seed=0,1"], ["job 4", "optimizer.lr=-1", "0 or more"]),
-        (["training.epochs=1,2,x"], ["job 2", "training.epochs=x", "Value 'x'", "whole number"]),
+        (["training.epochs=1,2,x"], ["job 2", "training.epochs=x: must be a whole number"]),
         (["dataset.val_size=10,60000"], ["job 1", "dataset.val_size=60000"]),
         (["model=mlp,cn"], ["job 1", "model=cn", "Did you mean cnn?"]),
         (["model.dropout=0.1,2"], ["job 1", "model.dropout=2", "between 0 and 1"]),
