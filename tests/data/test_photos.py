@@ -429,7 +429,7 @@ def test_a_network_trained_on_mnist_reads_them(mnist: Dataset, tmp_path: Path) -
     cpu = torch.device("cpu")
     stack = Stack(lambda: CNN(mnist.shape, 10, channels=(8, 16, 32), hidden=32), [0], cpu)
     run = RunSpec(0, {"lr": 1e-2}, OneCycle())
-    for _ in loop.fit(stack, mnist, [run], StackSpec(torch.optim.AdamW, 1, 50)):
+    for _ in loop.fit(stack, mnist, [run], StackSpec(torch.optim.AdamW, 2, 50)):
         pass
     model = stack.model(0).eval()
     rng = np.random.default_rng(0)
@@ -439,8 +439,7 @@ def test_a_network_trained_on_mnist_reads_them(mnist: Dataset, tmp_path: Path) -
         images = np.stack([seen(picture, tmp_path) for picture in pictures])
         with torch.no_grad():
             logits = model(mnist.normalise(torch.from_numpy(images)[:, None]))
-        # by chance, a tenth; how many of the last few are right is decided by rounding
-        assert (logits.argmax(1) == labels).float().mean() >= 0.8
+        assert (logits.argmax(1) == labels).float().mean() >= 0.9
 
 
 def test_ink_of_one_shade(tmp_path: Path) -> None:
