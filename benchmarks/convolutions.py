@@ -4,7 +4,6 @@
 on one thread whenever a line comes in, and answers with the seconds.
 """
 
-import gzip
 import itertools
 import os
 import statistics
@@ -20,12 +19,9 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchvision import datasets, transforms
 
-from benchmarks.measure import environment, load_mnist, matmul_rate
+from benchmarks.measure import environment, load_mnist, matmul_rate, torchvision_batches
 from mnist_exp.config.compose import compose
-from mnist_exp.data import sources
 from mnist_exp.run.job import Job, prepare
 from mnist_exp.training import loop
 from mnist_exp.training.compile import can_compile
@@ -102,14 +98,7 @@ def plain_step(module: nn.Module) -> Step:
 
 def common_loop(module: nn.Module, root: Path) -> Contender:
     """Return the loop that everyone writes, on images that torchvision reads one by one."""
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True, exist_ok=True)
-    for packed in sources.EMBEDDED.glob("*.gz"):
-        (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
-    steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
-    images = datasets.MNIST(str(root), train=True, transform=transforms.Compose(steps))
-    loader = DataLoader(images, batch_size=BATCH, shuffle=True)
-    return _turns(plain_step(module), iter(loader))
+    return _turns(plain_step(module), iter(torchvision_batches(root, BATCH)))
 
 
 def best_loop(module: nn.Module, compiled: bool) -> Contender:

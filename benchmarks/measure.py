@@ -19,6 +19,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,15 +72,20 @@ def matmul_rate(device: torch.device = CPU) -> float:
     return 5 * 2 * 2048**3 / (time.perf_counter() - began)
 
 
-def common_loop(root: Path) -> Callable[[], float]:
-    """Return the loop that everyone writes, as a function that trains an epoch: its seconds."""
+def torchvision_batches(root: Path, batch_size: int) -> DataLoader[Any]:
+    """Return MNIST's training images as everyone loads them, from files written to a folder."""
     raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
+    raw.mkdir(parents=True, exist_ok=True)
     for packed in sources.EMBEDDED.glob("*.gz"):
         (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
     steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
     images = datasets.MNIST(str(root), train=True, transform=transforms.Compose(steps))
-    loader = DataLoader(images, batch_size=BATCH, shuffle=True)
+    return DataLoader(images, batch_size=batch_size, shuffle=True)
+
+
+def common_loop(root: Path) -> Callable[[], float]:
+    """Return the loop that everyone writes, as a function that trains an epoch: its seconds."""
+    loader = torchvision_batches(root, BATCH)
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)
     )
