@@ -27,7 +27,7 @@ from mnist_exp.tracking.store import Store
 
 @dataclass(frozen=True)
 class RemovalPlan:
-    """What is to be removed, before anything is."""
+    """The removals that are to be made, before any is."""
 
     removals: Sequence[Removal]
     store: Store | None  # None where there is none yet
