@@ -289,7 +289,7 @@ def test_report_of_a_sweep(page: Page, served: ServedUI) -> None:
     page.goto(served.page(f"runs/{served.sweep.info.run_id}"))
     best = page.get_by_role("row", name="1 (chosen)")
     expect(best).to_be_visible()
-    accuracy = f"{100 * served.sweep.data.metrics['best/val_accuracy']:.2f} %"
+    accuracy = f"{100 * served.sweep.data.metrics['best/val_accuracy']:.3f} %"
     expect(best).to_contain_text(accuracy)
     page.get_by_text("Show more").click()
     expect(
