@@ -45,15 +45,6 @@ def start() -> Iterator[Start]:
         yield start
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For models so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def make_dataset() -> Callable[..., Dataset]:
     """`make_dataset(train=300, val=0, size=8)`: one faint pattern a class, and noise."""

@@ -99,7 +99,7 @@ def start(words: Sequence[str], folder: Path, **variables: str) -> "subprocess.P
     """`python -m mnist_exp WORD ...` in `folder`."""
     unwanted = ("MLFLOW_TRACKING_URI", "HYDRA_FULL_ERROR")
     inherited = {k: v for k, v in os.environ.items() if k not in unwanted}
-    environment = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    environment = {**inherited, "PYTHONPATH": str(ROOT), **variables}
     return subprocess.Popen(
         [sys.executable, "-m", "mnist_exp", *words],
         cwd=folder,

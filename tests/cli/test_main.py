@@ -41,7 +41,7 @@ SMALL = ["debug=fast", "training.compile=never", "training.threads=1", "training
 
 
 @pytest.fixture
-def call(capfd: pytest.CaptureFixture[str], one_thread: None) -> Iterator[Call]:
+def call(capfd: pytest.CaptureFixture[str]) -> Iterator[Call]:
     """`cli.main` on words: exit status, what it printed, what it complained of."""
     handler = signal.getsignal(signal.SIGTERM)
 

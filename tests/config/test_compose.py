@@ -19,8 +19,6 @@ from tests.config.bad_input import Prepare
 from tests.helpers import ROOT, tiny_dataset, write_idx
 from tests.run.helpers import dataset_of, train_two_batches
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CHOICES = sorted(
     f"{path.parent.relative_to(ROOT / 'conf')}={path.stem}" for path in ROOT.glob("conf/*/*.yaml")
 ) + sorted(f"experiments={path.stem}" for path in ROOT.glob("experiments/*.yaml"))

@@ -9,8 +9,6 @@ from mnist_exp.config.compose import compose
 from mnist_exp.errors import ConfigError
 from tests.config.bad_input import Bad, Prepare, bad, beside, is_named
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 UNKNOWN = [
     bad("optimizr.lr=0.2", "optimizr", "Did you mean optimizer", good="optimizer.lr=0.2"),
     bad("optimizer.lrr=0.2", "optimizer.lrr", "Did you mean optimizer.lr?", "+optimizer.lrr=VALUE",

@@ -13,8 +13,6 @@ from tests.config.bad_input import Bad, Prepare, bad, beside, is_named
 from tests.helpers import write_idx
 from tests.run.helpers import dataset_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def focus(after: float, hardest: float, random: float) -> str:
     values = {"after": after, "hardest": hardest, "random": random}

@@ -658,7 +658,6 @@ def test_download_once(mirror: Mirror, tmp_path: Path, monkeypatch: pytest.Monke
 def fetch(spec: sources.DatasetSpec, sha256: dict[str, str], cache: Path) -> list[np.ndarray]:
     """In a process of its own: KMNIST as it is published by `spec`. Train, then test."""
     sources.DATASETS["kmnist"], sources.SHA256["KMNIST"] = spec, sha256
-    torch.set_num_threads(1)
     cache.with_name(f"{os.getpid()}.ready").touch()
     got = read("kmnist", None, cache=cache)
     return [x.numpy() for part in (got.train, got.test) for x in (part.images[:, 0], part.labels)]

@@ -424,7 +424,6 @@ def test_pillows_warnings_stay_inside(tmp_path: Path) -> None:
 # ---- and a network recognises them ---------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_network_trained_on_mnist_reads_them(mnist: Dataset, tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     stack = Stack(lambda: CNN(mnist.shape, 10, channels=(8, 16, 32), hidden=32), [0], cpu)

@@ -11,8 +11,6 @@ from mnist_exp.errors import ConfigError
 from tests.config.bad_input import NO_ARGUMENTS, Bad, Prepare, bad, beside, is_named
 from tests.run.helpers import stack_of, train_two_batches
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_modules_of_torch_nested_and_lazy(prepare: Prepare) -> None:
     layers = (

@@ -57,7 +57,7 @@ def environment(store: str) -> dict[str, str]:
     ours = {"MLFLOW_TRACKING_URI": store, "MLFLOW_DISABLE_TELEMETRY": "true"}
     # MLflow starts uvicorn by its name
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**inherited, **ours, "PATH": path, "OMP_NUM_THREADS": "1"}
+    return {**inherited, **ours, "PATH": path}
 
 
 class Served:
