@@ -162,11 +162,14 @@ def convolutions_section() -> str:
         ]  # fmt: skip
         header = ["", "seconds an epoch and model", "min to max", "times the first", "GFLOP/s"]
         header.append("share of the matrix rate")
+        augmenting = statistics.median(times.augmentation)
+        share = augmenting / medians[convolutions.CORE]
         parts.append(
             f"`{' '.join(words)}`: {network}, 60,000 images, batch {convolutions.BATCH}. Medians "
             f"of {ROUNDS} turns of {convolutions.STEPS} steps, extrapolated to an epoch; the plain "
             f"loops neither augment nor average. Matrix products run at {times.rate / 1e9:.0f} "
-            f"GFLOP/s.\n\n{table(header, rows)}"
+            f"GFLOP/s. Preparing the images (taken, augmented, normalised) is {augmenting:.1f} s "
+            f"of this core's epoch, {share:.1%}.\n\n{table(header, rows)}"
         )
     return "\n\n".join(parts)
 

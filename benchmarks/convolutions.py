@@ -20,13 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import environment, load_mnist, matmul_rate, torchvision_batches
+from benchmarks.measure import CPU, environment, load_mnist, matmul_rate, torchvision_batches
+from mnist_exp.augmentation.augment import Augmenter
 from mnist_exp.config.compose import compose
 from mnist_exp.run.job import Job, prepare
 from mnist_exp.training import loop
 from mnist_exp.training.compile import can_compile
 from mnist_exp.training.events import Progress
+from mnist_exp.training.seeds import step_keys
 from mnist_exp.training.stack import Stack
+from mnist_exp.training.step import STEPS_PER_CALL
 
 NETWORKS = {
     "cnn": ["model=cnn"],
@@ -36,6 +39,7 @@ NETWORKS = {
 }
 TRAINING = ["optimizer=nesterov", "training.batch_size=128", "training.device=cpu"]
 BATCH, STEPS = 128, loop.STEPS_PER_SYNC  # images in a batch, and batches in a turn
+CORE = f"this core, {torch.get_num_threads()} threads"  # a contender's name
 ROUNDS = 5  # turns of each contender, after one that is not counted
 Contender = Callable[[], float]  # trains for a turn, and returns its seconds
 Step = Callable[[Tensor, Tensor], object]  # trains on one batch
@@ -46,6 +50,7 @@ class NetworkTimes:
     """What the contenders have taken to train a network, and its arithmetic."""
 
     seconds: dict[str, list[float]]  # an epoch and model, extrapolated from each turn
+    augmentation: list[float]  # the seconds of it that augmentation takes alone, each turn
     epoch_flops: float
     rate: float  # of matrix products, floating point operations a second
 
@@ -72,13 +77,31 @@ def train_flops(module: nn.Module, shape: Sequence[int]) -> int:
 
 def core(job: Job) -> Contender:
     """Return this project's core, traced, on a job."""
-    stack = Stack(job.build, [job.config.seed], torch.device("cpu"))
+    stack = Stack(job.build, [job.config.seed], CPU)
     records = loop.fit(stack, load_mnist(), [job.run_spec], job.stack_spec)
 
     def turn() -> float:
         began = time.perf_counter()
         while not isinstance(next(records), Progress):
             pass
+        return time.perf_counter() - began
+
+    return turn
+
+
+def augmentation(job: Job) -> Contender:
+    """Return the augmentation of this core's images alone, of as many as it trains on in a turn."""
+    data = load_mnist()
+    augmenter = Augmenter(job.stack_spec.augmentation, data, BATCH, CPU)
+    images = torch.randperm(len(data.train))[None, : STEPS * BATCH]
+    keys = step_keys(job.config.seed, 0, STEPS)[:, None]
+
+    def turn() -> float:
+        began = time.perf_counter()
+        for indices, its_keys in zip(
+            images.split(STEPS_PER_CALL * BATCH, 1), keys.split(STEPS_PER_CALL), strict=True
+        ):
+            augmenter(data.train.images, data.train.labels, indices, its_keys)
         return time.perf_counter() - began
 
     return turn
@@ -162,28 +185,31 @@ def measure(words: Sequence[str]) -> NetworkTimes:
     """Train the network that overrides describe in several ways, which take turns."""
     job = prepare(compose([*TRAINING, *words]))
     images = len(load_mnist().train)
-    threads, count = torch.get_num_threads(), os.cpu_count() or 1
+    count = os.cpu_count() or 1
     with TemporaryDirectory() as folder, ExitStack() as cleanup:
         contenders = {
             "torchvision, DataLoader": common_loop(job.build(), Path(folder)),
             "a plain loop on tensors, channels_last": best_loop(job.build(), False),
-            f"this core, {threads} threads": core(job),
+            CORE: core(job),
             f"this core, {count} processes of a thread each": in_processes(words, count, cleanup),
         }
-        if can_compile(torch.device("cpu")):
+        if can_compile(CPU):
             name = "the plain loop on tensors with torch.compile"
             contenders[name] = best_loop(job.build(), True)
+        augment = augmentation(job)
         models = {name: count if "processes" in name else 1 for name in contenders}
-        for turn in contenders.values():
+        for turn in (*contenders.values(), augment):
             turn()  # memory, caches, and the compilation
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        rates = []
+        augmenting, rates = [], []
+        turns = images / (STEPS * BATCH)  # in an epoch
         for _ in range(ROUNDS):
             for name, turn in contenders.items():
-                seconds[name].append(turn() * images / (STEPS * BATCH) / models[name])
+                seconds[name].append(turn() * turns / models[name])
+            augmenting.append(augment() * turns)
             rates.append(matmul_rate())
     flops = train_flops(job.build(), load_mnist().shape) * images
-    return NetworkTimes(seconds, flops, statistics.median(rates))
+    return NetworkTimes(seconds, augmenting, flops, statistics.median(rates))
 
 
 def main() -> None:
