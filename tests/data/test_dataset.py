@@ -497,6 +497,25 @@ def test_archives(
         read(name, tmp_path)
 
 
+def test_archives_packed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Debian's package: other headers, the same content."""
+    contents = arrays(height=28, width=28, classes=10)
+    publish(monkeypatch, "fashion_mnist", contents)
+    names = list(sources.SHA256["FashionMNIST"])
+    digests = [hashlib.sha256(idx(array)).hexdigest() for array in contents]
+    unpacked = dict(zip(names, digests, strict=True))
+    monkeypatch.setitem(sources.SHA256, "FashionMNIST-unpacked", unpacked)
+    for file, array in zip(names, contents, strict=True):
+        (tmp_path / file).write_bytes(gzip.compress(idx(array), 1, mtime=1))
+    assert holds(read("fashion_mnist", tmp_path), contents)
+
+    whole = (tmp_path / names[1]).read_bytes()
+    for other in (gzip.compress(idx(contents[3]), mtime=1), whole[:-9], b"no archive"):
+        (tmp_path / names[1]).write_bytes(other)
+        with pytest.raises(ConfigError, match=r"train-labels.*not of fashion_mnist: its SHA-256"):
+            read("fashion_mnist", tmp_path)
+
+
 def test_qmnist_label_is_column_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels, test_images, test_labels = arrays(classes=10)
     rng = np.random.default_rng(0)
