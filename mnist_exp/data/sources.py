@@ -1,7 +1,8 @@
 """The files of a data set: found or fetched, verified, and unpacked.
 
-Nothing unverified is trusted: MNIST's unpacked files and the other sets' archives must have the
-published SHA-256, and a folder of one's own files is checked against its headers to the byte.
+Nothing unverified is trusted: MNIST's unpacked files, and the other sets' archives or, of
+Fashion-MNIST, what they hold, must have the published SHA-256. A folder of one's own files is
+checked against its headers to the byte.
 """
 
 import gzip
@@ -160,7 +161,7 @@ def archives(name: str, spec: DatasetSpec, root: Path) -> Iterator[OpenFile]:
         path = stored[0] if stored else _download(name, spec, archive, sha256, home)
         with path.open("rb") as file:
             unpacked = SHA256.get(f"{spec.kind}-unpacked", {}).get(archive)
-            if _sha256(file) != sha256 and _unpacked_sha256(file) != unpacked:
+            if _sha256(file) != sha256 and (unpacked is None or _unpacked_sha256(file) != unpacked):
                 raise ConfigError(
                     f"{path}: damaged, or not of {name}: its SHA-256 must be {sha256};"
                     " delete it to have it downloaded"
