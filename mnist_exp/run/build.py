@@ -15,7 +15,7 @@ from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.config.hydra_adapter import import_target, instantiate_target
 from mnist_exp.config.schema import Config
 from mnist_exp.config.validate import check_target
-from mnist_exp.errors import ConfigError, first_line
+from mnist_exp.errors import ConfigError, Terminated, first_line
 from mnist_exp.run.arguments import check_arguments
 from mnist_exp.training.optimizers import UNSUPPORTED
 from mnist_exp.training.precision import PRECISIONS
@@ -130,6 +130,8 @@ def explaining(key: str, name: str) -> Iterator[None]:
     """Raise ConfigError in place of whatever the class of this name, which is at `key`, raises."""
     try:
         yield
+    except Terminated:  # by a signal, which had nothing to do with the class
+        raise
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{key}: {name}: {first_line(error)}") from error
 

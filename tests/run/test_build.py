@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from mnist_exp.errors import ConfigError
+from mnist_exp.errors import ConfigError, Terminated
+from mnist_exp.run.build import explaining
 from tests.config.bad_input import NO_ARGUMENTS, Bad, Prepare, bad, beside, is_named
 from tests.run.helpers import stack_of, train_two_batches
+
+
+def test_a_signal_while_something_is_built_is_no_fault_of_it() -> None:
+    with pytest.raises(Terminated, match="143"), explaining("optimizer", "SGD"):
+        raise Terminated(143)
+    with pytest.raises(ConfigError, match="optimizer: SGD: 3"), explaining("optimizer", "SGD"):
+        raise SystemExit(3)
 
 
 def test_modules_of_torch_nested_and_lazy(prepare: Prepare) -> None:
