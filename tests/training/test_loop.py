@@ -241,6 +241,20 @@ def test_without_validation_the_last_epoch_is_kept(make_dataset: MakeDataset) ->
 EXPLODES = Step(every_epochs=1.0, gamma=1e30)
 
 
+@pytest.mark.parametrize("optimizer", [SGD, AdamW, RMSprop, Muon])
+def test_a_run_with_weight_decay_that_ends_leaves_those_without(
+    optimizer: Optimizer, make_dataset: MakeDataset
+) -> None:
+    """The optimizer of the stack goes on reading weight decay, for runs that have none."""
+    data = make_dataset(val=40)
+    still = Step(every_epochs=1, gamma=1e-30)  # it does not improve after its first epoch
+    first = replace(run(0, still, lr=0.01, weight_decay=0.1), patience=1)
+    runs = [first, run(1, lr=0.01, weight_decay=0.0)]
+    together = fit(mlp, data, runs, optimizer=optimizer, epochs=5)
+    assert any(epoch.stopped for epoch in together.epochs[:-1])
+    assert_equals_alone(together, 1, fit(mlp, data, runs[1:], optimizer=optimizer, epochs=5))
+
+
 @pytest.mark.parametrize("validation", [0, 70])
 @pytest.mark.parametrize(
     ("build", "optimizer", "given"),
