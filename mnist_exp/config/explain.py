@@ -155,6 +155,8 @@ def _switching_off(key: str) -> str:
     """Return what to type for nothing of a part, "" where there is no such thing."""
     if key == "tracking.tags":
         return f"For none: {key}={{}}"
+    if "." not in key:  # training, tracking, ...: nothing switches off a whole part
+        return ""
     off = [n for n, value in defaults_of_old() if n.startswith(f"{key}.") and value is None]
     return f"To switch it off: {off[0]}=null" if off else ""
 

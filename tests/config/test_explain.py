@@ -83,6 +83,7 @@ PACKAGE = "# @package _global_\n"
             PACKAGE + "training: {epochs: many}",
             ["training.epochs=many", "a whole number, 1 or more"],
         ),
+        (PACKAGE + "training:", ["training=null: it holds keys. training has: epochs, batch_size"]),
         (PACKAGE + "defaults: [override /model: mlpp]", ["model=mlpp", "Did you mean mlp?"]),
         (PACKAGE + "defaults: [override /modell: mlp]", ["modell", "Did you mean model?"]),
         (PACKAGE + "defaults: [model: cnn]", ["override /model: cnn"]),
