@@ -115,7 +115,7 @@ def show(args: argparse.Namespace) -> int:
         "--split",
         choices=("val", "test"),
         default="test",
-        help="the images: the official test set, or those of validation, to choose by",
+        help="the official test set, or the validation images, which are there to choose by",
     ),
     TTA,
     argument(
