@@ -40,7 +40,7 @@ def sample_grid(
     *,
     title: str,
     note: str = "",
-    seconds: Sequence[str] | None = None,
+    second_lines: Sequence[str] | None = None,
 ) -> Figure:
     """Return a figure of images in reading order, up to 5 rows of 6, each under its label.
 
@@ -50,14 +50,14 @@ def sample_grid(
         predicted: The predicted class of each; a wrong one is framed and says "✗ true → predicted".
         confidence: The probability of each prediction, 0 to 1.
         title: The title of the figure.
-        note: What stands under it.
-        seconds: A second line over each image.
+        note: A line of text for the figure as a whole.
+        second_lines: Another line of text over each image.
     """
     count = len(images)
     wrong = [a != b for a, b in zip(labels, predicted or labels, strict=True)]
     texts = _sample_texts(labels, predicted or labels, confidence)
-    if seconds is not None:
-        texts = [f"{a}\n{style.shorten(b, 18)}" for a, b in zip(texts, seconds, strict=True)]
+    if second_lines is not None:
+        texts = [f"{a}\n{style.shorten(b, 18)}" for a, b in zip(texts, second_lines, strict=True)]
     notes = [note] if note else []
     if predicted is not None:
         notes.append(f"{count - sum(wrong)} of {count} right")

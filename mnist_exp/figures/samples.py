@@ -29,18 +29,18 @@ def augmented_images(
     given = first_augmented(dataset, augmentation, seed, batch_size, PREVIEW_IMAGES)
     levels = 255 * (given.x[0, :, 0] * dataset.std + dataset.mean)
     labels = [dataset.classes[i] for i in given.y[0].tolist()]
-    seconds: list[str] | None = None
+    second_lines: list[str] | None = None
     if given.others is not None and given.shares is not None:
         rest = (1 - given.shares[0]).tolist()
         others = [dataset.classes[i] for i in given.others[0].tolist()]
         pairs = zip(others, rest, strict=True)
-        seconds = [f"+ {share:.0%} {other}" if share >= 0.005 else "" for other, share in pairs]
+        second_lines = [f"+ {s:.0%} {other}" if s >= 0.005 else "" for other, s in pairs]
     return sample_grid(
         levels.round().clamp(0, 255).to(torch.uint8).cpu().numpy(),
         labels,
         title=f"{dataset.name}: the first {len(labels)} images of epoch 1, augmented",
         note=augmentation.describe(),
-        seconds=seconds,
+        second_lines=second_lines,
     )
 
 

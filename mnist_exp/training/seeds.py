@@ -1,6 +1,6 @@
 """The draws of a run from its seed: the order of its images, and the keys of its steps.
 
-A generator depends on nothing but the seed, its purpose (1, 2 or 3), and the epoch.
+A generator depends on nothing but the seed, its purpose, and the epoch.
 """
 
 import math
@@ -13,20 +13,24 @@ from mnist_exp.augmentation.augment import Augmented, Augmenter
 from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.data.dataset import Dataset
 
+IMAGE_ORDER, STEP_KEYS, OTHER_IMAGES = 1, 2, 3  # purposes; records depend on these numbers
+
 
 def image_order(seed: int, epoch: int, count: int) -> Tensor:
     """Return the order of the training images in an epoch (from 0), [count]."""
-    return torch.from_numpy(np.random.default_rng([seed, 1, epoch]).permutation(count))
+    return torch.from_numpy(np.random.default_rng([seed, IMAGE_ORDER, epoch]).permutation(count))
 
 
 def step_keys(seed: int, epoch: int, steps: int) -> Tensor:
     """Return the keys of augmentation and dropout masks in an epoch (from 0), [steps]."""
-    return torch.from_numpy(np.random.default_rng([seed, 2, epoch]).integers(2**31, size=steps))
+    generator = np.random.default_rng([seed, STEP_KEYS, epoch])
+    return torch.from_numpy(generator.integers(2**31, size=steps))
 
 
 def other_images(seed: int, epoch: int, hardest: Tensor, count: int) -> Tensor:
     """Return the images that an epoch (from 0) sees beside the hardest (bool [N]), [count]."""
-    drawn = torch.from_numpy(np.random.default_rng([seed, 3, epoch]).permutation(len(hardest)))
+    generator = np.random.default_rng([seed, OTHER_IMAGES, epoch])
+    drawn = torch.from_numpy(generator.permutation(len(hardest)))
     return drawn[~hardest[drawn]][:count]
 
 

@@ -120,11 +120,11 @@ def test_what_is_drawn_are_the_pixels(
     chosen = image_order(5, 0, 300)[:30]
     assert np.array_equal(drawn["images"], data.train.images[chosen, 0].flip(-1).numpy())
     assert drawn["labels"] == [data.classes[i] for i in data.train.labels[chosen].tolist()]
-    assert (drawn["note"], drawn["seconds"]) == ("flip=1", None)
+    assert (drawn["note"], drawn["second_lines"]) == ("flip=1", None)
     assert pixels(figure).std() > 10
     samples.augmented_images(data, Augmentation(mixup=1.0), 5, 64)
     before = data.train.labels[image_order(5, 0, 300)[:64].roll(1)].tolist()
-    for text, other in zip(drawn["seconds"], before, strict=False):
+    for text, other in zip(drawn["second_lines"], before, strict=False):
         assert text == "" or text.endswith(f"% {data.classes[other]}")
 
 
