@@ -32,7 +32,7 @@ from mnist_exp.training.stack import Stack
 from mnist_exp.training.step import STEPS_PER_CALL
 
 NETWORKS = {
-    "cnn": ["model=cnn"],
+    "the convolutional network": ["model=cnn"],
     "the network of the record recipe, with augmentation and averaged weights": [
         "experiments=mnist_record"
     ],
@@ -58,8 +58,8 @@ class NetworkTimes:
 def train_flops(module: nn.Module, shape: Sequence[int]) -> int:
     """Return the floating point operations of a training step on one image.
 
-    Those of convolutions and linear layers, three times what the forward pass takes: the gradients
-    of weights and of inputs as well, but not that of the first layer's input.
+    Convolutions and linear layers are counted, at three times the forward pass: backward computes
+    the gradients of weights and of inputs. The first layer needs none for its input.
     """
     counts: list[int] = []
 

@@ -45,7 +45,7 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Return the same of a text whose line breaks stay."""
+    """Return a text as `printable` does, but with its line breaks."""
     return "\n".join(map(printable, text.split("\n")))
 
 

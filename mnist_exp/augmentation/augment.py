@@ -37,6 +37,14 @@ class Augmenter:
     def __init__(
         self, settings: Augmentation, data: DatasetInfo, batch_size: int, device: torch.device
     ) -> None:
+        """Make the augmentation.
+
+        Args:
+            settings: What it changes, and by how much.
+            data: What gives the shape of the images, their mean and their standard deviation.
+            batch_size: The number of images of a batch, within which images are mixed.
+            device: Where the images are.
+        """
         self.settings, self.data, self.batch_size = settings, data, batch_size
         self.smooth_map = SmoothMap(settings, *data.shape[1:], device)
         self.quantiles = (
@@ -53,7 +61,8 @@ class Augmenter:
             images: Those of the training split, uint8 [count, C, H, W].
             labels: Theirs, [count].
             indices: The images of all S batches, [K, N]; the last batch may be smaller.
-            keys: The keys of the steps, int64 [S, K], or of more models that see the same images.
+            keys: The keys of the steps, int64 [S, models]. Where all models see the same images
+                (K = 1), those of the first model count.
         """
         settings = self.settings
         flat = indices.flatten()

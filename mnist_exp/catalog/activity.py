@@ -202,10 +202,7 @@ def _epochs_asked(history: RunHistory) -> int:
 
 
 def _passes(history: RunHistory, epochs: int) -> float:
-    """Return the number of images that the first `epochs` epochs of a run see.
-
-    Its unit is the number of images of the training split.
-    """
+    """Return how often a run's first `epochs` epochs go through the training split, as in 1.5."""
     names = ("after", "hardest", "random")
     values = [history.params.get(f"training.focus.{name}", "None") for name in names]
     if "None" in values:  # every epoch sees all images

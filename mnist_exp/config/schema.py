@@ -229,7 +229,10 @@ def task_config(config: DictConfig) -> DictConfig:
 
 
 def defaults_of_old(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the keys that configs on record may lack, with the values that they stand for."""
+    """Yield the keys that a config on record may lack.
+
+    Each is with the value that training had before there was the key.
+    """
     for declared in fields(kind):
         name = f"{prefix}{declared.name}"
         if is_dataclass(declared.type):

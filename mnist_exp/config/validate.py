@@ -112,7 +112,10 @@ def _out_of_range(key: str, value: Any, allowed: str) -> ConfigError:
 
 
 def likely_mistakes(configs: Sequence[Config]) -> list[str]:
-    """Return warnings of what is allowed in configs and hardly meant, each once for all of them."""
+    """Return warnings of settings that are allowed but probably not meant.
+
+    Each comes once for all configs.
+    """
     return [text for text in (_mirrored_characters(configs), _idle_focus(configs)) if text]
 
 

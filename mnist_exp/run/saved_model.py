@@ -88,7 +88,7 @@ def load_from_folder(folder: Path, load: Load) -> tuple[Config, Dataset, Stack]:
 
 
 def views_of(run: StoredRun) -> Views:
-    """Return the views of an image that a run's model is averaged over where that is asked for."""
+    """Return the views over which test-time augmentation averages a run's predictions."""
     return Views(mirrored=float(run.params.get("augmentation.flip", 0.0)) > 0)
 
 

@@ -25,10 +25,7 @@ class Focus:
         return math.ceil(self.after)
 
     def passes(self, epochs: int) -> float:
-        """Return the number of images that the first `epochs` epochs see.
-
-        Its unit is the number of images of the training split.
-        """
+        """Return how often the first `epochs` epochs go through the training split, as in 1.5."""
         focused = max(0, epochs - self.first_epochs)
         return min(epochs, self.after) + focused * (self.hardest + self.random)
 

@@ -106,8 +106,8 @@ class StridedCNN(nn.Sequential):
     """A convolution of stride 2, then 3x3 convolutions, with pooling between them; a linear layer.
 
     Each convolution is followed by batch normalisation (Ioffe & Szegedy 2015) and ReLU. On a CPU,
-    what a network does at the full size of the images takes longer than its arithmetic, so the
-    first convolution halves them.
+    layers at the full size of the images take longer than their arithmetic would, so the first
+    convolution halves height and width.
     """
 
     def __init__(
