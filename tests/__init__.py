@@ -1,6 +1,6 @@
-"""Tests, two files of them at a time: each process, and those that it starts, has one thread.
+"""Two test files run at a time (pytest-xdist), and every process here has one thread.
 
-With two threads each, they would wait for those of the other.
+With two threads each, the processes would compete for two cores.
 """
 
 import os

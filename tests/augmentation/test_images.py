@@ -1,11 +1,13 @@
 """What becomes of images, against slow plain references, for draws that are given."""
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 from torch import Tensor
 
 from mnist_exp.augmentation import pixels
@@ -164,9 +166,10 @@ def test_a_square_is_erased(side: int) -> None:
     rows, columns = erased.any(3)[:, 0], erased.any(2)[:, 0]  # [600, HEIGHT], [600, WIDTH]
     assert torch.equal(erased[:, 0], rows[:, :, None] & columns[:, None])
     for lines, size in ((rows, HEIGHT), (columns, WIDTH)):
-        middles = range(size)
-        possible = {
+        possible = [
             tuple(middle - side // 2 <= line < middle - side // 2 + side for line in range(size))
-            for middle in middles
-        }
-        assert {tuple(line) for line in lines.tolist()} == possible
+            for middle in range(size)
+        ]
+        counts = Counter(tuple(line) for line in lines.tolist())
+        assert counts.keys() == set(possible)
+        assert chisquare([counts[place] for place in possible]).pvalue > 0.001

@@ -497,7 +497,9 @@ def test_archives(
         read(name, tmp_path)
 
 
-def test_archives_packed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archives_that_were_packed_anew_are_accepted_by_their_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in Debian's package: other headers, the same content."""
     contents = arrays(height=28, width=28, classes=10)
     publish(monkeypatch, "fashion_mnist", contents)

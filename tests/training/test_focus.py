@@ -200,7 +200,9 @@ def test_a_run_that_diverges_in_a_focused_epoch_leaves_the_others(
         assert_equals_alone(together, k, fit(mlp, data, [runs[k]], epochs=5, focus=FOCUS))
 
 
-def test_it_goes_with_an_average_of_the_weights_and_augmentation(make_dataset: MakeDataset) -> None:
+def test_focus_with_averages_and_augmentation_equals_the_run_alone(
+    make_dataset: MakeDataset,
+) -> None:
     """The hardest are found by the weights that are trained."""
     data = make_dataset(val=40)
     given: dict[str, Any] = {"epochs": 4, "augmentation": Augmentation(shift=1), "focus": FOCUS}
@@ -254,7 +256,7 @@ def test_progress_moves_evenly_though_epochs_do_not(
     assert [p.time for p in stands] == pytest.approx([4 * (i + 1) / 21 for i in range(21)])
 
 
-def test_without_focus_the_state_is_what_it_was(make_dataset: MakeDataset) -> None:
+def test_without_focus_the_state_has_no_hardest_images(make_dataset: MakeDataset) -> None:
     data = make_dataset()
     plain, focused = (fit(mlp, data, [run(0)], epochs=3, focus=f) for f in (None, FOCUS))
     assert not any("hardest" in epoch.state() for epoch in plain.epochs)
