@@ -188,7 +188,7 @@ def run_hydra_raw(words: Sequence[str], job: Callable[[DictConfig], object]) -> 
     """
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on, instead of printing them
-    argv, sys.argv = sys.argv, ["mnist-exp train", *words]
+    argv, sys.argv = sys.argv, ["mnist-exp train", *map(_as_choice, words)]
 
     def call_job(config: DictConfig) -> None:
         sys.argv = argv  # for the record of the run

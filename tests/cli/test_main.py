@@ -202,6 +202,15 @@ def test_config_is_printed_without_torch(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_config_of_a_recipe_that_is_given_as_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a recipe.yaml"
+    path.write_text("# @package _global_\ntraining: {epochs: 3}\n")
+    status, out, err = command("train", f"experiments={path}", "--cfg", "job", folder=tmp_path)
+    assert status == 0 and "\n  epochs: 3\n" in out, err
+    missing = command("train", "--cfg", "job", "experiments=none.yaml", folder=tmp_path)
+    refused(missing, "experiments=none.yaml: there is no such file")
+
+
 def test_bad_value_in_an_empty_directory(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     words = ["train", "optimizer.lr=-1", f"tracking.uri=sqlite:///{tmp_path}/s.db"]
