@@ -114,7 +114,6 @@ class TrainStep:
             self.optimizer_state = {
                 n: self.stacked.initial_state(p) for n, p in stack.params.items()
             }
-        self.hyperparameter_names = self._names()
         self.compiled: Call | None = None
         self.is_traceable = stack.is_traceable and self.stacked is not None
         self.traces: dict[bool, Call] = {}  # of a call of whole batches, by whether it is guarded
@@ -132,11 +131,15 @@ class TrainStep:
             for name, state in self.optimizer_state.items()
         }
         selected.average = {n: stack.laid_out(self.average[n][index]) for n in selected.average}
-        selected.hyperparameter_names = selected._names()  # the former optimizer may read more
         return selected
 
-    def _names(self) -> list[str]:
-        """Return the names of the hyperparameters, in the order in which calls are given them."""
+    @functools.cached_property
+    def hyperparameter_names(self) -> list[str]:
+        """The names of the hyperparameters, in the order in which calls are given them.
+
+        They are asked of the optimizer that the step has in the end: that of a larger stack, which
+        `select` gives it, may read more.
+        """
         return list(self.hyperparameters(0, np.zeros((1, self.stack.size))))
 
     def evaluated_stack(self) -> Stack:

@@ -237,10 +237,6 @@ def test_without_validation_the_last_epoch_is_kept(make_dataset: MakeDataset) ->
     assert not any(torch.equal(final[n], t) for n, t in trained.after[-2].items())
 
 
-# From epoch 2 the rate is 1e29: its first update is finite, and what it makes of the images is not.
-EXPLODES = Step(every_epochs=1.0, gamma=1e30)
-
-
 @pytest.mark.parametrize("optimizer", [SGD, AdamW, RMSprop, Muon])
 def test_a_run_with_weight_decay_that_ends_leaves_those_without(
     optimizer: Optimizer, make_dataset: MakeDataset
@@ -253,6 +249,10 @@ def test_a_run_with_weight_decay_that_ends_leaves_those_without(
     together = fit(mlp, data, runs, optimizer=optimizer, epochs=5)
     assert any(epoch.stopped for epoch in together.epochs[:-1])
     assert_equals_alone(together, 1, fit(mlp, data, runs[1:], optimizer=optimizer, epochs=5))
+
+
+# From epoch 2 the rate is 1e29: its first update is finite, and what it makes of the images is not.
+EXPLODES = Step(every_epochs=1.0, gamma=1e30)
 
 
 @pytest.mark.parametrize("validation", [0, 70])
