@@ -237,13 +237,14 @@ class Checkpointer:
 
     def is_due(self, event: Progress | Epoch) -> bool:
         """Return whether to save after an event: at the set intervals, or for a signal."""
+        if isinstance(event, Progress) and event.step == event.steps:
+            return False  # the end of the epoch comes next
+        is_due = signals.received()
         if isinstance(event, Epoch):
             at_epochs = self.every.epochs and event.epoch % self.every.epochs == 0
-            return bool(at_epochs) or event.epoch == self.epochs or signals.received()
-        if event.step == event.steps:  # the end of the epoch comes next
-            return False
+            is_due |= bool(at_epochs) or event.epoch == self.epochs
         steps = self._steps(event) - self.saved
-        return bool(self.every.steps and steps >= self.every.steps) or signals.received()
+        return is_due or bool(self.every.steps and steps >= self.every.steps)
 
     def save(self, event: Progress | Epoch, recorders: Sequence[RunRecorder]) -> None:
         """Save what training and its recorders need to go on. Raise RunFailed if it cannot be."""

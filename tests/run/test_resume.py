@@ -389,11 +389,19 @@ def test_full_disk(tmp_path: Path) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_checkpoint_within_an_epoch(tmp_path: Path) -> None:
-    words = words_of(tmp_path, "training.checkpoint_every=32steps", "dataset.train_size=4000")
-    process = Forked(["train", *words, "training.batch_size=20", "training.epochs=2"], tmp_path)
+@pytest.mark.parametrize(
+    "every, images, steps",
+    # an epoch is shorter than what there is between two looks at its steps
+    [("32steps", 4000, [392, 400]), ("3steps", 200, [10, 20])],
+)
+def test_checkpoints_every_so_many_steps(
+    every: str, images: int, steps: list[int], tmp_path: Path
+) -> None:
+    own = [f"training.checkpoint_every={every}", f"dataset.train_size={images}"]
+    own += ["training.batch_size=20", "training.epochs=2"]
+    process = Forked(["train", *words_of(tmp_path, *own)], tmp_path)
     assert process.wait() == 0, process.text.read_text()
     state = state_of(tmp_path / "the run")
     assert state["core"]["epoch"] == 2  # the last one is always kept
     names = sorted(path.name for path in (tmp_path / "the run").glob("state-*.pt"))
-    assert names == ["state-000000392.pt", "state-000000400.pt"]
+    assert names == [f"state-{step:09}.pt" for step in steps]
