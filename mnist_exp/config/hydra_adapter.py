@@ -233,6 +233,16 @@ def combinations(overrides: Sequence[Override]) -> list[list[str]]:
     return [list(words) for words in jobs]
 
 
+def typed_overrides(config: DictConfig) -> list[str]:
+    """Return the overrides of a composed config as they were typed, without Hydra's own.
+
+    Interpolations stay as they are: in a sweep, each job has another value for them.
+    """
+    words = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(words, list)
+    return [str(word) for word in words]
+
+
 def set_overrides(config: DictConfig, overrides: Sequence[Override]) -> None:
     """Write a job's overrides into Hydra's part of its config, as Hydra does when it composes."""
     task_overrides = [override for override in overrides if not override.is_hydra_override()]

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from mnist_exp.augmentation.settings import Augmentation
 from mnist_exp.config import paths
+from mnist_exp.config.hydra_adapter import typed_overrides
 from mnist_exp.config.names import run_name
 from mnist_exp.config.schema import Config, DatasetConfig, FocusConfig, identity, task_config
 from mnist_exp.config.validate import likely_mistakes, validate
@@ -63,7 +64,7 @@ class Job:
     @property
     def overrides(self) -> list[str]:
         """The overrides that were typed."""
-        return list(self.composed.hydra.overrides.task)
+        return typed_overrides(self.composed)
 
     @property
     def precision(self) -> torch.dtype:
@@ -187,7 +188,7 @@ def _check_epochs(sizes: EpochSizes) -> None:
     if sizes.hardest == 0:
         raise ConfigError(
             f"training.focus.hardest={focus.hardest:g}: that is none of the {sizes.count} training "
-            f"images. Choose {one:g} or more, which is one"
+            f"images. One of them is {one:g}; choose that or more"
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, Sweep
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -16,6 +16,7 @@ from mnist_exp.config.hydra_adapter import (
     combinations,
     make_paths_absolute,
     set_overrides,
+    typed_overrides,
 )
 from mnist_exp.config.names import short_names
 from mnist_exp.config.schema import SweepConfig, task_config
@@ -42,14 +43,14 @@ def jobs(context: HydraContext, master: DictConfig, reporter: Reporter) -> list[
     settings = validate_sweep(master)
     if not master.hydra.sweeper._target_.endswith(".BasicSweeper"):
         raise ConfigError("hydra/sweeper: only basic works here, which tries every combination")
-    params = master.hydra.sweeper.params or {}
+    params = _params(master)
     for key, value in params.items():
-        if OmegaConf.is_list(value):
+        if isinstance(value, list):
             raise ConfigError(
-                f"hydra.sweeper.params.{key}={list(value)}: a list is one value. Several are a "
+                f"hydra.sweeper.params.{key}={value}: a list is one value. Several are a "
                 f"text: {key}: {','.join(map(str, value))}"
             )
-    words = [*(f"{key}={value}" for key, value in params.items()), *master.hydra.overrides.task]
+    words = [*(f"{key}={value}" for key, value in params.items()), *typed_overrides(master)]
     parser = OverridesParser.create(config_loader=context.config_loader)
     overrides = parser.parse_overrides(words)
     _check_unique(overrides[len(params) :])
@@ -70,6 +71,13 @@ def jobs(context: HydraContext, master: DictConfig, reporter: Reporter) -> list[
         raise_if_invalid(job, settings)
     reporter.announce(f"{_describe(jobs)}: loading torch ...")  # which takes seconds
     return jobs
+
+
+def _params(config: DictConfig) -> dict[str, Any]:
+    """Return `hydra.sweeper.params`, its interpolations as they are: jobs have their own values."""
+    params = OmegaConf.to_container(OmegaConf.create(config.hydra.sweeper.params or {}))
+    assert isinstance(params, dict)
+    return {str(key): value for key, value in params.items()}
 
 
 def _describe(jobs: Sequence[SweepJob]) -> str:
@@ -95,7 +103,7 @@ def _check_unique(overrides: Sequence[Override]) -> None:
 
 def _validate(config: DictConfig, params: Mapping[str, Any]) -> None:
     """Raise ConfigError if the composed config of a job is wrong, or sweeps something itself."""
-    own_params = config.hydra.sweeper.params or {}
+    own_params = _params(config)
     if own_params != params:
         raise ConfigError(
             f"{' '.join(f'{key}={value}' for key, value in own_params.items())}: this recipe is a "
@@ -126,7 +134,7 @@ def expand(overrides: Sequence[Override], settings: SweepConfig) -> list[SweepJo
         )
     total = 1
     for key, override in swept.items():
-        if not override.is_discrete_sweep():
+        if not _is_list_of_values(override):
             raise ConfigError(f"{override.input_line}: give the values, as in {key}=0.01,0.1")
         count = 0
         for _ in override.sweep_iterator():
@@ -145,6 +153,13 @@ def expand(overrides: Sequence[Override], settings: SweepConfig) -> list[SweepJo
         values = {key.lstrip("+"): value for key, value in pairs if key in swept}
         jobs.append(SweepJob(number, words, values))
     return jobs
+
+
+def _is_list_of_values(override: Override) -> bool:
+    """Return whether what is swept can be counted; where an interval is among it, it cannot."""
+    value = override.value()
+    among = value.list if isinstance(value, ChoiceSweep) else []
+    return override.is_discrete_sweep() and not any(isinstance(each, Sweep) for each in among)
 
 
 def compose(

@@ -16,6 +16,7 @@ from mlflow.entities import Run
 import mnist_exp
 from mnist_exp.cli import main as cli
 from mnist_exp.config.compose import compose_sweep
+from mnist_exp.config.hydra_adapter import typed_overrides
 from mnist_exp.config.validate import validate_sweep
 from mnist_exp.run.console import Reporter
 from mnist_exp.run.recorder import THREADS, Result
@@ -139,7 +140,7 @@ def composed(*words: str) -> tuple[Any, Any, list[Any], list[SweepJob]]:
     settings = validate_sweep(master)
     loader = context.config_loader
     parser = OverridesParser.create(config_loader=loader)
-    overrides = parser.parse_overrides(list(master.hydra.overrides.task))
+    overrides = parser.parse_overrides(typed_overrides(master))
     return loader, master, overrides, grid.expand(overrides, settings)
 
 

@@ -126,6 +126,12 @@ def test_recipe_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (["seed=choice()"], ["seed=choice()", "empty choice"]),
         (["seed=range(3,3)", "optimizer.lr=1,2"], ["seed=range(3,3)", "no values"]),
         (["optimizer.lr=interval(0,1)"], ["optimizer.lr=interval(0,1)", "0.01,0.1"]),
+        (["training.ema=null,interval(0,1)"], ["training.ema=null,interval(0,1): give the values"]),
+        (["seed=0,1", "training.ema=${augmentation.foo}"],
+         ["job 0", "training.ema", "augmentation.foo"]),
+        (["seed=0,1", "training.ema=${oc.env:NOT_SET_AT_ALL}"], ["job 0", "NOT_SET_AT_ALL"]),
+        (["seed=0,1", "training.ema=${training.ema}"], ["job 0", "training.ema"]),
+        (["seed=0,1", "training.ema=${eval:1}"], ["job 0", "training.ema", "eval"]),
         (["dataset=idx", "dataset.root=/nonexistent,/nor-this"], ["job 0", "/nonexistent"]),
         (["experiments=nowhere,seed_mlp"], ["job 0", "experiments=nowhere", "seed_mlp"]),
         (["experiments=nowhere.yaml", "seed=0,1"], ["experiments=nowhere.yaml", "no such file"]),
@@ -188,6 +194,18 @@ def test_a_fault_in_the_first_of_many_jobs_is_told_at_once() -> None:
     status, _, err = call("train", "-m", *BASE, "optimizer.lr=-1,0.1", "seed=range(5000)")
     assert status == 2 and "job 0" in err and "optimizer.lr=-1" in err, err
     assert time.monotonic() - began < 20  # all of them would take minutes
+
+
+def test_an_interpolation_has_the_values_of_its_job() -> None:
+    """It was resolved once for all jobs, in a config that had none of the swept values."""
+    words = [*SMALL, "augmentation.rotation=5,20", "augmentation.shear=${augmentation.rotation}"]
+    for job in grid.jobs(*compose_sweep(words), Reporter()):
+        config = task_config(job.config)
+        assert (
+            config.augmentation.shear
+            == config.augmentation.rotation
+            == float(job.values["augmentation.rotation"])
+        )
 
 
 def test_who_sweeps_many_jobs_is_told_of_the_wait() -> None:
