@@ -15,7 +15,7 @@ from tests.helpers import ROOT
 
 PACKAGE = ROOT / "mnist_exp"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-FUNCTION_LINES, FILE_LINES, PACKAGE_LINES = 60, 430, 21_700
+FUNCTION_LINES, FILE_LINES, PACKAGE_LINES = 60, 430, 21_850
 LONG_FILES: set[str] = set()
 # each private part of another library, and the one file that may know it
 PRIVATE = {

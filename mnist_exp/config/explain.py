@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from mnist_exp.config.hydra_adapter import RECIPE_FILES, compose_leniently, compose_raw
-from mnist_exp.config.schema import OPEN_PARTS, allowed_values, defaults_of_old, leaves
+from mnist_exp.config.schema import OPEN_PARTS, allowed_values, defaults_of_old, leaves, parts
 from mnist_exp.errors import ConfigError, did_you_mean
 from mnist_exp.formatting import as_typed
 
@@ -95,8 +95,63 @@ def _explain_override(fault: _Fault) -> str | None:
         )
     if found := re.match(r"Ambiguous value for argument '(.+)'", fault.text):
         name, _, values = found[1].partition("=")
-        return f"{found[1]}: several values are a sweep: add -m. As a list: '{name}=[{values}]'"
+        takes_list = "list" in (allowed_values(name) or "list")
+        as_list = f". As a list: '{name}=[{values}]'" if takes_list else ""
+        return f"{found[1]}: several values are a sweep: add -m{as_list}"
+    if found := re.match(r"Sweep parameters '(.+)' requires --multirun", fault.text):
+        name = found[1].partition("=")[0]
+        return f"{found[1]}: that is a sweep: add -m. For one run: {name}=VALUE"
     return None
+
+
+def _explain_missing_recipe(fault: _Fault) -> str | None:
+    """Explain a recipe that begins with another one, which is not there."""
+    found = re.search(r"Could not load 'experiments/([^']+)'", fault.text)
+    if found is None:
+        return None
+    context, _ = compose_raw([])
+    # an overrides list makes the loader look into the folder of recipes
+    options = context.config_loader.get_group_options(
+        "experiments", ObjectType.CONFIG, "config", []
+    )
+    options = [name for name in options if name not in RECIPE_FILES]
+    return (
+        f"in its defaults, {found[1]}: there is no such recipe. {did_you_mean(found[1], options)}"
+        f"The recipes are: {', '.join(options)}"
+    )
+
+
+def _explain_part(fault: _Fault) -> str | None:
+    """Explain a part with keys of its own that is given a plain value."""
+    found = re.search(r"\w+ is not a subclass of (\w+)\. value: (.*)", str(fault.cause))
+    part = parts().get(found[1]) if found else None
+    if found is None or part is None:
+        return None
+    message = f"{part}: takes no value itself, and is given {found[2]}"
+    context, config = compose_raw([])
+    if part in config.hydra.runtime.choices:
+        options = context.config_loader.get_group_options(part, ObjectType.CONFIG)
+        return (
+            f"{message}. To choose one of its options, which are {', '.join(options)}: "
+            f"{part}=OPTION, or in a recipe, in its defaults, override /{part}: OPTION"
+        )
+    return f"{message}. {_siblings(part, _keys(config))}"
+
+
+def _explain_interpolation(fault: _Fault) -> str | None:
+    """Explain the choice of a group that refers to what cannot be found."""
+    if fault.key != "_dummy_":  # the name that Hydra gives to what it resolves for a choice
+        return None
+    found = re.search(r"resolving interpolation '(.+?)', possible", fault.text)
+    asked = [word for word in fault.overrides if found and found[1] in word]
+    return f"{' '.join(asked)}: {_reason(fault.cause)}. A choice can refer to other choices only"
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error of OmegaConf's, without the names of its classes."""
+    line = _in_plain_words(str(error).splitlines()[0])
+    resolving = re.match(r"\w+ raised while resolving interpolation: \"?(.+?)\"?$", line)
+    return resolving[1] if resolving else line
 
 
 def _no_names(overrides: Sequence[str]) -> str:
@@ -130,7 +185,7 @@ def _explain_removal(fault: _Fault) -> str | None:
 
 def _explain_value(fault: _Fault) -> str | None:
     """Explain a value that its key cannot have."""
-    key, reason = fault.key, _in_plain_words(str(fault.cause).splitlines()[0])
+    key, reason = fault.key, _reason(fault.cause)
     if reason.startswith("Cannot merge DictConfig with ListConfig"):
         return f"{key or 'the file'}: holds keys with their values, and is given a list"
     if not key:
@@ -142,8 +197,6 @@ def _explain_value(fault: _Fault) -> str | None:
     if key.startswith("tracking.tags."):
         return f"{key}: a tag's value is text. A name with dots: '+tracking.tags={{a.b: TEXT}}'"
     siblings = _siblings(key, _keys(compose_raw([])[1]))
-    if reason.startswith("Invalid type assigned") and siblings:
-        return f"{key}: takes no value itself. {siblings}"
     if isinstance(fault.cause, ValidationError) and (allowed := allowed_values(key)):
         return f"{key}={as_typed(fault.cause.value)}: must be {allowed}"
     if "is not Optional" in reason:
@@ -168,8 +221,9 @@ def _explain_grammar(fault: _Fault) -> str | None:
     if not isinstance(fault.error, OverrideParseException):
         return None
     word = str(fault.error.override)
-    if found := re.search(".* while evaluating .*", str(fault.error)):  # choice() without a value
-        return f"{word}: {found[0]}"
+    if found := re.search(r"\w+ while evaluating '(.*)': (.*)\n?(Available: .*)?", fault.text):
+        known = f". {found[3].replace('Available: ', 'The functions are: ')}" if found[3] else ""
+        return f"{word}: {found[2]}{known}"
     key, equals, value = word.partition("=")
     if not equals:
         return f"{word}: cannot be read. An override is KEY=VALUE"
@@ -184,8 +238,11 @@ def _explain_grammar(fault: _Fault) -> str | None:
 
 _EXPLAINERS = (
     _explain_choice,
+    _explain_missing_recipe,
     _explain_override,
     _explain_removal,
+    _explain_part,
+    _explain_interpolation,
     _explain_value,
     _explain_grammar,
 )
@@ -204,7 +261,8 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     parent, _, name = key.rpartition(".")
     if parent == "tracking.tags":
         return f"{key}: there is no such tag yet. To add it: +{key}=VALUE"
-    message = f"{key}: there is no such key. {did_you_mean(key, known + groups)}"
+    near = [n for n in known + groups if _may_be_meant(n, key)]
+    message = f"{key}: there is no such key. {did_you_mean(key, near)}"
     if siblings := _siblings(parent, known):
         message += siblings
         if parent.split(".")[0] in OPEN_PARTS:
@@ -212,6 +270,18 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
         return message
     top = {*groups, *(name.split(".")[0] for name in known)}
     return f"{message}The keys and groups are: {', '.join(sorted(top))}"
+
+
+def _may_be_meant(known: str, key: str) -> bool:
+    """Return whether a known key may be what was meant by one that is not there.
+
+    It is no part that holds the key, and beside the key it has a name like its own.
+    """
+    parent, _, name = key.rpartition(".")
+    other_parent, _, other_name = known.rpartition(".")
+    if parent and other_parent == parent:
+        return name in other_name or bool(did_you_mean(name, [other_name]))
+    return not key.startswith(f"{known}.")
 
 
 def _keys(config: DictConfig) -> list[str]:

@@ -200,6 +200,19 @@ def allowed_values(key: str) -> str:
     return f"{in_words}, {allowed}" if allowed else in_words + (", or null" if others else "")
 
 
+def parts() -> dict[str, str]:
+    """Return the dotted key of each part that holds keys, by the name of its class."""
+    found: dict[str, str] = {}
+    asked: list[tuple[str, Any]] = [("", Schema)]
+    while asked:
+        key, kind = asked.pop()
+        found[kind.__name__] = key
+        asked += [
+            (f"{key}.{f.name}".lstrip("."), f.type) for f in fields(kind) if is_dataclass(f.type)
+        ]
+    return found
+
+
 def _declaration(key: str) -> Field[Any] | None:
     kind: Any = Schema
     declared = None

@@ -108,7 +108,8 @@ def _check_focus(training: TrainingConfig) -> None:
 
 
 def _out_of_range(key: str, value: Any, allowed: str) -> ConfigError:
-    return ConfigError(f"{key}={value}: must be {allowed}")
+    shown = "null" if value is None else value
+    return ConfigError(f"{key}={shown}: must be {allowed}")
 
 
 def likely_mistakes(configs: Sequence[Config]) -> list[str]:

@@ -96,6 +96,11 @@ def optimizer_class(config: Config) -> tuple[type[torch.optim.Optimizer], dict[s
     for unsuited, why in UNSUPPORTED.items():
         if issubclass(target, unsuited):
             raise ConfigError(f"optimizer._target_: {target.__name__} cannot be used here: {why}")
+    if "params" in node:
+        raise ConfigError(
+            "optimizer.params: it takes the parameters of the model, always. To drop it: "
+            "'~optimizer.params'"
+        )
     check_arguments("optimizer", target, node, ("params",))
     return target, arguments
 
@@ -133,7 +138,10 @@ def explaining(key: str, name: str) -> Iterator[None]:
     except Terminated:  # by a signal, which had nothing to do with the class
         raise
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{key}: {name}: {first_line(error)}") from error
+        reason = first_line(error)
+        if "can't allocate memory" in reason:  # torch has no class of its own for it on a CPU
+            reason = "it needs more memory than there is. Make it smaller"
+        raise ConfigError(f"{key}: {name}: {reason}") from error
 
 
 def _check_nested_targets(key: str, node: Any, trusted: Sequence[str]) -> None:

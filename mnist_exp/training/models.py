@@ -182,12 +182,19 @@ class ResNet(nn.Sequential):
                 for the first stage.
 
         Raises:
-            ValueError: A number is below 1.
+            ValueError: A number is below 1, or the images are too small for so many stages.
         """
         if width < 1 or not blocks or min(blocks) < 1:
             raise ValueError(
                 f"width={width}, blocks={list(blocks)}: it needs a width of 1 or more, and a "
                 f"number of blocks (1 or more) for each stage"
+            )
+        halvings = (max(input_shape[1:]) - 1).bit_length()  # to maps of one pixel, rounding up
+        if len(blocks) > halvings:
+            fitting = ",".join(map(str, blocks[:halvings]))
+            raise ValueError(
+                f"blocks={list(blocks)}: they halve images {len(blocks)} times, for which "
+                f"{input_shape[1]} x {input_shape[2]} is too small. Add model.blocks=[{fitting}]"
             )
         modules = _convolution(input_shape[0], width, 5, stride=2)
         fan_in = width

@@ -19,17 +19,21 @@ class Bad:
     message: Sequence[str]  # all of these are in it
     good: Sequence[str]  # the nearest thing that is fine
     real: bool = False  # needs the real data set
+    without: str | None = None  # is not in the message
 
 
-def bad(words: str, *message: str, good: str, real: bool = False) -> Any:
+def bad(
+    words: str, *message: str, good: str, real: bool = False, without: str | None = None
+) -> Any:
     """`words` and `good`: overrides, with blanks between them."""
-    return pytest.param(Bad(words.split(), message, good.split(), real), id=words)
+    return pytest.param(Bad(words.split(), message, good.split(), real, without), id=words)
 
 
 def is_named(case: Bad, prepare: Prepare) -> None:
     with pytest.raises(ConfigError) as caught:
         prepare(case.words, case.real)
     assert [part for part in case.message if part not in str(caught.value)] == [], caught.value
+    assert case.without is None or case.without not in str(caught.value), caught.value
 
 
 def beside(cases: Sequence[Any]) -> list[Any]:

@@ -40,6 +40,19 @@ UNKNOWN = [
 ]  # fmt: skip
 WORDS = [
     bad("optimizer.lr=0.1,0.2", "optimizer.lr=0.1,0.2", "add -m", good="model.hidden=[8,9]"),
+    bad("training.ema=null,0.5", "training.ema=null,0.5", "add -m", without="As a list",
+        good="training.ema=0.5"),
+    bad("training.ema=interval(0,1)", "training.ema=interval(0,1): that is a sweep: add -m",
+        good="training.ema=0.5"),
+    bad("training.ema=cast(20)", "training.ema=cast(20): Unknown function", "are: bool,choice",
+        without="Exception", good="training.ema=0.5"),
+    bad("model=${foo}", "model=${foo}: Interpolation key 'foo' not found", good="model=mlp"),
+    bad("training.ema=${oc.env:NOT_SET_AT_ALL}", "training.ema: Environment variable",
+        without="KeyError", good="training.ema=0.5"),
+    bad("training={focus:1}", "training.focus: takes no value itself, and is given 1",
+        good="training.focus.after=null"),
+    bad("augmentation.foo=1", "augmentation.foo: there is no such key. augmentation has: shift",
+        good="augmentation.shift=1"),
     bad("seed", "seed", "KEY=VALUE", good="seed=1"),
     bad("optimizer.lr=[0.1", "optimizer.lr=[0.1", good="model.hidden=[8]"),
     bad("seed=1 model=3", "model=3: a group takes", "model can be: cnn,", good="model=mlp"),
@@ -87,6 +100,22 @@ PACKAGE = "# @package _global_\n"
         (PACKAGE + "defaults: [override /model: mlpp]", ["model=mlpp", "Did you mean mlp?"]),
         (PACKAGE + "defaults: [override /modell: mlp]", ["modell", "Did you mean model?"]),
         (PACKAGE + "defaults: [model: cnn]", ["override /model: cnn"]),
+        (PACKAGE + "defaults: [seed_ml]", ["seed_ml: there is no such", "Did you mean seed_mlp?"]),
+        (
+            PACKAGE + "augmentation: elastic",
+            [
+                "augmentation: takes no value itself, and is given elastic",
+                "override /augmentation:",
+            ],
+        ),
+        (PACKAGE + "augmentation: [elastic]", ["augmentation: takes no value", "affine, elastic"]),
+        (
+            PACKAGE + "training: {focus: 1}",
+            [
+                "training.focus: takes no value itself, and is given 1",
+                "has: after, hardest, random",
+            ],
+        ),
         (PACKAGE + "- 1", ["the file", "list"]),
         (PACKAGE + "training: {epochs: 2\nseed: 1\n", [", line 3", "YAML"]),
         ("training: {epochs: 2}", ["# @package _global_"]),

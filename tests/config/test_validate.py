@@ -42,7 +42,7 @@ TYPES = [
         good="trusted_packages=[torch]"),
     bad("optimizer.lr=high", "optimizer.lr=high", "a number", good="optimizer.lr=1"),
     bad("optimizer.lr=true", "optimizer.lr=True", "a number", good="optimizer.lr=1"),
-    bad("optimizer.lr=null", "optimizer.lr=None", "a number", good="optimizer.lr=0"),
+    bad("optimizer.lr=null", "optimizer.lr=null", "a number", good="optimizer.lr=0"),
     bad("optimizer=adam optimizer.betas=3", "optimizer.betas=3", "a list of 2 numbers",
         good="optimizer=adam optimizer.betas=[0.9,0.99]"),
     bad("model.hidden=wide", "model.hidden=wide", "a list of whole numbers",

@@ -110,6 +110,10 @@ def test_it_learns(build: Build, make_dataset: MakeDataset) -> None:
         (lambda: StridedCNN((1, 28, 28), 10, layers=[1, -1]), ["layers=[1, -1]", "0 or more"]),
         (lambda: StridedCNN((1, 28, 28), 10, width=0), ["width=0", "1 or more"]),
         (lambda: ResNet((1, 28, 28), 10, blocks=[1, 0]), ["blocks=[1, 0]", "1 or more"]),
+        (
+            lambda: ResNet((1, 28, 28), 10, blocks=[1] * 6),
+            ["6 times", "28 x 28 is too small", "model.blocks=[1,1,1,1,1]"],
+        ),
     ],
 )
 def test_impossible_numbers_are_refused(make: Callable[[], nn.Module], words: list[str]) -> None:
