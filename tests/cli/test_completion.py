@@ -73,7 +73,7 @@ def answer(shell: str, line: str, breaks: str = "") -> list[str]:
         ("train optimizer.lr=", ["optimizer.lr=0.1"]),
         ("train training.compile=", [f"training.compile={v}" for v in ("auto", "always", "never")]),
         ("train tracking.required=t", ["tracking.required=true"]),
-        ("train experiments=se", ["experiments=seed_mlp"]),
+        ("train experiments=se", ["experiments=seed_mlp", "experiments=seed_mlp_tuned"]),
         ("train experiments=best/", [FILES]),
         ("train dataset.root=", [FILES]),
         ("train hydra/launcher=j", ["hydra/launcher=joblib"]),
