@@ -189,7 +189,8 @@ class ResNet(nn.Sequential):
                 f"width={width}, blocks={list(blocks)}: it needs a width of 1 or more, and a "
                 f"number of blocks (1 or more) for each stage"
             )
-        halvings = (max(input_shape[1:]) - 1).bit_length()  # to maps of one pixel, rounding up
+        # to maps of one pixel, rounding up; the first stage comes after one at least
+        halvings = max(1, (max(input_shape[1:]) - 1).bit_length())
         if len(blocks) > halvings:
             fitting = ",".join(map(str, blocks[:halvings]))
             raise ValueError(

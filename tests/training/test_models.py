@@ -122,6 +122,15 @@ def test_impossible_numbers_are_refused(make: Callable[[], nn.Module], words: li
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 28])
+def test_the_blocks_that_are_proposed_for_small_images_fit(size: int) -> None:
+    with pytest.raises(ValueError, match="is too small") as error:
+        ResNet((1, size, size), 10, width=4, blocks=[1] * 9)
+    blocks = json.loads(str(error.value).rpartition("=")[2])
+    network = ResNet((1, size, size), 10, width=4, blocks=blocks).eval()
+    assert network(torch.zeros(2, 1, size, size)).shape == (2, 10)
+
+
 @pytest.mark.parametrize("size", [1, 3, 6, 7])
 def test_the_layers_that_are_proposed_for_small_images_fit(size: int) -> None:
     with pytest.raises(ValueError, match="is too small") as error:
