@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from mnist_exp.config.hydra_adapter import RECIPE_FILES, compose_leniently, compose_raw
 from mnist_exp.config.schema import OPEN_PARTS, allowed_values, defaults_of_old, leaves, parts
-from mnist_exp.errors import ConfigError, did_you_mean
+from mnist_exp.errors import ConfigError, did_you_mean, first_line
 from mnist_exp.formatting import as_typed
 
 
@@ -109,12 +110,7 @@ def _explain_missing_recipe(fault: _Fault) -> str | None:
     found = re.search(r"Could not load 'experiments/([^']+)'", fault.text)
     if found is None:
         return None
-    context, _ = compose_raw([])
-    # an overrides list makes the loader look into the folder of recipes
-    options = context.config_loader.get_group_options(
-        "experiments", ObjectType.CONFIG, "config", []
-    )
-    options = [name for name in options if name not in RECIPE_FILES]
+    options = _options(compose_raw([])[0], "experiments")
     return (
         f"in its defaults, {found[1]}: there is no such recipe. {did_you_mean(found[1], options)}"
         f"The recipes are: {', '.join(options)}"
@@ -124,15 +120,14 @@ def _explain_missing_recipe(fault: _Fault) -> str | None:
 def _explain_part(fault: _Fault) -> str | None:
     """Explain a part with keys of its own that is given a plain value."""
     found = re.search(r"\w+ is not a subclass of (\w+)\. value: (.*)", str(fault.cause))
-    part = parts().get(found[1]) if found else None
+    part = dict(parts()).get(found[1]) if found else None
     if found is None or part is None:
         return None
     message = f"{part}: takes no value itself, and is given {found[2]}"
     context, config = compose_raw([])
     if part in config.hydra.runtime.choices:
-        options = context.config_loader.get_group_options(part, ObjectType.CONFIG)
         return (
-            f"{message}. To choose one of its options, which are {', '.join(options)}: "
+            f"{message}. To choose one of its options, {', '.join(_options(context, part))}: "
             f"{part}=OPTION, or in a recipe, in its defaults, override /{part}: OPTION"
         )
     return f"{message}. {_siblings(part, _keys(config))}"
@@ -143,13 +138,22 @@ def _explain_interpolation(fault: _Fault) -> str | None:
     if fault.key != "_dummy_":  # the name that Hydra gives to what it resolves for a choice
         return None
     found = re.search(r"resolving interpolation '(.+?)', possible", fault.text)
-    asked = [word for word in fault.overrides if found and found[1] in word]
-    return f"{' '.join(asked)}: {_reason(fault.cause)}. A choice can refer to other choices only"
+    asked = found[1] if found else "an interpolation"
+    typed = [word for word in fault.overrides if asked in word]  # unless it is in a recipe
+    where = " ".join(typed) or asked
+    return f"{where}: {_reason(fault.cause)}. A choice can refer to other choices only"
+
+
+def _options(context: HydraContext, group: str) -> list[str]:
+    """Return the options of a group; of recipes, those that have a name."""
+    # with a config's name and overrides, Hydra looks into the folder of recipes as well
+    options = context.config_loader.get_group_options(group, ObjectType.CONFIG, "config", [])
+    return [name for name in options if name not in RECIPE_FILES]
 
 
 def _reason(error: BaseException) -> str:
     """Return the first line of an error of OmegaConf's, without the names of its classes."""
-    line = _in_plain_words(str(error).splitlines()[0])
+    line = _in_plain_words(first_line(error))
     resolving = re.match(r"\w+ raised while resolving interpolation: \"?(.+?)\"?$", line)
     return resolving[1] if resolving else line
 
@@ -163,8 +167,8 @@ def _no_names(overrides: Sequence[str]) -> str:
         names = value if isinstance(value, list) else [value]
         is_group = group in config.hydra.runtime.choices
         if is_group and not all(isinstance(name, str) for name in names):
-            options = context.config_loader.get_group_options(group, ObjectType.CONFIG)
-            return f"{override.input_line}: {message}. {group} can be: {', '.join(options)}"
+            options = ", ".join(_options(context, group))
+            return f"{override.input_line}: {message}. {group} can be: {options}"
     return f"{message}, as in model=cnn"
 
 

@@ -200,17 +200,13 @@ def allowed_values(key: str) -> str:
     return f"{in_words}, {allowed}" if allowed else in_words + (", or null" if others else "")
 
 
-def parts() -> dict[str, str]:
-    """Return the dotted key of each part that holds keys, by the name of its class."""
-    found: dict[str, str] = {}
-    asked: list[tuple[str, Any]] = [("", Schema)]
-    while asked:
-        key, kind = asked.pop()
-        found[kind.__name__] = key
-        asked += [
-            (f"{key}.{f.name}".lstrip("."), f.type) for f in fields(kind) if is_dataclass(f.type)
-        ]
-    return found
+def parts(kind: Any = Schema, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each part that holds keys: the name of its class, and its dotted key."""
+    for declared in fields(kind):
+        inside: Any = declared.type
+        if isinstance(inside, type) and is_dataclass(inside):
+            yield inside.__name__, f"{prefix}{declared.name}"
+            yield from parts(inside, f"{prefix}{declared.name}.")
 
 
 def _declaration(key: str) -> Field[Any] | None:

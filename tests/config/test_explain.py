@@ -131,3 +131,10 @@ def test_bad_recipe_is_named(content: str | bytes, parts: list[str], tmp_path: P
     text = str(caught.value)
     assert [part for part in (str(file), *parts) if part not in text] == [], text
     assert len(text.splitlines()) == 1 and re.search("-[0-9a-f]{8}", text) is None
+
+
+def test_a_recipes_choice_that_cannot_be_resolved_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(PACKAGE + "defaults: [override /model: '${foo}']")
+    with pytest.raises(ConfigError, match=r"^\$\{foo\}: Interpolation key 'foo' not found"):
+        compose([f"experiments={file}"])
