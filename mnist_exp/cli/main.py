@@ -12,7 +12,7 @@ from mnist_exp import __version__, api
 from mnist_exp.cli import catalog_commands, commands, lifecycle_commands, record_commands
 from mnist_exp.cli.command import COMMANDS, command_line
 from mnist_exp.errors import BROKEN_PIPE, ConfigError, RunFailed, Terminated, did_you_mean
-from mnist_exp.system import signals, streams
+from mnist_exp.system import garbage, signals, streams
 
 # Their import has registered all commands; a person reads of them in this order.
 MODULES = (commands, catalog_commands, lifecycle_commands, record_commands)
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    garbage.collect_rarely()
     signals.handle()
     logging.basicConfig(format="mnist-exp: %(message)s")
     logging.getLogger("mnist_exp").setLevel(logging.INFO)

@@ -12,7 +12,7 @@ import torch
 
 from mnist_exp.data.dataset import Dataset
 from mnist_exp.errors import RunFailed, first_line
-from mnist_exp.system import signals
+from mnist_exp.system import garbage, signals
 from mnist_exp.system.processes import end, fork, receive
 from mnist_exp.tracking.mlflow_model import save_model
 from mnist_exp.tracking.run_log import RunWriter
@@ -69,6 +69,7 @@ def _save_in_process(folder: Path, model: DeployedModel, dataset: Dataset) -> Ex
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which that one ends this one
     torch.set_num_threads(1)  # the threads of OpenMP are missing in a forked process
+    garbage.collect_rarely()  # it imports what takes two seconds, and ends
     try:
         _save(folder, model, dataset)
     except OSError as error:

@@ -25,7 +25,7 @@ from mnist_exp.run.recorder import (
     open_recorders,
     record_failure,
 )
-from mnist_exp.system import signals
+from mnist_exp.system import garbage, signals
 from mnist_exp.tracking import checkpoint, journal
 from mnist_exp.tracking.address import store_uri
 from mnist_exp.tracking.journal import RunHistory
@@ -156,6 +156,7 @@ def train_stack(
             compiled=compiled and (stack.is_traceable or settings.compile == "always"),
             state=None if state is None else state["core"],
         )
+        garbage.collect_as_usual()
         reporter.start([job.name for job in jobs], str(stack.device), settings.epochs)
         try:
             _follow(events, recorders, checkpointer, reporter, last_epoch)

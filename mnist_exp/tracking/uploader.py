@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_exp.errors import Terminated, first_line
-from mnist_exp.system import signals
+from mnist_exp.system import garbage, signals
 from mnist_exp.system.processes import no_fork
 from mnist_exp.tracking.mlflow_internals import import_mlflow
 from mnist_exp.tracking.outages import may_pass
@@ -148,6 +148,7 @@ def _serve_process(connection: Connection, other_end: Connection) -> None:
 def _serve(connection: Connection) -> None:
     """Upload what is new, again and again, until the other end of the connection is closed."""
     import_mlflow()  # which takes seconds, in which the other process gets ready to train
+    garbage.collect_as_usual()
     with connection, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         _, uri, open_runs = connection.recv()
         UploadLoop(uri, open_runs, connection).run()
