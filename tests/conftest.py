@@ -1,7 +1,10 @@
 """A small data set, learnable but not at once, made in a moment."""
 
+import functools
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from torch import Tensor
 
 from mnist_exp.config.compose import compose
 from mnist_exp.config.schema import DatasetConfig
+from mnist_exp.data import dataset, sources
 from mnist_exp.data.dataset import Dataset, Split
+from mnist_exp.data.sources import DATASETS, DatasetSpec
 from mnist_exp.run import job
 from mnist_exp.run.job import Job
 from tests.config.bad_input import Prepare
@@ -18,6 +23,32 @@ from tests.helpers import fresh_store, tiny_dataset
 from tests.programs import Start, starting
 
 CLASSES = 4
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what is imported, which lives to the end."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _embedded_mnist_is_read_once() -> Iterator[None]:
+    """Have the MNIST in the package unpacked once, not in each run of this process or of its forks.
+
+    That takes half a second, which many runs of a test are shorter than.
+    """
+    read, embedded = dataset._read, sources.EMBEDDED
+    read_embedded = functools.cache(lambda: read("mnist", DATASETS["mnist"], embedded))
+    read_embedded()
+
+    def read_once(name: str, spec: DatasetSpec, folder: Path) -> Any:
+        is_embedded = name == "mnist" and folder == embedded
+        return read_embedded() if is_embedded else read(name, spec, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "_read", read_once)
+        yield
 
 
 def _split(patterns: Tensor, count: int, generator: torch.Generator) -> Split:
@@ -71,9 +102,9 @@ def make_dataset() -> Callable[..., Dataset]:
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
-    """A real MLflow server."""
+    """A real MLflow server, one for all modules, as it takes seconds to start."""
     with Upstream(tmp_path_factory.mktemp("upstream")) as server:
         yield server
 

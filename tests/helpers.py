@@ -53,6 +53,8 @@ def _empty_store() -> bytes:
         import mlflow.pyfunc
         import mlflow.pytorch  # noqa: F401
 
+        # imports what each process that is forked to save a model would take two seconds for
+        torch.export.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),))
         path = Path(folder, "store.db")
         Store(f"sqlite:///{path}")
         return path.read_bytes()
