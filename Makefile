@@ -10,10 +10,9 @@ train: setup ## train the seed recipe
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-# COVERAGE=1 takes half as long again, and fails where less is covered than pyproject.toml says. Files
-# are tested in their order: by their numbers of tests, the longest few tests would come last.
+# COVERAGE=1 takes half as long again, and fails where less is covered than pyproject.toml says.
 test: lint ## lint, and run all tests but those in a browser
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(if $(COVERAGE),--cov)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(if $(COVERAGE),--cov)
 
 lint: setup ## check style, types and the direction of imports
 	$(BIN)/ruff check .
