@@ -9,7 +9,7 @@ def collect_rarely() -> None:
     """Look for garbage rarely, in this process.
 
     What torch and MLflow make as they are imported lives to the end of the program. To look through
-    it again and again takes a sixth of the time of the imports, and an eighth of a short run.
+    it again and again takes an eighth of the time of the imports, and a twelfth of a short run.
     """
     global _usual
     if _usual is None:
