@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from typing import Any
 
 from mnist_exp import api
 from mnist_exp.cli.command import argument, command, command_line, divide, overrides
@@ -84,24 +85,10 @@ def stop(args: argparse.Namespace) -> int:
 )
 def rm(args: argparse.Namespace) -> int:
     """Print what would go, ask, and remove it."""
-    from mnist_exp.run.console import reporting
-
     typed, runs = divide(args.runs)
     if not runs:
         raise ConfigError("RUN_OR_SWEEP: none is given. To remove one: mnist-exp rm RUN_OR_SWEEP")
-    plan = api.plan_removal(runs, typed)
-    if args.json:
-        print(json.dumps(plan.as_json(), indent=1))
-        if args.yes:
-            plan.carry_out()
-        return 0
-    print("\n".join(plan.lines()))
-    if not _confirmed(args.yes):
-        print("nothing is removed")
-        return 0
-    with reporting(announcement="removing ..."):
-        plan.carry_out()
-    print("removed")
+    _carry_out(api.plan_removal(runs, typed), args, "removing", "removed")
     return 0
 
 
@@ -125,24 +112,30 @@ def gc(args: argparse.Namespace) -> int:
 
     with reporting(announcement="looking for what is of no more use ..."):
         plan = api.plan_gc(args.overrides, checkpoints=args.checkpoints)
-    if args.json:
-        print(json.dumps(plan.as_json(), indent=1))
-        if args.yes and not args.dry_run:
-            plan.carry_out()
-        return 0
-    if plan.is_empty:
+    if plan.is_empty and not args.json:
         print("\n".join([*plan.lines()[:-1], "nothing to clear"]))
         return 0
-    print("\n".join(plan.lines()))
-    if args.dry_run:
-        return 0
-    if not _confirmed(args.yes):
-        print("nothing is removed")
-        return 0
-    with reporting(announcement="clearing ..."):
-        plan.carry_out()
-    print("cleared")
+    _carry_out(plan, args, "clearing", "cleared", args.dry_run)
     return 0
+
+
+def _carry_out(
+    plan: Any, args: argparse.Namespace, doing: str, done: str, is_dry_run: bool = False
+) -> None:
+    """Print a plan, and carry it out where a person agrees."""
+    from mnist_exp.run.console import reporting
+
+    if args.json:
+        print(json.dumps(plan.as_json(), indent=1))
+        if args.yes and not is_dry_run:
+            plan.carry_out()
+        return
+    print("\n".join(plan.lines()))
+    if is_dry_run or not _confirmed(args.yes):
+        return
+    with reporting(announcement=f"{doing} ..."):
+        plan.carry_out()
+    print(done)
 
 
 def _confirmed(yes: bool) -> bool:
@@ -155,4 +148,7 @@ def _confirmed(yes: bool) -> bool:
             "type the same with --yes"
         )
     print("Remove all this for good? [y/N] ", end="", flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    if sys.stdin.readline().strip().lower() in ("y", "yes"):
+        return True
+    print("nothing is removed")
+    return False

@@ -1,11 +1,12 @@
 """An MLflow store that is open, and the runs that it holds."""
 
 import functools
+import itertools
 import logging
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,43 +142,29 @@ class Store:
         from mlflow.entities import ViewType
 
         kind = ViewType.from_string(view)
-        found = self._all_experiments(kind if view == "active_only" else ViewType.ALL)
-        experiments = [experiment.experiment_id for experiment in found]
+        wanted = kind if view == "active_only" else ViewType.ALL
+        found = self._pages("experiments", client.search_experiments, wanted)
+        ids = [experiment.experiment_id for page in found for experiment in page]
         condition = "" if tag is None else f"tags.`{tag[0]}` = '{tag[1]}'"
-        token, runs = None, []
-        while True:
-            try:
-                page = client.search_runs(
-                    experiments,
-                    condition,
-                    kind,
-                    max_results=_PAGE if newest else _PART,
-                    order_by=["attributes.start_time DESC"],
-                    page_token=token,
-                )
-            except Exception as error:  # whatever a network or a database raises
-                raise ConfigError(
-                    f"{named(self.uri)}: its runs cannot be read, {first_line(error)}"
-                ) from error
-            runs += [StoredRun.from_entity(self.uri, entity) for entity in page]
-            token = page.token
-            if newest or not token:
-                return runs
+        size, order = _PAGE if newest else _PART, ["attributes.start_time DESC"]
+        pages = self._pages("runs", client.search_runs, ids, condition, kind, size, order)
+        taken = itertools.islice(pages, 1 if newest else None)
+        return [StoredRun.from_entity(self.uri, entity) for page in taken for entity in page]
 
-    def _all_experiments(self, kind: Any) -> list[Any]:
-        """Return MLflow's entities of all experiments. `kind`: a ViewType. Raise ConfigError."""
-        token, found = None, []
+    def _pages(self, what: str, read: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+        """Yield the pages that a function of MLflow returns. Raise ConfigError if it cannot."""
+        token = None
         while True:
             try:
-                page = self.client.search_experiments(kind, page_token=token)
+                page = read(*arguments, page_token=token)
             except Exception as error:  # whatever a network or a database raises
                 raise ConfigError(
-                    f"{named(self.uri)}: its experiments cannot be read, {first_line(error)}"
+                    f"{named(self.uri)}: its {what} cannot be read, {first_line(error)}"
                 ) from error
-            found += page
+            yield page
             token = page.token
             if not token:
-                return found
+                return
 
     def made_at(self) -> int | None:
         """Return when a server was made, in ms since 1970; None where it does not tell.
@@ -186,7 +173,8 @@ class Store:
         """
         from mlflow.entities import ViewType
 
-        times = [experiment.creation_time for experiment in self._all_experiments(ViewType.ALL)]
+        pages = self._pages("experiments", self.client.search_experiments, ViewType.ALL)
+        times = [experiment.creation_time for page in pages for experiment in page]
         return min((time for time in times if time), default=None)
 
     def _read_runs(self, **conditions: Any) -> list[StoredRun]:
