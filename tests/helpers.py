@@ -19,6 +19,7 @@ from mnist_exp.data.dataset import Dataset, Split
 from mnist_exp.run.console import Reporter
 from mnist_exp.tracking.store import Store
 from mnist_exp.training.events import Epoch
+from mnist_exp.training.forks import start_autograd
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,6 +54,7 @@ def _empty_store() -> bytes:
         import mlflow.pyfunc
         import mlflow.pytorch  # noqa: F401
 
+        start_autograd()  # or what a test forks could not train after the export
         # imports what each process that is forked to save a model would take two seconds for
         torch.export.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),))
         path = Path(folder, "store.db")

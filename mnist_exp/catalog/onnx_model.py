@@ -15,6 +15,7 @@ from mnist_exp.run.saved_model import check_finite, load_run
 from mnist_exp.system import files
 from mnist_exp.tracking.store import Store
 from mnist_exp.tracking.stored_run import StoredRun
+from mnist_exp.training.forks import start_autograd
 from mnist_exp.training.models import DeployedModel
 
 INPUT, OUTPUT = "images", "logits"  # the names in the file
@@ -88,6 +89,7 @@ def _write(model: nn.Module, images: Tensor, path: Path) -> None:
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
+    start_autograd()  # or no process could be forked to train, where this one goes on
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter's own future

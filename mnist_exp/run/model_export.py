@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +15,8 @@ from mnist_exp.system import garbage, signals
 from mnist_exp.system.processes import end, fork, receive
 from mnist_exp.tracking.mlflow_model import save_model
 from mnist_exp.tracking.run_log import RunWriter
+from mnist_exp.training.forks import can_fork
 from mnist_exp.training.models import DeployedModel
-
-
-def can_fork() -> bool:
-    """Return whether a fork is safe: on Linux, where torch has started no thread for a GPU.
-
-    To ask for a GPU is to start one: it is not asked before the model is there to be saved.
-    """
-    return sys.platform == "linux" and not torch.cuda.is_available()
 
 
 @contextlib.contextmanager

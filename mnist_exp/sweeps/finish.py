@@ -139,13 +139,7 @@ def _test_cell(chosen: Cell, manifest: Manifest) -> list[str]:
 
 
 def _write_to_parent(parent: RunWriter, manifest: Manifest, summary: Report) -> None:
-    """Write the report to the sweep's folder and to its parent run.
-
-    Args:
-        parent: The record of the parent run.
-        manifest: The jobs.
-        summary: The report.
-    """
+    """Write the report to the sweep's folder and to its parent run."""
     folder, best_recipe = parent.folder, ""
     # what has no run is known from here alone
     ended = {job.number: (job.status, job.reason) for job in summary.jobs}

@@ -148,7 +148,7 @@ def launch_stacked(setup: SweepSetup, manifest: Manifest, max_stack: int | None)
 
 def train_stacks(setup: SweepSetup, planned: Sequence[Jobs]) -> Results:
     """Train stacks, several at a time where that is faster."""
-    processes = stacks.process_count(planned)
+    processes = stacks.process_count(planned, setup.reporter())
     at_a_time = f", {processes} at a time" if processes > 1 else ""
     jobs = [job for stack in planned for job in stack]
     text = f"{count_of(len(jobs), 'job')}, {stacks.describe_stacks(planned)}{at_a_time}"
@@ -212,13 +212,9 @@ def worker(setup: SweepSetup, name: str, stack: Jobs, threads: int) -> Results:
 
 
 def _train_or_halve(setup: SweepSetup, stack: Jobs, reporter: Reporter, threads: int) -> Results:
-    """Train a stack; where it fails, train its halves, until the fault is alone.
+    """Train a stack, with so many threads where the config does not say.
 
-    Args:
-        setup: What the jobs have in common.
-        stack: The jobs that share the stack.
-        reporter: Shows how they get on.
-        threads: How many are used where the config does not say.
+    Where it fails, its halves are trained, until the fault is alone.
     """
     try:
         setup.train(stack, reporter, threads)

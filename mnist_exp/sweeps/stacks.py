@@ -12,12 +12,13 @@ import torch
 
 from mnist_exp.config.schema import TrainingConfig, leaves
 from mnist_exp.formatting import count_of, is_number
+from mnist_exp.run.console import Reporter
 from mnist_exp.run.job import Job
-from mnist_exp.run.model_export import can_fork
 from mnist_exp.run.recorder import THREADS
 from mnist_exp.run.train import should_compile
 from mnist_exp.sweeps.manifest import SweepJob
 from mnist_exp.training.events import RunSpec
+from mnist_exp.training.forks import can_fork, can_train_in_fork
 from mnist_exp.training.optimizers import STACKED
 from mnist_exp.training.stack import Stack
 from mnist_exp.training.step import STEPS_PER_CALL
@@ -107,17 +108,26 @@ def _stack_limit(jobs: Sequence[Job]) -> int:
     return max(1, min(GPU_STACK_MOST, int(0.5 * free / bytes_per_model)))
 
 
-def process_count(stacks: Sequence[Sequence[SweepJob]]) -> int:
+def process_count(stacks: Sequence[Sequence[SweepJob]], reporter: Reporter) -> int:
     """Return how many stacks to train at a time, each in a process of its own.
 
     On a CPU, models are independent but the threads of one step wait for each other some thirty
-    times: a process a core is faster, much more so where other programs want a core as well.
+    times: a process a core is faster, much more so where other programs want a core as well. The
+    reporter tells where that cannot be.
     """
     first = stacks[0][0].run
     if first.device.type != "cpu" or not can_fork():
         return 1
     threads = max(job.run.config.training.threads or 1 for stack in stacks for job in stack)
-    return max(1, min(len(stacks), THREADS // threads))
+    count = max(1, min(len(stacks), THREADS // threads))
+    if count > 1 and not can_train_in_fork():
+        reporter.line(
+            "one process trains all stacks: torch.compile or torch.export was called in it before "
+            "anything was trained, and torch then refuses to train in its forks. To use all cores, "
+            "train in a new Python process"
+        )
+        return 1
+    return count
 
 
 def is_compiled(stack: Sequence[SweepJob]) -> bool:

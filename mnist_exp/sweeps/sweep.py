@@ -368,13 +368,7 @@ def _choose_folder(sweep: Path, job: SweepJob) -> Path:
 
 
 def _write_folder(master: DictConfig, folder: Path, manifest: Manifest) -> None:
-    """Create a sweep's folder, with the files that list its jobs. Raise ConfigError.
-
-    Args:
-        master: The config that the jobs have in common.
-        folder: The folder.
-        manifest: The jobs.
-    """
+    """Create a sweep's folder, with the files that list its jobs. Raise ConfigError."""
     with open_dict(master):
         master.hydra.sweep.dir = str(folder)  # a time in it is now
         if (n_jobs := master.hydra.launcher.get("n_jobs")) is not None:
