@@ -98,10 +98,10 @@ def _explain_override(fault: _Fault) -> str | None:
         name, _, values = found[1].partition("=")
         takes_list = "list" in (allowed_values(name) or "list")
         as_list = f". As a list: '{name}=[{values}]'" if takes_list else ""
-        return f"{found[1]}: several values are a sweep: add -m{as_list}"
+        return f"{found[1]}: several values are a sweep: add -m (in Python: train_sweep){as_list}"
     if found := re.match(r"Sweep parameters '(.+)' requires --multirun", fault.text):
-        name = found[1].partition("=")[0]
-        return f"{found[1]}: that is a sweep: add -m. For one run: {name}=VALUE"
+        one = f"For one run: {found[1].partition('=')[0]}=VALUE"
+        return f"{found[1]}: that is a sweep: add -m (in Python: train_sweep). {one}"
     return None
 
 
