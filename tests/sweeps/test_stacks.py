@@ -191,3 +191,15 @@ def test_swept_patience_shares_a_stack(tmp_path: Path) -> None:
     assert "3 jobs, 1 stack of 3" in done.out
     lengths = [len(done.curves(c)["val/loss"]) for c in done.children.values()]
     assert lengths == [2, 3, 4]
+
+
+def test_stacks_are_trained_here_where_a_fork_cannot_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "THREADS", 2)
+    monkeypatch.setattr(stacks, "can_train_in_fork", lambda: False)
+    done = train_all(tmp_path, *SMALL, "training.batch_size=32,64")
+    assert done.status == 0, done.err
+    assert "one process trains all stacks: torch.compile or torch.export" in done.out
+    assert "2 at a time" not in done.out
+    assert {child.info.status for child in done.children.values()} == {"FINISHED"}
