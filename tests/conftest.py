@@ -27,7 +27,7 @@ CLASSES = 4
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """Have the garbage collector pass over what is imported, which lives to the end."""
+    """Exclude from collection what is imported, which lives to the end."""
     gc.collect()
     gc.freeze()
 
@@ -36,7 +36,8 @@ def pytest_collection_finish() -> None:
 def _embedded_mnist_is_read_once() -> Iterator[None]:
     """Have the MNIST in the package unpacked once, not in each run of this process or of its forks.
 
-    That takes half a second, which many runs of a test are shorter than.
+    That takes half a second, which many runs of a test are shorter than; at once, so that forks
+    have it. All tests share the arrays, in which nothing may be written.
     """
     read, embedded = dataset._read, sources.EMBEDDED
     read_embedded = functools.cache(lambda: read("mnist", DATASETS["mnist"], embedded))
@@ -104,7 +105,7 @@ def make_dataset() -> Callable[..., Dataset]:
 
 @pytest.fixture(scope="session")
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
-    """A real MLflow server, one for all modules, as it takes seconds to start."""
+    """A real MLflow server, one for all modules, of a process, as it takes seconds to start."""
     with Upstream(tmp_path_factory.mktemp("upstream")) as server:
         yield server
 

@@ -47,6 +47,7 @@ def program() -> NoReturn:
         streams.flush()
         os._exit(status)
 
+    garbage.collect_rarely()
     atexit.register(exit_now)  # called after all that will be registered from here on
     try:
         main()
@@ -69,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-    garbage.collect_rarely()
     signals.handle()
     logging.basicConfig(format="mnist-exp: %(message)s")
     logging.getLogger("mnist_exp").setLevel(logging.INFO)

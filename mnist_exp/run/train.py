@@ -138,6 +138,7 @@ def train_stack(
     if state is not None:  # as many as before: they decide the order of sums
         torch.set_num_threads(state["threads"])
     recorders: list[RunRecorder] = []
+    garbage.collect_as_usual()
     with closing_on_error(recorders, len(jobs)), signals.deferred():
         for k in _unfinished(plan) if resume else range(len(jobs)):
             recorders.append(RunRecorder(plan, k, dataset, tags))
@@ -156,7 +157,6 @@ def train_stack(
             compiled=compiled and (stack.is_traceable or settings.compile == "always"),
             state=None if state is None else state["core"],
         )
-        garbage.collect_as_usual()
         reporter.start([job.name for job in jobs], str(stack.device), settings.epochs)
         try:
             _follow(events, recorders, checkpointer, reporter, last_epoch)

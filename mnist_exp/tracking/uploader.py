@@ -142,13 +142,14 @@ def _serve_process(connection: Connection, other_end: Connection) -> None:
     other_end.close()
     signals.ignore()  # they ask those to end whose records are to be uploaded
     signals.end_with_parent(signal.SIGKILL)
+    import_mlflow()
+    garbage.collect_as_usual()
     _serve(connection)
 
 
 def _serve(connection: Connection) -> None:
     """Upload what is new, again and again, until the other end of the connection is closed."""
     import_mlflow()  # which takes seconds, in which the other process gets ready to train
-    garbage.collect_as_usual()
     with connection, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         _, uri, open_runs = connection.recv()
         UploadLoop(uri, open_runs, connection).run()

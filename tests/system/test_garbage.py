@@ -1,4 +1,4 @@
-"""How often Python looks for garbage."""
+"""Python's garbage collector: its thresholds while a program starts, and while it trains."""
 
 import gc
 import subprocess
@@ -13,30 +13,34 @@ from tests.helpers import ROOT, fresh_store
 
 TRAIN = """
 import gc, sys
-from mnist_exp.cli.main import main
-from mnist_exp.run import recorder
+from mnist_exp.cli.main import program
+from mnist_exp.run import recorder, train
 
-first, usual, found = recorder.RunRecorder.start, gc.get_threshold(), []
+train_stack, record = train.train_stack, recorder.RunRecorder.record
+usual, frozen = gc.get_threshold(), gc.get_freeze_count()
+starting, training = [], []
 
-def start(*arguments):
-    found.append(gc.get_threshold() > usual)
-    first(*arguments)
+def check_start(*arguments, **named):
+    starting.append(gc.get_threshold()[0] > 10 * usual[0])
+    return train_stack(*arguments, **named)
 
-def record(self, event):
-    found.append(gc.get_threshold() == usual and gc.get_freeze_count() > 0)
+def check_training(*arguments):
+    training.append(gc.get_threshold() == usual and gc.get_freeze_count() > frozen + 100_000)
+    return record(*arguments)
 
-recorder.RunRecorder.start, recorder.RunRecorder.record = start, record
+train.train_stack, recorder.RunRecorder.record = check_start, check_training
+sys.argv = ["mnist-exp", *sys.argv[1:]]
 try:
-    main(sys.argv[1:])
+    program()
 finally:
-    assert found and all(found), found
+    print("STARTING", starting, "TRAINING", set(training), flush=True)
 """
 
 
 @pytest.fixture(autouse=True)
 def thresholds() -> Iterator[None]:
-    before = gc.get_threshold()
     garbage.collect_as_usual()
+    before = gc.get_threshold()
     yield
     garbage.collect_as_usual()
     gc.set_threshold(*before)
@@ -53,7 +57,16 @@ def test_the_thresholds_are_those_of_before() -> None:
     assert gc.get_threshold() == (600, 7, 8)
 
 
-def test_a_program_starts_with_few_looks_and_trains_with_the_usual_ones(tmp_path: Path) -> None:
+def test_thresholds_are_raised_at_the_start_and_usual_in_training(
+    tmp_path: Path,
+) -> None:
     words = ["train", "debug=fast", f"tracking.uri={fresh_store(tmp_path)}"]
     words += [f"hydra.run.dir={tmp_path}/run"]
-    subprocess.run([sys.executable, "-c", TRAIN, *words], cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, *words],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert "STARTING [True] TRAINING {True}" in done.stdout
