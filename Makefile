@@ -11,8 +11,8 @@ help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 # COVERAGE=1 takes half as long again, and fails where less is covered than pyproject.toml says.
-# Three processes, as tests wait for what they have started. Files in their order: xdist would take
-# those of the most tests first, and end with a slow one of few, with nothing to do beside it.
+# Three processes on two cores, as tests often wait for other processes. Files in the order of their
+# names: xdist would begin with those of the most tests, and a slow one of few would run last, alone.
 test: lint ## lint, and run all tests but those in a browser
 	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(if $(COVERAGE),--cov)
 

@@ -54,7 +54,7 @@ def _empty_store() -> bytes:
         import mlflow.pyfunc
         import mlflow.pytorch  # noqa: F401
 
-        start_autograd()  # or what a test forks could not train after the export
+        start_autograd()  # else forks of the tests could not train after the export
         # imports what each process that is forked to save a model would take two seconds for
         torch.export.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),))
         path = Path(folder, "store.db")

@@ -87,11 +87,7 @@ def _change(
 ) -> Annotated:
     """Change tags of a run, in its journal if that is here, otherwise in the store.
 
-    Args:
-        record: The run.
-        change: Returns the tags to set for all that the run has.
-        uri: The store that has it.
-        open_runs: The registry that a run is added to while its journal has what the store lacks.
+    `change` returns the tags to set for all that the run has.
     """
     folder = _folder_here(record, uri)
     if folder is None:

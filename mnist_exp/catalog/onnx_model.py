@@ -89,7 +89,7 @@ def _write(model: nn.Module, images: Tensor, path: Path) -> None:
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
-    start_autograd()  # or no process could be forked to train, where this one goes on
+    start_autograd()  # else forks of this process could not train afterwards
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter's own future
@@ -122,14 +122,9 @@ def _compute(path: Path, images: Tensor) -> Tensor:
 def _compare(
     path: Path, run: StoredRun, shape: tuple[int, ...], logits: Tensor, expected: Tensor
 ) -> OnnxExport:
-    """Return how far two computations of logits agree. Raise RunFailed where they do not.
+    """Return how far two computations of logits [images, classes] agree, of images of a shape.
 
-    Args:
-        path: The file that the model is to be written to.
-        run: The run.
-        shape: The shape of an image.
-        logits: By the exported model, [images, classes].
-        expected: By torch.
+    Raise RunFailed where they do not.
     """
     difference = float((logits - expected).abs().max())
     same = int((logits.argmax(-1) == expected.argmax(-1)).sum())

@@ -114,14 +114,7 @@ def _arguments(command: Command, before: Sequence[str], word: str) -> tuple[Cand
 def _positional(
     arguments: Sequence[argparse.Action], before: Sequence[str], values: dict[str, str], word: str
 ) -> tuple[Candidates, bool]:
-    """Return the same for a word that belongs to no option.
-
-    Args:
-        arguments: The arguments of the command that are no options.
-        before: What is typed for them before the word.
-        values: The values of options, by their names.
-        word: The word.
-    """
+    """Return the same for a word that belongs to no option, with what is typed `before` it."""
     if not arguments:
         return {}, False
     place = min(sum("=" not in typed for typed in before), len(arguments) - 1)

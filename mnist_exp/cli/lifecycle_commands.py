@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from typing import Any
+from typing import Any, Protocol
 
 from mnist_exp import api
 from mnist_exp.cli.command import argument, command, command_line, divide, overrides
@@ -115,14 +115,24 @@ def gc(args: argparse.Namespace) -> int:
     if plan.is_empty and not args.json:
         print("\n".join([*plan.lines()[:-1], "nothing to clear"]))
         return 0
-    _carry_out(plan, args, "clearing", "cleared", args.dry_run)
+    _carry_out(plan, args, "clearing", "cleared", is_dry_run=args.dry_run)
     return 0
 
 
+class _Plan(Protocol):
+    def as_json(self) -> Any: ...
+    def lines(self) -> Any: ...
+    def carry_out(self) -> None: ...
+
+
 def _carry_out(
-    plan: Any, args: argparse.Namespace, doing: str, done: str, is_dry_run: bool = False
+    plan: _Plan,
+    args: argparse.Namespace,
+    doing: str,
+    done: str,
+    is_dry_run: bool = False,
 ) -> None:
-    """Print a plan, and carry it out where a person agrees."""
+    """Print a plan and carry it out, if that is agreed to; with --json, only by --yes."""
     from mnist_exp.run.console import reporting
 
     if args.json:
@@ -139,7 +149,7 @@ def _carry_out(
 
 
 def _confirmed(yes: bool) -> bool:
-    """Return whether a person agrees, or has agreed by --yes. Raise ConfigError without either."""
+    """Ask, unless by --yes, and return whether a person agrees. Raise ConfigError if none can."""
     if yes:
         return True
     if not sys.stdin.isatty():

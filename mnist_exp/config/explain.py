@@ -17,6 +17,8 @@ from mnist_exp.config.schema import OPEN_PARTS, allowed_values, defaults_of_old,
 from mnist_exp.errors import ConfigError, did_you_mean, first_line
 from mnist_exp.formatting import as_typed
 
+_TO_SWEEP = "add -m (in Python: train_sweep)"
+
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     """Return one of Hydra's or OmegaConf's errors as the one message that a person needs."""
@@ -98,10 +100,10 @@ def _explain_override(fault: _Fault) -> str | None:
         name, _, values = found[1].partition("=")
         takes_list = "list" in (allowed_values(name) or "list")
         as_list = f". As a list: '{name}=[{values}]'" if takes_list else ""
-        return f"{found[1]}: several values are a sweep: add -m (in Python: train_sweep){as_list}"
+        return f"{found[1]}: several values are a sweep: {_TO_SWEEP}{as_list}"
     if found := re.match(r"Sweep parameters '(.+)' requires --multirun", fault.text):
-        one = f"For one run: {found[1].partition('=')[0]}=VALUE"
-        return f"{found[1]}: that is a sweep: add -m (in Python: train_sweep). {one}"
+        name = found[1].partition("=")[0]
+        return f"{found[1]}: that is a sweep: {_TO_SWEEP}. For one run: {name}=VALUE"
     return None
 
 

@@ -242,14 +242,9 @@ def _cell_styles(labels: Sequence[str], chosen: str | None) -> dict[str, dict[st
 def _draw_cells(
     axes: Axes, key: str, cells: Cells, styles: Mapping[str, Any], all_of_it: bool
 ) -> None:
-    """Draw one metric of all cells over their epochs.
+    """Draw one metric of all cells over their epochs, each line with its style.
 
-    Args:
-        axes: The panel.
-        key: The metric, as in a history.
-        cells: As for `sweep_curves`.
-        styles: The options of each cell's line.
-        all_of_it: Cells that end far behind the others get room as well.
+    `all_of_it`: cells that end far behind the others get room as well.
     """
     histories = [history for runs in cells.values() for history in runs]
     # all of them, whether or not they have a value here

@@ -300,12 +300,7 @@ def _train(
 ) -> Result | Exception:
     """Train the second run as far as the first one was recorded, and return its outcome.
 
-    Args:
-        job: The second run.
-        record: The record of the first one.
-        reporter: Shows how it gets on.
-        keep: The store for it, if it is to be kept.
-        folder: The temporary folder.
+    `keep`: the store for it, if it is to be kept.
     """
     defer_test = not record.losses["test/loss"]
     last = max(record.losses["train/loss"])

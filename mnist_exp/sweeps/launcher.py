@@ -42,6 +42,7 @@ from mnist_exp.system.processes import END_SECONDS, end, fork, is_running, recei
 from mnist_exp.tracking.journal import RunHistory
 from mnist_exp.tracking.run_log import mark_failed, open_runs_at
 from mnist_exp.training.compile import warm_up_compiler
+from mnist_exp.training.forks import can_train_in_fork
 
 STOP = "stop"  # a file in the sweep's folder: no more jobs are to be started
 Results = dict[int, JobResult]  # by the number of the job
@@ -212,7 +213,7 @@ def worker(setup: SweepSetup, name: str, stack: Jobs, threads: int) -> Results:
 
 
 def _train_or_halve(setup: SweepSetup, stack: Jobs, reporter: Reporter, threads: int) -> Results:
-    """Train a stack, with so many threads where the config does not say.
+    """Train a stack, with `threads` threads unless the config gives their number.
 
     Where it fails, its halves are trained, until the fault is alone.
     """
@@ -294,7 +295,8 @@ class HydraTask:
         job = load_jobs(self.setup.folder)[HydraConfig.get().job.num]
         if self.setup.is_stopped:
             return self.setup.not_run(job)
-        result = self._train_isolated(job) if self.is_isolating else self.train(job)
+        in_fork = self.is_isolating and can_train_in_fork()
+        result = self._train_isolated(job) if in_fork else self.train(job)
         self.setup.stop_after([result])
         return result
 

@@ -112,8 +112,8 @@ def process_count(stacks: Sequence[Sequence[SweepJob]], reporter: Reporter) -> i
     """Return how many stacks to train at a time, each in a process of its own.
 
     On a CPU, models are independent but the threads of one step wait for each other some thirty
-    times: a process a core is faster, much more so where other programs want a core as well. The
-    reporter tells where that cannot be.
+    times: a process a core is faster, much more so where other programs want a core as well. A
+    message says so where torch cannot train in them.
     """
     first = stacks[0][0].run
     if first.device.type != "cpu" or not can_fork():
@@ -122,9 +122,9 @@ def process_count(stacks: Sequence[Sequence[SweepJob]], reporter: Reporter) -> i
     count = max(1, min(len(stacks), THREADS // threads))
     if count > 1 and not can_train_in_fork():
         reporter.line(
-            "one process trains all stacks: torch.compile or torch.export was called in it before "
-            "anything was trained, and torch then refuses to train in its forks. To use all cores, "
-            "train in a new Python process"
+            "the stacks are trained one after the other: torch.compile or torch.export was called "
+            "in this Python process before its first backward pass, so that torch cannot train in "
+            "its forks. In a new Python process, several are trained at a time"
         )
         return 1
     return count

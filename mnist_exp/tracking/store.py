@@ -142,21 +142,30 @@ class Store:
         from mlflow.entities import ViewType
 
         kind = ViewType.from_string(view)
-        wanted = kind if view == "active_only" else ViewType.ALL
-        found = self._pages("experiments", client.search_experiments, wanted)
-        ids = [experiment.experiment_id for page in found for experiment in page]
-        condition = "" if tag is None else f"tags.`{tag[0]}` = '{tag[1]}'"
-        size, order = _PAGE if newest else _PART, ["attributes.start_time DESC"]
-        pages = self._pages("runs", client.search_runs, ids, condition, kind, size, order)
-        taken = itertools.islice(pages, 1 if newest else None)
-        return [StoredRun.from_entity(self.uri, entity) for page in taken for entity in page]
+        experiments = self._all_experiments(kind if view == "active_only" else ViewType.ALL)
+        pages = self._pages(
+            "runs",
+            client.search_runs,
+            experiment_ids=[experiment.experiment_id for experiment in experiments],
+            filter_string="" if tag is None else f"tags.`{tag[0]}` = '{tag[1]}'",
+            run_view_type=kind,
+            max_results=_PAGE if newest else _PART,
+            order_by=["attributes.start_time DESC"],
+        )
+        read = itertools.islice(pages, 1 if newest else None)
+        return [StoredRun.from_entity(self.uri, entity) for page in read for entity in page]
 
-    def _pages(self, what: str, read: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+    def _all_experiments(self, kind: Any) -> list[Any]:
+        """Return MLflow's entities of all experiments. `kind`: a ViewType. Raise ConfigError."""
+        pages = self._pages("experiments", self.client.search_experiments, view_type=kind)
+        return [experiment for page in pages for experiment in page]
+
+    def _pages(self, what: str, read: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
         """Yield the pages that a function of MLflow returns. Raise ConfigError if it cannot."""
         token = None
         while True:
             try:
-                page = read(*arguments, page_token=token)
+                page = read(**arguments, page_token=token)
             except Exception as error:  # whatever a network or a database raises
                 raise ConfigError(
                     f"{named(self.uri)}: its {what} cannot be read, {first_line(error)}"
@@ -173,8 +182,7 @@ class Store:
         """
         from mlflow.entities import ViewType
 
-        pages = self._pages("experiments", self.client.search_experiments, ViewType.ALL)
-        times = [experiment.creation_time for page in pages for experiment in page]
+        times = [experiment.creation_time for experiment in self._all_experiments(ViewType.ALL)]
         return min((time for time in times if time), default=None)
 
     def _read_runs(self, **conditions: Any) -> list[StoredRun]:

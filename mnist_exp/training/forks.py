@@ -1,7 +1,8 @@
 """Whether torch works in a process that is forked from this one.
 
-The first backward pass of a process starts a thread for each GPU, and torch then refuses those of
-its forks. torch.compile and torch.export pretend that there is one, where they come before it.
+The first backward pass of a process starts a thread for each GPU. After that, torch refuses to do a
+backward pass in a fork of the process. Without a GPU this happens as well, where torch.compile or
+torch.export was called before the first backward pass: they make torch believe that there is one.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ def can_fork() -> bool:
 
 
 def can_train_in_fork() -> bool:
-    """Return whether a process that is forked from this one can train. It is tried, in 20 ms."""
+    """Return whether a process that is forked from this one can train: one tries, for 20 ms."""
     return receive(*fork(_try_backward)) is True
 
 
@@ -34,5 +35,5 @@ def _try_backward() -> bool:
 
 
 def start_autograd() -> None:
-    """Do a backward pass, so that what exports or compiles a model later costs no fork."""
+    """Do a backward pass, so that forks can train after a model is exported or compiled."""
     torch.zeros(1, requires_grad=True).backward()

@@ -117,6 +117,8 @@ def test_gc_says_what_is_kept(
 ) -> None:
     assert typed("gc", "--dry-run") == 0
     assert capsys.readouterr().out == "nothing to clear\n"
+    assert typed("gc", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == 0
     made_up.run(tmp_path / "outputs" / "a run", open_runs, uri)
     for run in open_runs.entries():
         open_runs.remove(run.key)
@@ -137,6 +139,10 @@ def test_json_tells_what_would_go_and_leaves_it(
     assert set(cleared) == {"removals", "files", "checkpoints", "kept", "bytes"}
     assert cleared["checkpoints"] == [str(folder / "state-000000010.pt")]
     assert cleared["bytes"] == len("a checkpoint")
+    assert typed("gc", "--checkpoints", "--dry-run", "--json", "--yes") == 0
+    assert json.loads(capsys.readouterr().out) == cleared
+    assert typed("gc", "--checkpoints", "--dry-run") == 0
+    assert capsys.readouterr().out.strip() and (folder / "state-000000010.pt").exists()
     assert typed("rm", "last", "--json") == 0
     (removed,) = json.loads(capsys.readouterr().out)
     keys = {"id", "what", "runs", "folders", "files", "stays", "bytes"}
