@@ -9,7 +9,8 @@ import yaml
 
 from mnist_exp.config import paths
 
-_PLAIN_ADDRESS = re.compile(r"tracking\.uri=([a-z]\w*:[\w./:-]+)")  # that means itself to Hydra
+# an address that means itself to Hydra, with single spaces in it
+_PLAIN_ADDRESS = re.compile(r"tracking\.uri=([a-z]\w*:[\w./:-]+(?: [\w./:-]+)*)")
 
 
 def tracking_uri(overrides: Sequence[str]) -> str | None:

@@ -13,10 +13,24 @@ from mnist_exp.config.overrides import tracking_uri
 from mnist_exp.errors import ConfigError
 from tests.helpers import ROOT
 
-PLAIN = ("sqlite:////tmp/a-b_c.d/x.db", "sqlite:///x.db", "http://127.0.0.1:5000", "file:/a/b")
+PLAIN = [
+    *("sqlite:////tmp/a-b_c.d/x.db", "sqlite:///x.db", "http://127.0.0.1:5000", "file:/a/b"),
+    *("sqlite:////tmp/a b c/x y.db", "sqlite:///true 1e3 null 7/x.db"),
+]
 
 
-@pytest.mark.parametrize("uri", [*PLAIN, "null", "'sqlite:///a b.db'", "sqlite:///a%20b.db", ""])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *PLAIN,
+        "null",
+        "'sqlite:///a b.db'",
+        "sqlite:///a%20b.db",
+        "",
+        "sqlite:///a  b.db",
+        "sqlite:///a b.db ",
+    ],
+)
 def test_it_is_what_hydra_composes(uri: str) -> None:
     words = [f"tracking.uri={uri}"]
     assert tracking_uri(words) == compose(words).tracking.uri
@@ -56,7 +70,7 @@ def test_a_store_that_conf_names_is_found(
 def test_hydra_is_not_imported_for_it() -> None:
     program = (
         "import sys; from mnist_exp.config.overrides import tracking_uri\n"
-        "tracking_uri([]); tracking_uri(['tracking.uri=sqlite:///x.db'])\n"
+        "tracking_uri([]); tracking_uri(['tracking.uri=sqlite:///a b/x.db'])\n"
         "print('hydra' in sys.modules)"
     )
     answer = subprocess.run(

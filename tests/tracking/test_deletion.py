@@ -23,19 +23,19 @@ class Client:
         self.times = times
 
     def search_experiments(
-        self, kind: int, max_results: int = 1, page_token: str | None = None
+        self, view_type: int, max_results: int = 1, page_token: str | None = None
     ) -> PagedList:
         number = int(page_token or 0)
         experiment = SimpleNamespace(experiment_id=str(number), creation_time=self.times[number])
         more = str(number + 1) if number + 1 < len(self.times) else None
         return PagedList([experiment], more)
 
-    def search_runs(self, experiments: list[str], *_: object, **options: object) -> PagedList:
+    def search_runs(self, experiment_ids: list[str], **options: object) -> PagedList:
         info = SimpleNamespace(run_id="", run_name="", status="FINISHED", experiment_id="")
         info.start_time = info.end_time = info.artifact_uri = None
         data = SimpleNamespace(tags={}, params={}, metrics={}, _metric_objs=[])
         entities = []
-        for number in experiments:
+        for number in experiment_ids:
             own = SimpleNamespace(**{**vars(info), "run_id": f"run {number}"})
             entities.append(SimpleNamespace(info=own, data=data, inputs=None))
         return PagedList(entities, None)
