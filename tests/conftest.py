@@ -105,7 +105,7 @@ def make_dataset() -> Callable[..., Dataset]:
 
 @pytest.fixture(scope="session")
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
-    """A real MLflow server, one for all modules, of a process, as it takes seconds to start."""
+    """A real MLflow server, one for all modules of a process, as it takes seconds to start."""
     with Upstream(tmp_path_factory.mktemp("upstream")) as server:
         yield server
 

@@ -142,7 +142,7 @@ def _serve_process(connection: Connection, other_end: Connection) -> None:
     other_end.close()
     signals.ignore()  # they ask those to end whose records are to be uploaded
     signals.end_with_parent(signal.SIGKILL)
-    import_mlflow()
+    import_mlflow()  # before `_serve` does, for what it makes to be excluded from collection
     garbage.collect_as_usual()
     _serve(connection)
 
